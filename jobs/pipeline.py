@@ -1,0 +1,28 @@
+"""The whole way: base, prepare, train, compress, evaluate, then serve one question and stop."""
+
+import shlex
+import sys
+import time
+
+from jobs.cli import connected_to_ray, run_job
+from jobs.serve import ask_heldout_question, serving
+from r1ray.config import PipelineConfig
+
+
+def run_pipeline(config: PipelineConfig) -> None:
+    """Run what has not finished yet; then serve, ask, shut down, and write the report."""
+    with connected_to_ray():
+        from r1ray.pipeline import Pipeline
+
+        pipeline = Pipeline(config)
+        pipeline.evaluate()
+        started = time.monotonic()
+        with serving(pipeline) as url:
+            ask_heldout_question(pipeline, url)
+        serve_s = time.monotonic() - started
+        command = shlex.join(["python", "-m", "jobs.pipeline", *sys.argv[1:]])
+        print(f"report: {pipeline.write_report(command=command, serve_s=serve_s)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("pipeline", __doc__ or "", run_pipeline))

@@ -1,0 +1,76 @@
+"""Serve the INT8 model over HTTP until Ctrl-C; whatever is missing before it is made first."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from jobs.cli import connected_to_ray, run_job
+from r1ray.config import PipelineConfig
+
+if TYPE_CHECKING:
+    from r1ray.pipeline import Pipeline
+
+
+@contextmanager
+def serving(pipeline: "Pipeline") -> Iterator[str]:
+    """The base URL of the running endpoint; it is shut down afterwards."""
+    from r1ray.observability.progress import StageProgress
+    from r1ray.serving.app import start_server, stop_server
+
+    config = pipeline.config.serve
+    model_dir = pipeline.compress().local_dir
+    with StageProgress("serve", "replicas ready", config.num_replicas) as progress:
+        start_server(model_dir, config)
+        progress.update(config.num_replicas)
+    try:
+        yield f"http://{config.host}:{config.port}/v1"
+    finally:
+        stop_server()
+
+
+def ask_heldout_question(pipeline: "Pipeline", url: str) -> None:
+    """Send the first held-out problem through the `openai` client and print the answer's stream."""
+    from openai import OpenAI
+
+    from r1ray.data.reasoning import build_messages
+
+    config = pipeline.config
+    problem = pipeline.heldout_problems()[0]
+    client = OpenAI(base_url=url, api_key="not-needed", timeout=120, max_retries=0)
+    print(f"\nquestion to {url} (model {config.serve.model_name}):\n{problem.question.strip()}\n")
+    stream = client.chat.completions.create(
+        model=config.serve.model_name,
+        messages=build_messages(problem, config.tasks.system_prompt),  # type: ignore[arg-type]
+        max_tokens=config.evaluate.max_new_tokens,
+        temperature=0,
+        stream=True,
+    )
+    for chunk in stream:
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
+    print(f"\n(expected: {problem.answer})\n")
+
+
+def serve(config: PipelineConfig) -> None:
+    """Keep the endpoint running until SIGINT or SIGTERM."""
+    with connected_to_ray():
+        from r1ray.pipeline import Pipeline
+
+        with serving(Pipeline(config)) as url:
+            name = config.serve.model_name
+            print(f"serving {name} at {url}; stop with Ctrl-C. Try:\n")
+            print(
+                f"  curl {url}/chat/completions -H 'Content-Type: application/json' -d "
+                f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hi"}}]}}\'\n'
+            )
+            stopped = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stopped.set())
+            stopped.wait()
+            print("shutting down")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("serve", __doc__ or "", serve))

@@ -1,0 +1,133 @@
+"""YAML plus dotted overrides -> `PipelineConfig`, with every mistake reported at once.
+
+Imports neither torch nor ray: `python -m jobs.<stage> --help` answers in well under a second.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from r1ray.config.schema import PipelineConfig
+from r1ray.errors import ConfigError
+
+__all__ = ["describe_fields", "load_config", "parse_config"]
+
+_MAX_BYTES = 1 << 20
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """The configuration in the YAML file `path`, changed by `section.key=value` overrides.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or any key or value is wrong; all
+            wrong keys are listed with their dotted paths.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {_MAX_BYTES} bytes; this is no configuration")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    return parse_config(text, overrides, where=str(path))
+
+
+def parse_config(
+    text: str, overrides: Sequence[str] = (), *, where: str = "config"
+) -> PipelineConfig:
+    """As `load_config`, from the YAML in `text`; `where` names it in errors."""
+    try:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML ({error})") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: expected sections such as `run:` and `train:`, found {tree!r}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return TypeAdapter(PipelineConfig).validate_python(tree)
+    except ValidationError as error:
+        lines = [f"  {_describe(item)}" for item in error.errors(include_url=False)]
+        raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from error
+
+
+def describe_fields() -> str:
+    """One line per configuration key, with type and meaning, for `--help`."""
+    return "\n".join(
+        f"  {path:<40} {meaning}" for path, meaning in _walk(PipelineConfig, prefix="")
+    )
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, parent in enumerate(parents):
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a section; "
+                "override the whole value instead"
+            )
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {value!r} is not valid YAML") from error
+
+
+def _describe(item: Mapping[str, Any]) -> str:
+    path = ".".join(str(part) for part in item["loc"]) or "(top level)"
+    if item["type"] == "unexpected_keyword_argument":
+        return f"{path}: unknown key{_suggest(item['loc'])}"
+    if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{path}: required key is missing"
+    if item["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{path}: expected a section with keys, got {item['input']!r}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path}: {message}, got {_shorten(item['input'])}"
+
+
+def _suggest(location: Sequence[Any]) -> str:
+    known = [path for path, _ in _walk(PipelineConfig, prefix="")]
+    sections = {path.rsplit(".", 1)[0] for path in known if "." in path}
+    path = ".".join(str(part) for part in location if not isinstance(part, int))
+    close = difflib.get_close_matches(path, [*known, *sections], n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _walk(cls: type, prefix: str) -> Iterator[tuple[str, str]]:
+    documented = {
+        name: info.description or ""
+        for name, info in typing.cast(Any, cls).__pydantic_fields__.items()
+    }
+    for field in fields(cls):
+        nested = [kind for kind in _flatten(field.type) if is_dataclass(kind)]
+        if not nested:
+            yield prefix + field.name, documented[field.name]
+        for kind in nested:
+            yield from _walk(typing.cast(type, kind), prefix=f"{prefix}{field.name}.")
+
+
+def _flatten(annotation: Any) -> Iterator[Any]:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Annotated, typing.Union, types.UnionType, list):
+        for argument in typing.get_args(annotation):
+            yield from _flatten(argument)
+    else:
+        yield annotation

@@ -1,0 +1,273 @@
+"""The configuration of the whole pipeline: one frozen dataclass per stage.
+
+Every field states its unit and bounds. Where a stage runs (`resources`) is kept apart from what it
+makes: `identity` leaves it out, so that a run is found again on another machine.
+"""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+__all__ = [
+    "BaseConfig",
+    "CompressConfig",
+    "DenseExchangeConfig",
+    "EvaluateConfig",
+    "FamilyConfig",
+    "FileSourceConfig",
+    "PipelineConfig",
+    "PrepareConfig",
+    "PrepareResources",
+    "RunConfig",
+    "ServeConfig",
+    "TaskSourceConfig",
+    "TasksConfig",
+    "TrainConfig",
+    "TrainResources",
+    "identity",
+]
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class RunConfig:
+    """Where the artifacts go and what seeds everything random."""
+
+    name: _Name
+    """Directory of the run below `root`."""
+    root: Annotated[str, Field(min_length=1)] = "runs"
+    """Local directory or URI (such as s3://bucket/runs) of all runs."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seeds data order and sampling."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class BaseConfig:
+    """The checkpoint that the run starts from."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """A checkpoint directory, a .gguf file, or package:NAME for the .gguf in a Python package."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class FamilyConfig:
+    """One reasoning-gym task family that r1ray can write traces for."""
+
+    name: _Name
+    """The family's name in reasoning-gym."""
+    options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    """Difficulty options, passed to reasoning-gym as they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class TasksConfig:
+    """The verifiable tasks that training traces and held-out problems are drawn from."""
+
+    families: Annotated[list[FamilyConfig], Field(min_length=1)]
+    """Task families, drawn from in equal parts."""
+    system_prompt: Annotated[str, Field(min_length=1, max_length=4000)]
+    """The system turn of every training and held-out problem."""
+    train_seed: Annotated[int, Field(ge=0, lt=10**6)] = 1
+    """First seed of the training problems."""
+    heldout_seed: Annotated[int, Field(ge=10**6, lt=2**31)] = 10**6
+    """First seed of the held-out problems; training also leaves out their questions by text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class FileSourceConfig:
+    """Rows with `messages`, or `prompt` and `completion`, in JSONL or Parquet files."""
+
+    type: Literal["files"]
+    paths: Annotated[list[str], Field(min_length=1)]
+    """Files, directories or globs; .jsonl, .jsonl.gz and .parquet are read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class TaskSourceConfig:
+    """R1-style traces written by program for the families of `tasks`."""
+
+    type: Literal["tasks"]
+    num_samples: Annotated[int, Field(ge=1, le=10_000_000)]
+    """Training traces over all families together."""
+
+
+SourceConfig = Annotated[FileSourceConfig | TaskSourceConfig, Field(discriminator="type")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class PrepareResources:
+    """Where `prepare` runs."""
+
+    num_cpus_per_task: Annotated[float, Field(gt=0, le=64)] = 1
+    """CPUs that Ray reserves for one reading or tokenizing task."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class PrepareConfig:
+    """From rows of text to token-budget micro-batches."""
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    """Where rows come from; all sources together make one BatchSet."""
+    max_tokens: Annotated[int, Field(ge=8, le=1_048_576)]
+    """Longest sample in tokens."""
+    overflow: Literal["reject", "truncate"] = "reject"
+    """Longer samples are quarantined, or cut to max_tokens; both are counted."""
+    num_buckets: Annotated[int, Field(ge=1, le=256)] = 8
+    """Length buckets; each batch is padded to its bucket's ceiling."""
+    batch_tokens: Annotated[int, Field(ge=8, le=16_777_216)]
+    """Upper bound on one micro-batch: rows x ceiling, padding included."""
+    max_quarantined_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """The stage fails when a larger share of the rows had to be quarantined."""
+    resources: PrepareResources = PrepareResources()
+
+    @model_validator(mode="after")
+    def _batch_holds_longest_sample(self) -> "PrepareConfig":
+        if self.batch_tokens < self.max_tokens:
+            raise ValueError(
+                f"batch_tokens ({self.batch_tokens}) is below max_tokens ({self.max_tokens}); "
+                "raise batch_tokens or lower max_tokens"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class DenseExchangeConfig:
+    """Uncompressed all-reduce of the summed gradients."""
+
+    type: Literal["dense"]
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format on the wire."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class TrainResources:
+    """Where `train` runs and how it survives failures."""
+
+    num_workers: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Ray Train workers, one model replica each."""
+    num_cpus_per_worker: Annotated[float, Field(gt=0, le=256)] = 1
+    """CPUs that Ray reserves for one worker; also its number of torch threads."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] = 20
+    """Steps between checkpoints: the most that a failure can lose."""
+    max_failures: Annotated[int, Field(ge=0, le=1000)] = 3
+    """Worker failures survived before the run gives up."""
+    timeout_s: Annotated[float, Field(ge=5, le=3600)] = 120
+    """Longest wait for a collective before the worker counts as failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class TrainConfig:
+    """Full fine-tuning with AdamW on the target tokens."""
+
+    num_steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    """Optimizer steps; the BatchSet is repeated, reshuffled, as often as needed."""
+    batches_per_step: Annotated[int, Field(ge=1, le=65_536)] = 2
+    """Micro-batches summed over all workers into one step; a multiple of num_workers."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    """Peak learning rate."""
+    final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the peak that the cosine ends at."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decoupled weight decay on matrices."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Global gradient norm that larger ones are scaled down to."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast dtype of matmuls; auto is bf16 where the hardware multiplies bf16, else fp32."""
+    exchange: DenseExchangeConfig = DenseExchangeConfig(type="dense")
+    resources: TrainResources = TrainResources()
+
+    @model_validator(mode="after")
+    def _workers_share_batches(self) -> "TrainConfig":
+        if self.batches_per_step % self.resources.num_workers:
+            raise ValueError(
+                f"batches_per_step ({self.batches_per_step}) is not a multiple of "
+                f"resources.num_workers ({self.resources.num_workers}); change one of them"
+            )
+        if self.warmup_steps >= self.num_steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) is not below num_steps ({self.num_steps}); "
+                "lower warmup_steps"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class CompressConfig:
+    """From the trained checkpoint to the served format."""
+
+    scheme: Literal["w8a8"] = "w8a8"
+    """w8a8: int8 weights per output channel, int8 activations per token, int8 embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class EvaluateConfig:
+    """Held-out accuracy, perplexity, size and latency of base, tuned and INT8."""
+
+    num_problems: Annotated[int, Field(ge=1, le=1_000_000)] = 240
+    """Held-out problems over all families together."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 128
+    """Longest answer in tokens, the reasoning included."""
+    max_concurrency: Annotated[int, Field(ge=1, le=1024)] = 48
+    """Problems decoded together."""
+    perplexity_tokens: Annotated[int, Field(ge=16, le=10_000_000)] = 2048
+    """Tokens of English documentation that perplexity is measured on."""
+    perplexity_window: Annotated[int, Field(ge=16, le=131_072)] = 1024
+    """Context of the perplexity measurement in tokens."""
+    latency_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
+    """Tokens decoded one at a time for the latency figures."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class ServeConfig:
+    """The OpenAI-compatible endpoint."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on; loopback unless the network in front of it is trusted."""
+    port: Annotated[int, Field(ge=1, le=65_535)] = 8000
+    """TCP port."""
+    model_name: _Name
+    """The name that requests carry in `model`."""
+    num_replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Engine replicas."""
+    num_cpus_per_replica: Annotated[float, Field(gt=0, le=256)] = 1
+    """CPUs that Ray reserves for one replica; also its number of torch threads."""
+    max_concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Requests decoded together in one replica."""
+    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Requests waiting in one replica before further ones are answered 429."""
+    max_context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
+    """Prompt and answer of one request together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class PipelineConfig:
+    """Everything `python -m jobs.pipeline` reads, one section a stage."""
+
+    run: RunConfig
+    base: BaseConfig
+    tasks: TasksConfig
+    prepare: PrepareConfig
+    train: TrainConfig
+    compress: CompressConfig
+    evaluate: EvaluateConfig
+    serve: ServeConfig
+
+
+def identity(*sections: Any) -> dict[str, Any]:
+    """The parts of `sections` that decide what a stage makes, as JSON values by class name."""
+    merged: dict[str, Any] = {}
+    for section in sections:
+        values = dataclasses.asdict(section)
+        values.pop("resources", None)
+        merged[type(section).__name__] = values
+    return merged

@@ -1,0 +1,106 @@
+"""Verifier accuracy: greedy answers to held-out problems, judged by the families' own scorers."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from r1ray.data.reasoning import Problem, build_messages
+from r1ray.models.decoder import Decoder
+from r1ray.models.generation import generate_batch
+from r1ray.models.tokenizer import Tokenizer
+
+__all__ = ["Answer", "Proportion", "answer_problems", "extract_answer", "proportion"]
+
+_THINK_END = "</think>"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's reply to one problem.
+
+    Attributes:
+        is_correct: the text after </think> gets full marks from the family's scorer.
+        mentions_answer: the expected answer stands in the reply's last line, whatever its form;
+            it separates knowing the answer from keeping to the format.
+    """
+
+    family: str
+    question: str
+    expected: str
+    reply: str
+    is_correct: bool
+    mentions_answer: bool
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A share with its 95% Wilson score interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def proportion(successes: Sequence[bool]) -> Proportion:
+    """The share of True with its 95% interval.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    n, z = len(successes), 1.959964
+    share = sum(successes) / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Proportion(share, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def extract_answer(reply: str) -> str:
+    """The text after the last </think>; the whole reply where there is none."""
+    return reply.rpartition(_THINK_END)[2].strip()
+
+
+def answer_problems(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    system_prompt: str,
+    *,
+    max_new_tokens: int,
+    max_concurrency: int,
+    on_finish: Callable[[int], None],
+) -> list[Answer]:
+    """Greedy replies to `problems`, in their order, judged."""
+    prompts = [
+        tokenizer.encode(
+            tokenizer.render_chat(
+                build_messages(problem, system_prompt), add_generation_prompt=True
+            )
+        )
+        for problem in problems
+    ]
+    outputs = generate_batch(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=frozenset({tokenizer.eos_token_id, *model.config.eos_token_ids}),
+        max_concurrency=max_concurrency,
+        on_finish=on_finish,
+    )
+    return [
+        _judge(problem, tokenizer.decode(output))
+        for problem, output in zip(problems, outputs, strict=True)
+    ]
+
+
+def _judge(problem: Problem, reply: str) -> Answer:
+    lines = extract_answer(reply).splitlines() or [""]
+    mention = rf"(?<![\w.-]){re.escape(problem.answer)}(?![\w]|\.\d)"
+    return Answer(
+        family=problem.family,
+        question=problem.question,
+        expected=problem.answer,
+        reply=reply,
+        is_correct=problem.score(extract_answer(reply)) == 1.0,
+        mentions_answer=re.search(mention, lines[-1]) is not None,
+    )

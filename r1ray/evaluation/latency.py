@@ -1,0 +1,51 @@
+"""How long one model takes to answer, measured on this machine."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from r1ray.models.decoder import Decoder
+from r1ray.models.kv_cache import KVCache
+
+__all__ = ["Latency", "measure_latency"]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Medians in milliseconds: one forward over the prompt, and one decoded token after it."""
+
+    prefill_ms: float
+    decode_ms_per_token: float
+    prompt_tokens: int
+
+
+@torch.inference_mode()
+def measure_latency(
+    model: Decoder, *, prompt_tokens: int = 128, new_tokens: int = 32, repeats: int = 5
+) -> Latency:
+    """Latency of one sequence alone, after one warm-up; `repeats` prefills are counted."""
+    ids = torch.arange(prompt_tokens)[None] % model.config.vocab_size
+    prefills, decodes = [], []
+    for repeat in range(repeats + 1):
+        cache = KVCache(
+            model.config, max_rows=1, max_tokens=prompt_tokens + new_tokens, dtype=torch.float32
+        )
+        started = time.perf_counter()
+        rows = cache.add_rows(1)
+        model.lm_head(model.hidden(ids, rows)[:, -1])
+        rows.advance([prompt_tokens])
+        prefill = time.perf_counter() - started
+        for _ in range(max(1, new_tokens // repeats)):
+            started = time.perf_counter()
+            rows = cache.active()
+            model(ids[:, :1], rows)
+            rows.advance([1])
+            if repeat:
+                decodes.append(time.perf_counter() - started)
+        if repeat:
+            prefills.append(prefill)
+    return Latency(
+        1000 * statistics.median(prefills), 1000 * statistics.median(decodes), prompt_tokens
+    )

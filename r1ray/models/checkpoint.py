@@ -1,0 +1,196 @@
+"""Model directories: `config.json`, `*.safetensors`, tokenizer files and `r1ray.json`.
+
+A plain Hugging Face checkpoint is a model directory. `r1ray.json` is there when r1ray quantized the
+weights: it names the scheme, and the quantized modules hold `weight` (int8) and `weight_scale`.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from r1ray.errors import ArtifactError
+from r1ray.models.config import CONFIG_NAME, ModelConfig
+from r1ray.models.decoder import Decoder
+from r1ray.ops.int8 import Int8Embedding, Int8Linear
+
+__all__ = [
+    "QUANTIZATION_NAME",
+    "TOKENIZER_FILES",
+    "assign_weights",
+    "copy_tokenizer",
+    "load_model",
+    "quantize_modules",
+    "save_model",
+]
+
+QUANTIZATION_NAME = "r1ray.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Decoder:
+    """The decoder stored in the directory `path`, in eval mode, on the CPU.
+
+    Args:
+        path: a directory with `config.json` and safetensors, sharded or not, quantized or not.
+        dtype: of the floating-point tensors; None keeps the stored one. Scales stay float32.
+    Raises:
+        ArtifactError: a file is missing or damaged, or the tensors do not fit the configuration.
+    """
+    path = Path(path)
+    config = ModelConfig.load(path)
+    scheme = _read_scheme(path)
+    with torch.device("meta"):
+        model = Decoder(config)
+        if scheme is not None:
+            quantize_modules(model)
+    tensors = _read_tensors(path)
+    for name, tensor in tensors.items():
+        if dtype is not None and tensor.is_floating_point() and not name.endswith("_scale"):
+            tensors[name] = tensor.to(dtype)
+    assign_weights(model, tensors, where=path)
+    return model.eval()
+
+
+def save_model(
+    model: Decoder, path: str | Path, *, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Write `model` as a model directory that transformers (when not quantized) loads as well.
+
+    Args:
+        provenance: written into `r1ray.json` beside the scheme; quantized models only.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (model.config.tie_embeddings and name.startswith("lm_head."))
+    }
+    save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
+    config = model.config.to_hf()
+    config["torch_dtype"] = str(model.model.norm.weight.dtype).removeprefix("torch.")
+    _write_json(path / CONFIG_NAME, config)
+    if isinstance(model.model.embed_tokens, Int8Embedding):
+        record = {"quantization": {"scheme": "w8a8"}, "provenance": dict(provenance or {})}
+        _write_json(path / QUANTIZATION_NAME, record)
+
+
+def copy_tokenizer(source: str | Path, target: str | Path) -> None:
+    """Copy the tokenizer files of one model directory into another."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def quantize_modules(model: Decoder) -> None:
+    """Replace every linear layer and the embedding of `model` by their INT8 forms, in place.
+
+    A tied head shares the embedding's integers and scales.
+    """
+    for module in list(model.model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear.from_float(child))
+    embedding, head = model.model.embed_tokens, model.lm_head
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise ArtifactError("the model is already quantized")
+    quantized = Int8Embedding.from_float(embedding)
+    model.model.embed_tokens = quantized
+    if model.config.tie_embeddings:
+        model.lm_head = Int8Linear(quantized.weight, quantized.weight_scale)
+    else:
+        model.lm_head = Int8Linear.from_float(head)
+
+
+def _read_scheme(path: Path) -> str | None:
+    record_path = path / QUANTIZATION_NAME
+    if not record_path.is_file():
+        return None
+    try:
+        scheme = json.loads(record_path.read_text(encoding="utf-8"))["quantization"]["scheme"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{record_path}: no quantization scheme in it ({error!r})") from error
+    if scheme != "w8a8":
+        raise ArtifactError(f"{record_path}: scheme {scheme!r} is not w8a8")
+    return scheme
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    index_path = path / INDEX_NAME
+    if (path / WEIGHTS_NAME).is_file():
+        shards = [path / WEIGHTS_NAME]
+    elif index_path.is_file():
+        try:
+            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ArtifactError(f"{index_path}: not a safetensors index ({error!r})") from error
+        if any(Path(name).name != name for name in names):
+            raise ArtifactError(f"{index_path}: shard names must be plain file names, got {names}")
+        shards = [path / name for name in names]
+    else:
+        raise ArtifactError(f"{path}: neither {WEIGHTS_NAME} nor {INDEX_NAME} is there")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as stream:
+                tensors.update({name: stream.get_tensor(name) for name in stream.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{shard}: cannot be read as safetensors ({error})") from error
+    return tensors
+
+
+def assign_weights(model: Decoder, tensors: dict[str, Tensor], *, where: Path) -> None:
+    """Give `model`'s parameters and buffers the tensors themselves, without a copy."""
+    if model.config.tie_embeddings:
+        for name in [name for name in tensors if name.startswith("lm_head.")]:
+            del tensors[name]
+    expected = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not (model.config.tie_embeddings and name.startswith("lm_head."))
+    }
+    # Old checkpoints carry precomputed rotary frequencies, which the configuration determines.
+    found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found)]
+    problems += [f"unexpected {name}" for name in sorted(found - expected.keys())]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, the configuration says "
+        f"{tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & found)
+        if tensors[name].shape != expected[name].shape
+    ]
+    problems += [
+        f"{name} is {tensors[name].dtype}, not {expected[name].dtype}"
+        for name in sorted(expected.keys() & found)
+        if tensors[name].is_floating_point() != expected[name].is_floating_point()
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ArtifactError(f"{where}: weights do not fit: {'; '.join(problems[:5])}{more}")
+    model.load_state_dict({name: tensors[name] for name in expected}, strict=False, assign=True)
+    if model.config.tie_embeddings:
+        embedding = model.model.embed_tokens
+        if isinstance(embedding, Int8Embedding):
+            model.lm_head = Int8Linear(embedding.weight, embedding.weight_scale)
+        else:
+            model.lm_head.weight = embedding.weight
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,172 @@
+"""One decoder for training, compression and serving: the Llama, Qwen2 and Qwen3 families.
+
+Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU MLP. Parameter names
+are Hugging Face's, so a state dict moves both ways unchanged. The linear layers may be swapped
+(`nn.Linear` -> INT8) without touching this file.
+
+Price of a forward: 2 FLOP per parameter and token, plus 4·T²·N·H per layer for attention.
+
+Shape legend: B batch, T new tokens, S cached tokens, N query heads, K key/value heads,
+G = N/K heads per group, H head dimension, D hidden size, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from r1ray.models.config import ModelConfig
+from r1ray.models.kv_cache import CacheSlice
+from r1ray.models.rope import apply_rotary, rotary_tables
+
+__all__ = ["Decoder"]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; a group's queries are folded, so K and V are not copied."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        queries = config.num_heads * config.head_dim
+        keys = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        positions_BT: Tensor,
+        cache: CacheSlice | None,
+    ) -> Tensor:
+        batch, tokens, _ = x_BTD.shape
+        heads = (batch, tokens, -1, self.config.head_dim)
+        q_BTNH = self.q_proj(x_BTD).view(heads)
+        k_BTKH = self.k_proj(x_BTD).view(heads)
+        v_BKTH = self.v_proj(x_BTD).view(heads).transpose(1, 2)
+        if self.config.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BNTH = apply_rotary(q_BTNH.transpose(1, 2), *rotary)
+        k_BKTH = apply_rotary(k_BTKH.transpose(1, 2), *rotary)
+        k_BKSH, v_BKSH = k_BKTH, v_BKTH
+        if cache is not None:
+            k_BKSH, v_BKSH = cache.write(self.layer, k_BKTH, v_BKTH, positions_BT)
+        if cache is None or cache.max_start == 0:
+            out_BNTH = F.scaled_dot_product_attention(
+                q_BNTH, k_BKTH, v_BKTH, is_causal=tokens > 1, enable_gqa=True
+            )
+        else:
+            out_BNTH = self._attend_cached(q_BNTH, k_BKSH, v_BKSH, positions_BT)
+        return self.o_proj(out_BNTH.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def _attend_cached(
+        self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, positions_BT: Tensor
+    ) -> Tensor:
+        batch, _, tokens, head_dim = q_BNTH.shape
+        groups = self.config.num_heads // self.config.num_kv_heads
+        slots_S = torch.arange(k_BKSH.shape[2], device=q_BNTH.device)
+        mask_B1TS = (slots_S <= positions_BT[:, :, None])[:, None]
+        out = F.scaled_dot_product_attention(
+            q_BNTH.reshape(batch, self.config.num_kv_heads, groups * tokens, head_dim),
+            k_BKSH.to(q_BNTH.dtype),
+            v_BKSH.to(q_BNTH.dtype),
+            attn_mask=mask_B1TS.repeat(1, 1, groups, 1),
+        )
+        return out.reshape(batch, self.config.num_heads, tokens, head_dim)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        wide, narrow, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
+        self.gate_proj = nn.Linear(narrow, wide, bias=bias)
+        self.up_proj = nn.Linear(narrow, wide, bias=bias)
+        self.down_proj = nn.Linear(wide, narrow, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on the normed residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        positions_BT: Tensor,
+        cache: CacheSlice | None,
+    ) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, positions_BT, cache)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class DecoderStack(nn.Module):
+    """Embedding, blocks and final norm: token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model; `Decoder(input_ids_BT)` gives logits [B, T, V]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DecoderStack(config)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.get_parameter("weight")
+
+    def hidden(self, input_ids_BT: Tensor, cache: CacheSlice | None = None) -> Tensor:
+        """Final-norm hidden states [B, T, D].
+
+        Args:
+            input_ids_BT: int64; rows are padded on the right, where causality hides the padding.
+            cache: rows to continue; the new keys and values are written there, but not yet counted
+                (`CacheSlice.advance`). Each row starts at its own stored length.
+        """
+        positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
+        if cache is not None:
+            positions_BT = cache.starts_R[:, None] + positions_BT
+        rotary = rotary_tables(self.config, positions_BT)
+        x_BTD = self.model.embed_tokens(input_ids_BT)
+        for block in self.model.layers:
+            x_BTD = block(x_BTD, rotary, positions_BT, cache)
+        return self.model.norm(x_BTD)
+
+    def forward(self, input_ids_BT: Tensor, cache: CacheSlice | None = None) -> Tensor:
+        """Logits [B, T, V] of the token after each position; arguments as in `hidden`."""
+        return self.lm_head(self.hidden(input_ids_BT, cache))

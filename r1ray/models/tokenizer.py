@@ -1,0 +1,102 @@
+"""The tokenizer of a model directory: text to ids and back, chat messages to a prompt."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from r1ray.errors import ArtifactError
+
+__all__ = ["StreamDecoder", "Tokenizer"]
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer, loaded from local files only."""
+
+    template_errors = (jinja2.TemplateError, TypeError, ValueError)
+    """What `render_chat` raises for messages that the model's template does not accept."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Load the tokenizer in the model directory `path`.
+
+        Raises:
+            ArtifactError: there is none, or it has no chat template.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            self._inner = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ArtifactError(f"{path}: no usable tokenizer ({error})") from error
+        if not self._inner.chat_template:
+            raise ArtifactError(f"{path}: the tokenizer has no chat template")
+
+    @property
+    def eos_token_id(self) -> int:
+        return int(self._inner.eos_token_id)
+
+    @property
+    def eos_token(self) -> str:
+        return str(self._inner.eos_token)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._inner)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; control tokens inside it are read as such, none are added."""
+        return list(self._inner.encode(text, add_special_tokens=False))
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """(token ids, first character of each token) of `text`."""
+        encoded = self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without control tokens."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    ) -> str:
+        """The chat template applied to `messages`; with the header of an answer if asked."""
+        return str(
+            self._inner.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+
+
+class StreamDecoder:
+    """Text of a growing token sequence, released only when its characters are complete.
+
+    Byte-level tokens may end inside a character; that tail is held back until it decodes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # ids before it are fully released
+        self._released = ""  # text of ids[start:] that was released
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; may be empty."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids[self._start :])
+        if text.endswith(_REPLACEMENT) or len(text) <= len(self._released):
+            return ""
+        fresh = text[len(self._released) :]
+        # Keep one released token as context: a leading space depends on what came before.
+        self._start = max(self._start, len(self._ids) - 1)
+        self._released = self._tokenizer.decode(self._ids[self._start :])
+        return fresh
+
+    def finish(self) -> str:
+        """The text that is still held back, incomplete characters replaced."""
+        text = self._tokenizer.decode(self._ids[self._start :])
+        return text[len(self._released) :]

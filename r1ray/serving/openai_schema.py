@@ -1,0 +1,336 @@
+"""The wire format: OpenAI's requests, answers, chunks and errors, as far as r1ray speaks them.
+
+1. A request field that r1ray acts on is declared below, with its type and bounds.
+2. A known field that it cannot act on is accepted with the values that change nothing
+   (`NEUTRAL_VALUES`), and refused with any other.
+3. Fields that only label a request are accepted and ignored; every other field is refused, since an
+   ignored field would silently change what an answer means.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from r1ray.models.sampling import SamplingParams
+
+__all__ = [
+    "NEUTRAL_VALUES",
+    "AnswerMessage",
+    "ChatChoice",
+    "ChatChunk",
+    "ChatChunkChoice",
+    "ChatCompletion",
+    "ChatMessage",
+    "ChatRequest",
+    "Completion",
+    "CompletionChoice",
+    "CompletionRequest",
+    "Delta",
+    "Model",
+    "ModelList",
+    "RequestBase",
+    "Usage",
+]
+
+# Values that ask for nothing beyond what r1ray does; null is neutral for each of them too.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0, 0.0),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (False, True),
+    "prediction": (),
+    "presence_penalty": (0, 0.0),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "suffix": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+# What a client adds when it sends an earlier answer back as a message.
+_NEUTRAL_IN_MESSAGES = (
+    "annotations",
+    "audio",
+    "function_call",
+    "name",
+    "reasoning_content",
+    "refusal",
+    "tool_calls",
+)
+# Divisors and masses below these are zero in float32 and leave nothing to sample from.
+_GREEDY_BELOW = 1e-4
+_MIN_TOP_P = 1e-6
+_MAX_STOPS = 4
+
+Reason = Literal["stop", "length"]
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+def _flatten_content(value: Any) -> Any:
+    """The text of a message's content: a string, or text parts that are joined as they are."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError("invalid_type", "must be a string or a list of text parts")
+    for part in value:
+        well_formed = isinstance(part, dict) and part.keys() == {"type", "text"}
+        if not well_formed or part["type"] != "text" or not isinstance(part["text"], str):
+            raise PydanticCustomError(
+                "invalid_value",
+                'only text parts are supported, each exactly {{"type": "text", "text": "..."}}',
+            )
+    return "".join(part["text"] for part in value)
+
+
+def _list_stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("invalid_type", "must be a string or a list of strings")
+    if len(stops) > _MAX_STOPS:
+        raise PydanticCustomError("invalid_value", f"at most {_MAX_STOPS} stop strings are allowed")
+    if not all(stops):
+        raise PydanticCustomError("invalid_value", "a stop string must not be empty")
+    return stops
+
+
+def _single_prompt(value: Any) -> Any:
+    """A text or its token ids; also as the only element of a list, as OpenAI's batches have it."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > 1:
+            raise PydanticCustomError(
+                "unsupported_value", "one prompt a request is supported; send several requests"
+            )
+        value = value[0]
+    is_ids = isinstance(value, list) and all(type(item) is int for item in value)
+    if not isinstance(value, str) and not is_ids:
+        raise PydanticCustomError("invalid_type", "must be a string or a list of token ids")
+    if not value:
+        raise PydanticCustomError("invalid_value", "must not be empty")
+    return value
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside the text."""
+
+    model_config = _STRICT
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class RequestBase(BaseModel):
+    """What both kinds of request share."""
+
+    model_config = _STRICT
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: Annotated[list[str], BeforeValidator(_list_stops)] = []
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    # Labels: accepted and ignored.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: dict[str, Any]) -> dict[str, Any]:
+        kept = {}
+        for name, value in data.items():
+            if name in NEUTRAL_VALUES and name not in cls.model_fields:
+                _check_neutral(name, value)
+            elif value is not None or name not in cls.model_fields:
+                kept[name] = value
+        return kept
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> "RequestBase":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "invalid_value",
+                "stream_options are allowed only with stream: true",
+                {"param": "stream_options"},
+            )
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The sampling parameters, with values that float32 cannot tell from 0 made safe."""
+        temperature = 0.0 if self.temperature < _GREEDY_BELOW else self.temperature
+        return SamplingParams(temperature, max(self.top_p, _MIN_TOP_P), self.seed)
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation; `developer` is OpenAI's newer name of `system`."""
+
+    model_config = _STRICT
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_flatten_content)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None or name not in _NEUTRAL_IN_MESSAGES
+        }
+
+
+class ChatRequest(RequestBase):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ChatRequest":
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                raise PydanticCustomError(
+                    "invalid_value",
+                    "max_tokens and max_completion_tokens differ; send one of them",
+                    {"param": "max_tokens"},
+                )
+            self.max_tokens = self.max_completion_tokens
+        return self
+
+
+class CompletionRequest(RequestBase):
+    """POST /v1/completions."""
+
+    prompt: Annotated[str | list[int], BeforeValidator(_single_prompt)]
+
+
+class Usage(BaseModel):
+    """Token counts; the token that ended an answer is not counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Model(BaseModel):
+    """An entry of GET /v1/models."""
+
+    id: str
+    created: int
+    object: Literal["model"] = "model"
+    owned_by: str = "r1ray"
+
+
+class ModelList(BaseModel):
+    """GET /v1/models."""
+
+    data: list[Model]
+    object: Literal["list"] = "list"
+
+
+class AnswerMessage(BaseModel):
+    """The message of a chat answer."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """The answer of a chat completion."""
+
+    message: AnswerMessage
+    finish_reason: Reason
+    index: int = 0
+    logprobs: None = None
+
+
+class ChatCompletion(BaseModel):
+    """The whole answer to a chat request."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class Delta(BaseModel):
+    """What a chunk adds to the answer; absent fields are not sent."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """A piece of the answer of a chat completion."""
+
+    delta: Delta
+    finish_reason: Reason | None = None
+    index: int = 0
+    logprobs: None = None
+
+
+class ChatChunk(BaseModel):
+    """One event of a chat stream."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class CompletionChoice(BaseModel):
+    """The answer of a completion, or a piece of it."""
+
+    text: str
+    finish_reason: Reason | None = None
+    index: int = 0
+    logprobs: None = None
+
+
+class Completion(BaseModel):
+    """The answer to a completion request, or one event of its stream."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    object: Literal["text_completion"] = "text_completion"
+
+
+def _check_neutral(name: str, value: Any) -> None:
+    """Raise unless `value` asks for nothing; 1 and true are not the same value here."""
+    allowed = NEUTRAL_VALUES[name]
+    if value is None or any(type(value) is type(item) and value == item for item in allowed):
+        return
+    fix = f"leave {name} out" + (f" or send {allowed[0]!r}" if allowed else "")
+    raise PydanticCustomError(
+        "unsupported_value", f"{name} is not supported; {fix}", {"param": name}
+    )

@@ -1,0 +1,239 @@
+"""Answering requests: rendering, limits, detokenization and streaming, whatever runs the model.
+
+1. A request body is parsed and its prompt tokenized, on a thread of its own: a long prompt must not
+   stall the streams of others.
+2. The model's token events become text (`AnswerText`), and text becomes one answer or a stream.
+3. A stream starts only when the model has answered once, so that errors until then have an HTTP
+   status; later ones are sent as an event of the stream.
+"""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from r1ray.errors import ServingError
+from r1ray.models.generation import GenerationRequest, TokenEvent
+from r1ray.models.tokenizer import Tokenizer
+from r1ray.serving.answer_text import AnswerText
+from r1ray.serving.answers import AnswerFormat, ChatFormat, CompletionFormat
+from r1ray.serving.openai_schema import (
+    ChatRequest,
+    CompletionRequest,
+    Model,
+    ModelList,
+    RequestBase,
+    Usage,
+)
+from r1ray.serving.parsing import error_body, parse_request
+
+__all__ = ["CompletionService", "Generate", "ServedModel"]
+
+Generate = Callable[[GenerationRequest], AsyncIterator[Sequence[TokenEvent]]]
+"""Streams the tokens of a request; closing the iterator cancels it. Raises ServingError."""
+
+DEFAULT_COMPLETION_TOKENS = 16
+DONE = "data: [DONE]\n\n"
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What the service knows about the model: its name, limits and tokenizer.
+
+    Attributes:
+        max_context_tokens: prompt and answer of one request together.
+        vocab_size: of the model; token ids must be below it.
+        created: seconds since the epoch, shown in /v1/models.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    stop_token_ids: frozenset[int]
+    max_context_tokens: int
+    vocab_size: int
+    created: int
+
+
+@dataclass
+class _Exchange:
+    """One request on its way to an answer."""
+
+    request: RequestBase
+    prompt_ids: list[int]
+    max_new_tokens: int
+    format: AnswerFormat
+    text: AnswerText = field(init=False)
+
+    @property
+    def usage(self) -> Usage:
+        num_prompt, num_new = len(self.prompt_ids), self.text.num_tokens
+        return Usage(
+            prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new
+        )
+
+
+class CompletionService:
+    """Answers request bodies. An answer is a JSON value, or the events of a stream as text."""
+
+    def __init__(self, model: ServedModel, generate: Generate) -> None:
+        self._model = model
+        self._generate = generate
+        # One thread: the tokenizer's encoder is not safe to share.
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="r1ray-encode")
+
+    def list_models(self) -> dict[str, Any]:
+        """The body of GET /v1/models."""
+        return ModelList(data=[self._describe()]).model_dump()
+
+    def show_model(self, name: str) -> dict[str, Any]:
+        """The body of GET /v1/models/{name}; ServingError 404 when there is no such model."""
+        self._check_model(name, param=None)
+        return self._describe().model_dump()
+
+    async def chat(self, body: bytes) -> dict[str, Any] | AsyncIterator[str]:
+        """Answer a chat request; ServingError says what is wrong with it."""
+        request = parse_request(body, ChatRequest)
+        self._check_model(request.model, param="model")
+        prompt_ids = await self._in_thread(lambda: self._encode_chat(request))
+        limit = self._limit(len(prompt_ids), request.max_tokens, default=None, param="messages")
+        answer_format = ChatFormat(f"chatcmpl-{uuid.uuid4().hex}", self._model.name)
+        return await self._answer(_Exchange(request, prompt_ids, limit, answer_format))
+
+    async def complete(self, body: bytes) -> dict[str, Any] | AsyncIterator[str]:
+        """Answer a completion request; ServingError says what is wrong with it."""
+        request = parse_request(body, CompletionRequest)
+        self._check_model(request.model, param="model")
+        prompt_ids = await self._in_thread(lambda: self._encode_prompt(request.prompt))
+        limit = self._limit(
+            len(prompt_ids), request.max_tokens, default=DEFAULT_COMPLETION_TOKENS, param="prompt"
+        )
+        answer_format = CompletionFormat(f"cmpl-{uuid.uuid4().hex}", self._model.name)
+        return await self._answer(_Exchange(request, prompt_ids, limit, answer_format))
+
+    def _describe(self) -> Model:
+        return Model(id=self._model.name, created=self._model.created)
+
+    def _check_model(self, name: str, *, param: str | None) -> None:
+        if name != self._model.name:
+            raise ServingError(
+                f"there is no model {name[:80]!r}; this server has {self._model.name!r}",
+                status=404,
+                code="model_not_found",
+                param=param,
+            )
+
+    async def _in_thread(self, compute: Callable[[], Value]) -> Value:
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, compute)
+
+    def _encode_chat(self, request: ChatRequest) -> list[int]:
+        messages = [
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": message.content,
+            }
+            for message in request.messages
+        ]
+        try:
+            text = self._model.tokenizer.render_chat(messages, add_generation_prompt=True)
+        except Tokenizer.template_errors as error:
+            raise ServingError(
+                f"the model's chat template does not accept these messages ({error})",
+                status=400,
+                code="invalid_value",
+                param="messages",
+            ) from error
+        return self._model.tokenizer.encode(text)
+
+    def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self._model.tokenizer.encode(prompt)
+        for token_id in prompt:
+            if not 0 <= token_id < self._model.vocab_size:
+                raise ServingError(
+                    f"token id {token_id} is not between 0 and {self._model.vocab_size - 1}",
+                    status=400,
+                    code="invalid_value",
+                    param="prompt",
+                )
+        return prompt
+
+    def _limit(
+        self, num_prompt: int, requested: int | None, *, default: int | None, param: str
+    ) -> int:
+        """New tokens that a request may have; a default gives way to the context, a wish does not."""
+        room = self._model.max_context_tokens - num_prompt
+        if room < (requested or 1):
+            raise ServingError(
+                f"the prompt has {num_prompt} tokens and at least {requested or 1} more are to "
+                f"follow, but the context is {self._model.max_context_tokens} tokens; shorten the "
+                "prompt or lower max_tokens",
+                status=400,
+                code="context_length_exceeded",
+                param=param,
+            )
+        return requested or min(room, default or room)
+
+    async def _answer(self, exchange: _Exchange) -> dict[str, Any] | AsyncIterator[str]:
+        request = exchange.request
+        exchange.text = AnswerText(self._model.tokenizer, request.stop)
+        pieces = self._pieces(exchange)
+        if request.stream:
+            return self._stream(exchange, await anext(pieces), pieces)
+        async with aclosing(pieces):
+            text = "".join([piece async for piece in pieces])
+        assert exchange.text.finish_reason is not None, "an answer ends with a reason"
+        return exchange.format.whole(text, exchange.text.finish_reason, exchange.usage)
+
+    async def _pieces(self, exchange: _Exchange) -> AsyncIterator[str]:
+        """The answer's text, piece by piece; pieces may be empty, and there is at least one."""
+        generation = GenerationRequest(
+            request_id=exchange.format.id,
+            prompt_ids=exchange.prompt_ids,
+            max_new_tokens=exchange.max_new_tokens,
+            stop_token_ids=self._model.stop_token_ids,
+            sampling=exchange.request.sampling,
+        )
+        async with aclosing(self._generate(generation)) as batches:
+            async for events in batches:
+                yield exchange.text.push(events)
+                if exchange.text.finish_reason is not None:
+                    return
+        raise ServingError("the model's answer broke off", status=500, code="internal_error")
+
+    async def _stream(
+        self, exchange: _Exchange, first: str, rest: AsyncIterator[str]
+    ) -> AsyncIterator[str]:
+        include_usage = exchange.request.include_usage
+        answer_format = exchange.format
+
+        def event(chunk: dict[str, Any]) -> str:
+            if include_usage:
+                chunk.setdefault("usage", None)
+            return _sse(chunk)
+
+        try:
+            async with aclosing(rest):
+                for chunk in answer_format.opening():
+                    yield event(chunk)
+                if first:
+                    yield event(answer_format.piece(first))
+                async for piece in rest:
+                    if piece:
+                        yield event(answer_format.piece(piece))
+            assert exchange.text.finish_reason is not None, "an answer ends with a reason"
+            yield event(answer_format.closing(exchange.text.finish_reason))
+            if include_usage:
+                yield _sse(answer_format.usage(exchange.usage))
+        except ServingError as error:
+            yield _sse(error_body(error))
+        yield DONE
+
+
+def _sse(value: dict[str, Any]) -> str:
+    # ASCII only: some clients take U+2028 for the end of a line.
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"

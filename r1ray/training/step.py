@@ -1,0 +1,149 @@
+"""One optimizer step, free of Ray: accumulate, exchange, clip, AdamW.
+
+1. Each of the worker's micro-batches adds the gradient of its summed loss.
+2. The exchange turns the workers' sums into the mean gradient per target token, or says skip.
+3. The global norm is clipped and AdamW steps at the scheduled learning rate. A skipped step leaves
+   the weights and the optimizer's state as they were.
+"""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from r1ray.config.schema import TrainConfig
+from r1ray.data.batch_set import MicroBatch
+from r1ray.exchange import Exchange, StepTotals, Transport
+from r1ray.models.decoder import Decoder
+from r1ray.training.loss import summed_loss
+from r1ray.training.precision import autocast, resolve_precision
+
+__all__ = ["StepRecord", "TrainState", "learning_rate_at"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did, over all workers.
+
+    Attributes:
+        loss: mean cross-entropy per target token, in nats.
+        seconds: wall time of the step on this worker; exchange_wait_s is the part spent waiting.
+        was_skipped: the gradient was not finite and nothing was changed.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    num_targets: int
+    seconds: float
+    exchange_wait_s: float
+    was_skipped: bool
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Linear warm-up to the peak, then a cosine to its final share; `step` counts from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    share = config.final_learning_rate_share
+    return config.learning_rate * (share + (1 - share) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class TrainState:
+    """Model, optimizer and exchange of one worker, and the number of steps done."""
+
+    def __init__(
+        self, model: Decoder, config: TrainConfig, exchange: Exchange, transport: Transport
+    ) -> None:
+        self.model = model.train()
+        self.config = config
+        self.step = 0
+        self._device = model.model.norm.weight.device
+        self._precision = resolve_precision(config.precision, self._device)
+        self._parameters = [item for item in model.parameters() if item.requires_grad]
+        self.exchange = exchange
+        self.exchange.setup(self._parameters, transport)
+        self.optimizer = _build_optimizer(self._parameters, config)
+
+    def run_step(self, batches: Iterable[MicroBatch]) -> StepRecord:
+        """One step over this worker's micro-batches; every worker calls it equally often.
+
+        Raises:
+            ExchangeError: the workers could not be brought together.
+        """
+        started = time.perf_counter()
+        waited = self.exchange.stats().wait_s
+        learning_rate = learning_rate_at(self.step, self.config)
+        self.exchange.on_grads_ready(self._accumulate(batches))
+        verdict, totals = self.exchange.before_step()
+        grad_norm = math.nan
+        if verdict == "apply":
+            grad_norm = float(nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm))
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return StepRecord(
+            step=self.step,
+            loss=totals.loss_sum / totals.num_targets,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            num_tokens=totals.num_tokens,
+            num_targets=totals.num_targets,
+            seconds=time.perf_counter() - started,
+            exchange_wait_s=self.exchange.stats().wait_s - waited,
+            was_skipped=verdict == "skip",
+        )
+
+    def _accumulate(self, batches: Iterable[MicroBatch]) -> StepTotals:
+        loss_sum, num_targets, num_tokens = 0.0, 0, 0
+        for batch in batches:
+            moved = MicroBatch(
+                batch.input_ids_BT.to(self._device),
+                batch.labels_BT.to(self._device),
+                batch.num_tokens,
+                batch.num_targets,
+            )
+            with autocast(self._precision, self._device):
+                loss = summed_loss(self.model, moved)
+            loss.backward()
+            loss_sum += loss.item()
+            num_targets += batch.num_targets
+            num_tokens += batch.num_tokens
+        return StepTotals(loss_sum, num_targets, num_tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, as tensors and plain values."""
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "exchange": self.exchange.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, world_size_changed: bool) -> None:
+        """Continue from `state_dict`; the model's weights are loaded apart."""
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.exchange.load_state_dict(state["exchange"], world_size_changed=world_size_changed)
+
+
+def _build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    matrices = [item for item in parameters if item.dim() >= 2]
+    vectors = [item for item in parameters if item.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=True,
+    )

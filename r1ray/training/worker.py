@@ -1,0 +1,114 @@
+"""What one Ray Train worker does: load, resume, step, report, checkpoint.
+
+Rank 0 writes the checkpoints; `ray.train.report` is a barrier, so every rank calls it equally often.
+"""
+
+import itertools
+import logging
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from r1ray.artifacts import ArtifactStore
+from r1ray.config.schema import TrainConfig
+from r1ray.data.batch_set import BatchSet, MicroBatch, plan_order
+from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
+from r1ray.models.checkpoint import load_model
+from r1ray.observability.logging import setup_logging
+from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
+from r1ray.training.step import StepRecord, TrainState
+
+__all__ = ["WorkerJob", "run_worker"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What the driver sends to every worker: plain values only.
+
+    Attributes:
+        root: of the artifact store; every worker's node must reach it.
+        base_run_id, batches_run_id: the `base` and `prepare` artifacts to read there.
+        board: actor that rank 0 posts step records to.
+    """
+
+    config: TrainConfig
+    seed: int
+    root: str
+    base_run_id: str
+    batches_run_id: str
+    board: Any
+
+
+def run_worker(loop_config: dict[str, Any]) -> None:
+    """Train to `num_steps` from the base model or from the run's last checkpoint."""
+    setup_logging()
+    job: WorkerJob = loop_config["job"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    if not job.config.resources.use_gpu:
+        torch.set_num_threads(max(1, int(job.config.resources.num_cpus_per_worker)))
+    state, batches, history = _build(job, world_size)
+    if history and rank == 0:
+        logger.info("resuming after step %d of %d", state.step, job.config.num_steps)
+        ray.get(job.board.post.remote([asdict(record) for record in history]), timeout=60)
+    per_step = job.config.batches_per_step
+    order = plan_order(
+        len(batches),
+        seed=job.seed,
+        start=state.step * per_step,
+        world_size=world_size,
+        rank=rank,
+    )
+    while state.step < job.config.num_steps:
+        indices = [index for _, index in itertools.islice(order, per_step // world_size)]
+        record = state.run_step(_load(batches, indices))
+        history.append(record)
+        if rank == 0:
+            job.board.post.remote([asdict(record)])
+        is_last = state.step == job.config.num_steps
+        if is_last or state.step % job.config.resources.checkpoint_every_steps == 0:
+            _report(state, history, rank, world_size)
+
+
+def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[StepRecord]]:
+    store = ArtifactStore(job.root)
+    hint = "it must be readable from every node"
+    base = store.require("base", job.base_run_id, hint=hint, verify=False)
+    prepared = store.require("prepare", job.batches_run_id, hint=hint, verify=False)
+    device = ray.train.torch.get_device()
+    torch.manual_seed(job.seed)
+    state = TrainState(
+        load_model(base.local_dir, dtype=torch.float32).to(device),
+        job.config,
+        build_exchange(job.config.exchange),
+        CollectiveTransport() if world_size > 1 else LocalTransport(),
+    )
+    history: list[StepRecord] = []
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as directory:
+            history = load_checkpoint(Path(directory), state, world_size)
+    return state, BatchSet(prepared.local_dir), history
+
+
+def _load(batches: BatchSet, indices: list[int]) -> list[MicroBatch]:
+    return [batches[index] for index in indices]
+
+
+def _report(state: TrainState, history: list[StepRecord], rank: int, world_size: int) -> None:
+    metrics = asdict(history[-1])
+    if rank != 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory(prefix="r1ray-checkpoint-") as directory:
+        save_checkpoint(Path(directory), state, history, world_size)
+        checkpoint = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report(metrics, checkpoint=checkpoint)
