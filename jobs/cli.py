@@ -4,19 +4,16 @@ Torch, Ray and the stages are imported only after the arguments are read, so `--
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from r1ray.config import PipelineConfig, load_config
 from r1ray.config.loader import describe_fields
 from r1ray.errors import R1RayError
-
-if TYPE_CHECKING:
-    from r1ray.pipeline import Pipeline
 
 __all__ = ["connected_to_ray", "run_job", "run_stage"]
 
@@ -61,8 +58,7 @@ def run_stage(stage: str, summary: str, argv: Sequence[str] | None = None) -> in
         with connected_to_ray():
             from r1ray.pipeline import Pipeline
 
-            pipeline: Pipeline = Pipeline(config, only=stage)
-            artifact = getattr(pipeline, stage)()
+            artifact = getattr(Pipeline(config, only=stage), stage)()
             print(f"{stage}: {artifact.location}")
 
     return run_job(stage, summary, body, argv)
@@ -87,7 +83,7 @@ def connected_to_ray() -> Iterator[None]:
             num_cpus=max(2, os.cpu_count() or 2),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.WARNING,
         )
     try:
         yield

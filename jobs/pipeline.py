@@ -13,7 +13,9 @@ def run_pipeline(config: PipelineConfig) -> None:
     """Run what has not finished yet; then serve, ask, shut down, and write the report."""
     with connected_to_ray():
         from r1ray.pipeline import Pipeline
+        from r1ray.serving.app import check_port_is_free
 
+        check_port_is_free(config.serve.host, config.serve.port)  # not after all the stages
         pipeline = Pipeline(config)
         pipeline.evaluate()
         started = time.monotonic()

@@ -1,11 +1,12 @@
 """Serve the INT8 model over HTTP until Ctrl-C; whatever is missing before it is made first."""
 
+import logging
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from jobs.cli import connected_to_ray, run_job
 from r1ray.config import PipelineConfig
@@ -22,8 +23,9 @@ def serving(pipeline: "Pipeline") -> Iterator[str]:
 
     config = pipeline.config.serve
     model_dir = pipeline.compress().local_dir
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with StageProgress("serve", "replicas ready", config.num_replicas) as progress:
-        start_server(model_dir, config)
+        start_server(str(model_dir), config)
         progress.update(config.num_replicas)
     try:
         yield f"http://{config.host}:{config.port}/v1"
@@ -43,7 +45,7 @@ def ask_heldout_question(pipeline: "Pipeline", url: str) -> None:
     print(f"\nquestion to {url} (model {config.serve.model_name}):\n{problem.question.strip()}\n")
     stream = client.chat.completions.create(
         model=config.serve.model_name,
-        messages=build_messages(problem, config.tasks.system_prompt),  # type: ignore[arg-type]
+        messages=cast(Any, build_messages(problem, config.tasks.system_prompt)),
         max_tokens=config.evaluate.max_new_tokens,
         temperature=0,
         stream=True,
@@ -57,7 +59,9 @@ def serve(config: PipelineConfig) -> None:
     """Keep the endpoint running until SIGINT or SIGTERM."""
     with connected_to_ray():
         from r1ray.pipeline import Pipeline
+        from r1ray.serving.app import check_port_is_free
 
+        check_port_is_free(config.serve.host, config.serve.port)  # not after all the stages
         with serving(Pipeline(config)) as url:
             name = config.serve.model_name
             print(f"serving {name} at {url}; stop with Ctrl-C. Try:\n")

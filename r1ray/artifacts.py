@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pyarrow import fs
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 _CHUNK_BYTES = 1 << 22
+_FIX = "remove the directory and run the stage again"
 _VERSIONED_PACKAGES = ("r1ray", "torch", "ray", "transformers", "pyarrow")
 
 
@@ -98,6 +99,10 @@ class Manifest:
                     "remove the directory and run the stage again"
                 )
             raw["outputs"] = tuple(OutputFile(**output) for output in raw["outputs"])
+            for output in raw["outputs"]:
+                parts = PurePosixPath(output.path).parts
+                if ".." in parts or "/" in parts or not parts:
+                    raise ValueError(f"output path {output.path!r} leaves the directory")
             return cls(**raw)
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(
@@ -174,9 +179,12 @@ class ArtifactStore:
             manifest = Manifest.from_json(
                 stream.read().decode("utf-8", "replace"), where=manifest_path
             )
-        local_dir = Path(directory) if self._is_local else self._download(directory, manifest)
-        if verify:
-            _verify(local_dir, manifest)
+        if self._is_local:
+            local_dir = Path(directory)
+            if verify:
+                _verify(local_dir, manifest)
+        else:
+            local_dir = self._download(directory, manifest, verify)
         return Artifact(manifest=manifest, location=directory, local_dir=local_dir)
 
     def require(self, stage: str, run_id: str, *, hint: str, verify: bool = True) -> Artifact:
@@ -227,6 +235,19 @@ class ArtifactStore:
         self._commit(work_dir, manifest, keep)
         return Artifact(manifest, self.directory(stage, run_id), work_dir)
 
+    def link(self, name: str, artifact: Artifact) -> None:
+        """Let `<root>/<name>` lead to `artifact`, where the root is a local directory.
+
+        Deployments need a path that stays when the run id changes.
+        """
+        if not self._is_local:
+            return
+        link = Path(self._root) / name
+        temporary = link.with_name(f"{name}.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(artifact.local_dir.relative_to(self._root), target_is_directory=True)
+        temporary.replace(link)
+
     def publish(self, directory: Path) -> None:
         """Put the files in the local `directory` beside the stages, each replaced as a whole."""
         self._fs.create_dir(self._root, recursive=True)
@@ -245,10 +266,7 @@ class ArtifactStore:
             if entry.name in keep:
                 continue
             logger.info("%s %s: removing unfinished %s", stage, run_id, entry.name)
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            _remove(entry)
         return directory
 
     def _commit(self, work_dir: Path, manifest: Manifest, keep: Sequence[str]) -> None:
@@ -268,51 +286,72 @@ class ArtifactStore:
             with self._fs.open_output_stream(f"{directory}/{MANIFEST_NAME}") as stream:
                 stream.write(manifest.to_json().encode())
         for name in keep:
-            shutil.rmtree(work_dir / name, ignore_errors=True)
+            _remove(work_dir / name)
 
-    def _download(self, directory: str, manifest: Manifest) -> Path:
+    def _download(self, directory: str, manifest: Manifest, verify: bool) -> Path:
         local_dir = Path(tempfile.gettempdir()) / "r1ray-artifacts" / manifest.digest[:24]
         local_dir.mkdir(parents=True, exist_ok=True)
         for output in manifest.outputs:
             target = local_dir / output.path
-            if target.exists() and target.stat().st_size == output.size_bytes:
+            if _mismatch(target, output, check_digest=verify) is None:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            fs.copy_files(
-                f"{directory}/{output.path}",
-                str(target),
-                source_filesystem=self._fs,
-                destination_filesystem=fs.LocalFileSystem(),
-            )
+            source = f"{directory}/{output.path}"
+            # Under a name of its own, so that another process never reads half a file.
+            fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+            try:
+                fs.copy_files(
+                    source,
+                    str(fresh),
+                    source_filesystem=self._fs,
+                    destination_filesystem=fs.LocalFileSystem(),
+                )
+            except OSError as error:
+                raise ArtifactError(f"{source}: cannot be fetched ({error})") from error
+            problem = _mismatch(fresh, output)
+            if problem is not None:
+                fresh.unlink(missing_ok=True)
+                raise ArtifactError(f"{source}: {problem}; {_FIX}")
+            fresh.replace(target)
         return local_dir
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _list_outputs(directory: Path, *, skip: Sequence[str]) -> tuple[OutputFile, ...]:
     outputs = []
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory)
-        if not path.is_file() or relative.parts[0] in skip or relative.name == MANIFEST_NAME:
+        is_manifest = relative.as_posix() == MANIFEST_NAME
+        if not path.is_file() or relative.parts[0] in skip or is_manifest:
             continue
         outputs.append(OutputFile(relative.as_posix(), path.stat().st_size, _sha256(path)))
     return tuple(outputs)
 
 
 def _verify(directory: Path, manifest: Manifest) -> None:
-    fix = "remove the directory and run the stage again"
     for output in manifest.outputs:
-        path = directory / output.path
-        if not path.is_file():
-            raise ArtifactError(f"{path}: missing, though the manifest lists it; {fix}")
-        size_bytes = path.stat().st_size
-        if size_bytes != output.size_bytes:
-            raise ArtifactError(
-                f"{path}: {size_bytes} bytes, the manifest says {output.size_bytes}; {fix}"
-            )
-        digest = _sha256(path)
-        if digest != output.sha256:
-            raise ArtifactError(
-                f"{path}: sha256 {digest[:12]}…, the manifest says {output.sha256[:12]}…; {fix}"
-            )
+        problem = _mismatch(directory / output.path, output)
+        if problem is not None:
+            raise ArtifactError(f"{directory / output.path}: {problem}; {_FIX}")
+
+
+def _mismatch(path: Path, output: OutputFile, *, check_digest: bool = True) -> str | None:
+    """How the file at `path` differs from what the manifest lists; None when it does not."""
+    if not path.is_file():
+        return "missing, though the manifest lists it"
+    size_bytes = path.stat().st_size
+    if size_bytes != output.size_bytes:
+        return f"{size_bytes} bytes, the manifest says {output.size_bytes}"
+    digest = _sha256(path) if check_digest else output.sha256
+    if digest != output.sha256:
+        return f"sha256 {digest[:12]}…, the manifest says {output.sha256[:12]}…"
+    return None
 
 
 def _sha256(path: Path) -> str:

@@ -103,7 +103,7 @@ class Pipeline:
         return self._stage("train", values, inputs, body, keep=(CHECKPOINTS_DIR,))
 
     def compress(self) -> Artifact:
-        """The INT8 model directory."""
+        """The INT8 model directory; `<root>/<run>/model` leads to it."""
         trained = self.train()
 
         def body(out_dir: Path) -> dict[str, Any]:
@@ -112,9 +112,11 @@ class Pipeline:
                 progress.update(1)
             return metrics
 
-        return self._stage(
+        exported = self._stage(
             "compress", identity(self.config.compress), {"train": trained.digest}, body
         )
+        self.store.link("model", exported)
+        return exported
 
     def evaluate(self) -> Artifact:
         """Accuracy, perplexity, size and latency of base, tuned and INT8."""

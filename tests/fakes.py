@@ -1,7 +1,7 @@
-"""Small stand-ins for real models: random decoders and a byte-level tokenizer, made in milliseconds.
+"""Small stand-ins for real models: random decoders and a byte-level tokenizer.
 
-The vocabulary of 300 is the 256 bytes, three control tokens and 41 merges, so that any text round-trips
-and that tokens end inside characters as well as inside words.
+The vocabulary of 300 is the 256 bytes, three control tokens and 41 merges, so that any text
+round-trips and that tokens end inside characters as well as inside words.
 """
 
 from pathlib import Path

@@ -4,6 +4,7 @@ Imports neither torch nor ray: `python -m jobs.<stage> --help` answers in well u
 """
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,16 @@ from r1ray.errors import ConfigError
 __all__ = ["describe_fields", "load_config", "parse_config"]
 
 _MAX_BYTES = 1 << 20
+# PyYAML's constructors let the last five out for tags whose value they cannot read.
+_YAML_ERRORS = (
+    yaml.YAMLError,
+    RecursionError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
@@ -45,10 +56,12 @@ def parse_config(
     """As `load_config`, from the YAML in `text`; `where` names it in errors."""
     try:
         tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"{where}: not valid YAML ({error})") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: expected sections such as `run:` and `train:`, found {tree!r}")
+        raise ConfigError(
+            f"{where}: expected sections such as `run:` and `train:`, found {_shorten(tree)}"
+        )
     for override in overrides:
         _apply_override(tree, override)
     try:
@@ -80,7 +93,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             )
     try:
         node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"override {override!r}: {value!r} is not valid YAML") from error
 
 
@@ -91,7 +104,7 @@ def _describe(item: Mapping[str, Any]) -> str:
     if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path}: required key is missing"
     if item["type"] in ("dataclass_type", "dataclass_exact_type"):
-        return f"{path}: expected a section with keys, got {item['input']!r}"
+        return f"{path}: expected a section with keys, got {_shorten(item['input'])}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{path}: {message}"
@@ -107,7 +120,7 @@ def _suggest(location: Sequence[Any]) -> str:
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # bounded also for nested YAML aliases
     return text if len(text) <= 80 else text[:77] + "..."
 
 

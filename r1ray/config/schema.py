@@ -82,6 +82,7 @@ class FileSourceConfig:
     """Rows with `messages`, or `prompt` and `completion`, in JSONL or Parquet files."""
 
     type: Literal["files"]
+    """Rows read from files."""
     paths: Annotated[list[str], Field(min_length=1)]
     """Files, directories or globs; .jsonl, .jsonl.gz and .parquet are read."""
 
@@ -91,6 +92,7 @@ class TaskSourceConfig:
     """R1-style traces written by program for the families of `tasks`."""
 
     type: Literal["tasks"]
+    """Rows written by program."""
     num_samples: Annotated[int, Field(ge=1, le=10_000_000)]
     """Training traces over all families together."""
 
@@ -139,6 +141,7 @@ class DenseExchangeConfig:
     """Uncompressed all-reduce of the summed gradients."""
 
     type: Literal["dense"]
+    """Every gradient element is sent."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format on the wire."""
 
@@ -178,7 +181,9 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Decoupled weight decay on matrices."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the mean gradient per step."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the mean squared gradient per step."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Global gradient norm that larger ones are scaled down to."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -70,6 +70,8 @@ def prepare_batches(
     Raises:
         ArtifactError: too large a share of the rows had to be quarantined, or none is left.
     """
+    # Ray Data announces every execution plan on the console; r1ray shows its own progress.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = _read_sources(config, tasks, heldout, out_dir)
     tokenize = functools.partial(
         _tokenize_table,

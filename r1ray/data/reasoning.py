@@ -114,7 +114,8 @@ def _draw(family: FamilyConfig, first_seed: int) -> Iterator[Problem]:
             dataset = reasoning_gym.create_dataset(
                 family.name, seed=seed, size=_BLOCK, **family.options
             )
-        except (TypeError, AssertionError, ValueError) as error:
+            dataset[0]  # some options are only found impossible here
+        except (TypeError, AssertionError, ValueError, LookupError) as error:
             raise ConfigError(
                 f"tasks.families: reasoning-gym refuses options {family.options} for "
                 f"{family.name}: {error}"

@@ -6,10 +6,13 @@ never stops the reading and is never dropped: it comes out with an `error` and g
 Price: one pass over each file, in tables of a few hundred rows.
 """
 
+import codecs
 import fnmatch
 import glob
 import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +119,7 @@ def read_file(path: str) -> Iterator[pa.Table]:
                     batch = []
             if batch:
                 yield rows_to_table(batch)
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise ArtifactError(f"{path}: cannot be read ({error})") from error
 
 
@@ -154,7 +157,7 @@ def _check_turn(index: int, turn: Any) -> dict[str, str]:
         raise RowError(f"turn {index} is {type(turn).__name__}, not an object")
     role, content = turn.get("role"), turn.get("content")
     if role not in _ROLES:
-        raise RowError(f"turn {index} has role {role!r}, not one of {', '.join(_ROLES)}")
+        raise RowError(f"turn {index} has role {role!r:.80}, not one of {', '.join(_ROLES)}")
     if not isinstance(content, str):
         raise RowError(f"turn {index} has content of type {type(content).__name__}, not a string")
     if not content.strip():
@@ -178,7 +181,10 @@ def _check_row(source: str, number: int, value: Any, error: str | None, excerpt:
 
 def _read_jsonl(path: str, stream: Any) -> Iterator[tuple[Any, str | None, str]]:
     """(value, error, excerpt) of each line; blank lines are errors too, so that counts agree."""
-    lines = gzip.GzipFile(fileobj=stream) if path.endswith(".gz") else stream
+    raw = gzip.GzipFile(fileobj=stream) if path.endswith(".gz") else stream
+    lines = io.BufferedReader(raw)  # pyarrow's own files cannot read a line of bounded length
+    if lines.peek(3).startswith(codecs.BOM_UTF8):
+        lines.read(3)
     while line := lines.readline(MAX_ROW_BYTES + 1):
         excerpt = line[: 4 * _EXCERPT_CHARS].decode("utf-8", "replace")
         if len(line) > MAX_ROW_BYTES:

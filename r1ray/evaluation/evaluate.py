@@ -45,7 +45,7 @@ def evaluate_models(
     problems: Sequence[Problem],
     system_prompt: str,
     out_dir: Path,
-    on_problem: Callable[[str, int], None] = lambda name, finished: None,
+    on_problem: Callable[[str, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Measure every model of `models` (name -> directory); writes figures and replies to `out_dir`.
 

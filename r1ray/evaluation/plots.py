@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
+from matplotlib import pyplot as plt
 
 __all__ = ["plot_accuracy", "plot_loss", "plot_size_latency"]
 
@@ -43,9 +43,7 @@ def plot_accuracy(results: Mapping[str, Any], path: Path) -> None:
             [100 * (share["high"] - share["value"]) for share in shares],
         ]
         places = [group + (index - (len(results) - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(
-            places, values, width, yerr=errors, capsize=2, label=name, color=_COLORS.get(name)
-        )
+        axes.bar(places, values, width, yerr=errors, capsize=2, label=name, color=_COLORS.get(name))
     axes.set_xticks(range(len(groups)), [group.replace("_", "\n") for group in groups])
     axes.set(title="Held-out problems solved", ylabel="%", ylim=(0, 105))
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""The benchmark record: rows of measured values with baseline, bar and verdict, and where they ran."""
+"""The benchmark record: measured values with baseline, bar and verdict, and where they ran."""
 
 import datetime
 import importlib.metadata
@@ -65,7 +65,9 @@ def render_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     lines = ["| id | value | baseline | bar | met |", "|---|---|---|---|---|"]
     for row in rows:
-        interval = "" if row.interval is None else f" [{row.interval[0]:.4g}, {row.interval[1]:.4g}]"
+        interval = (
+            "" if row.interval is None else f" [{row.interval[0]:.4g}, {row.interval[1]:.4g}]"
+        )
         baseline = "" if row.baseline is None else f"{row.baseline}: {row.baseline_value:.4g}"
         met = {None: "", True: "met", False: "**not met**"}[row.met]
         lines.append(

@@ -106,13 +106,9 @@ def _render(
     results: Mapping[str, Any],
     artifacts: Mapping[str, Artifact],
 ) -> str:
-    hardware, trained = record["hardware"], artifacts["train"].manifest.metrics
-    prepared = artifacts["prepare"].manifest.metrics
     parts = [
         f"# Run `{name}`",
-        f"{record['date']}, commit {record['commit']}, `{record['command']}`, on {hardware['cores']} "
-        f"cores of {hardware['cpu']} ({', '.join(hardware['flags']) or 'no vector flags'}), "
-        f"{hardware['memory_gib']} GiB, GPU: {hardware['gpu'] or 'none'}.",
+        _describe_machine(record),
         render_table(rows),
         "## Models",
         _model_table(results),
@@ -123,18 +119,40 @@ def _render(
         "![Held-out problems solved](accuracy.png)",
         "![Size and latency](size_latency.png)",
         "## Training",
-        f"{trained['steps']} steps over {trained['tokens']} tokens at {trained['tokens_per_s']:.0f} "
-        f"tokens/s, {100 * trained['exchange_wait_share']:.1f}% of the time spent waiting for the "
-        f"exchange; loss {trained['first_loss']:.3f} to {trained['final_loss']:.3f}. "
-        f"{prepared['num_samples']} samples in {prepared['num_batches']} batches, "
-        f"{100 * prepared['padding_share']:.1f}% padding, {prepared['num_quarantined']} quarantined.",
+        _describe_training(artifacts),
         "![Training loss](loss.png)",
         "## Where the time went",
-        "\n".join(f"- {stage}: {seconds:.0f} s" for stage, seconds in record["durations_s"].items()),
+        "\n".join(
+            f"- {stage}: {seconds:.0f} s" for stage, seconds in record["durations_s"].items()
+        ),
         "## What did not work",
         _failures(artifacts["evaluate"].local_dir / REPLIES_NAME, results),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _describe_machine(record: Mapping[str, Any]) -> str:
+    hardware = record["hardware"]
+    flags = ", ".join(hardware["flags"]) or "no vector flags"
+    return (
+        f"{record['date']}, commit {record['commit']}, `{record['command']}`, "
+        f"on {hardware['cores']} cores of {hardware['cpu']} ({flags}), "
+        f"{hardware['memory_gib']} GiB, GPU: {hardware['gpu'] or 'none'}."
+    )
+
+
+def _describe_training(artifacts: Mapping[str, Artifact]) -> str:
+    trained = artifacts["train"].manifest.metrics
+    prepared = artifacts["prepare"].manifest.metrics
+    rate, waited = trained["tokens_per_s"], 100 * trained["exchange_wait_share"]
+    return (
+        f"{trained['steps']} steps over {trained['tokens']} tokens at {rate:.0f} tokens/s, "
+        f"{waited:.1f}% of the time spent waiting for the exchange; "
+        f"loss {trained['first_loss']:.3f} to {trained['final_loss']:.3f}. "
+        f"{prepared['num_samples']} samples in {prepared['num_batches']} batches, "
+        f"{100 * prepared['padding_share']:.1f}% padding, "
+        f"{prepared['num_quarantined']} quarantined."
+    )
 
 
 def _model_table(results: Mapping[str, Any]) -> str:
@@ -180,5 +198,7 @@ def _failures(replies: Path, results: Mapping[str, Any]) -> str:
         for reply in wrong[family][:_EXAMPLES_PER_KIND]:
             shown = " ⏎ ".join(reply["reply"].splitlines())
             question = " ".join(reply["question"].split())[-160:]
-            parts.append(f"- …{question}\n  - replied: `{shown}`\n  - expected: `{reply['expected']}`")
+            parts.append(
+                f"- …{question}\n  - replied: `{shown}`\n  - expected: `{reply['expected']}`"
+            )
     return "\n\n".join(parts) if parts else "Every held-out problem was solved by the tuned model."

@@ -138,7 +138,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{index_path}: not a safetensors index ({error!r})") from error
         if any(Path(name).name != name for name in names):
             raise ArtifactError(f"{index_path}: shard names must be plain file names, got {names}")

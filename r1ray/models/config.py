@@ -116,7 +116,7 @@ class ModelConfig:
         path = Path(model_dir) / CONFIG_NAME
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{path}: no readable model configuration ({error})") from error
         try:
             return cls.from_hf(raw)
@@ -152,7 +152,7 @@ class ModelConfig:
             num_kv_heads=raw.get("num_key_value_heads") or num_heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
             max_positions=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope=_read_rope(raw),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2" or attention_bias,

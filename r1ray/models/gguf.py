@@ -57,7 +57,8 @@ def load_gguf_model(path: str | Path) -> Decoder:
                 f"{path}: rope frequency factors are not supported; use the original"
             )
         array = gguf.quants.dequantize(stored.data, stored.tensor_type)
-        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        # A copy: float32 tensors are views of the read-only file.
+        tensor = torch.from_numpy(np.array(array, dtype=np.float32))
         tensors[_translate(stored.name, where=path)] = _uninterleave(stored.name, tensor, config)
     with torch.device("meta"):
         model = Decoder(config)
@@ -83,11 +84,15 @@ def _open(path: str | Path) -> Any:
 
 
 def _read_config(reader: Any, names: set[str], *, where: str | Path) -> ModelConfig:
-    def read(key: str, default: Any = None) -> Any:
+    def read_optional(key: str) -> Any:
         field = reader.get_field(key)
-        if field is None and default is None:
+        return None if field is None else field.contents()
+
+    def read(key: str, default: Any = None) -> Any:
+        value = read_optional(key)
+        if value is None and default is None:
             raise ArtifactError(f"{where}: GGUF key {key} is missing")
-        return default if field is None else field.contents()
+        return default if value is None else value
 
     architecture = read("general.architecture")
     if architecture not in _FAMILIES:
@@ -116,8 +121,8 @@ def _read_config(reader: Any, names: set[str], *, where: str | Path) -> ModelCon
         mlp_bias="blk.0.ffn_up.bias" in names,
         qk_norm="blk.0.attn_q_norm.weight" in names,
         eos_token_ids=(read("tokenizer.ggml.eos_token_id"),),
-        bos_token_id=read("tokenizer.ggml.bos_token_id", 0),
-        pad_token_id=read("tokenizer.ggml.padding_token_id", 0),
+        bos_token_id=read_optional("tokenizer.ggml.bos_token_id"),
+        pad_token_id=read_optional("tokenizer.ggml.padding_token_id"),
     )
 
 

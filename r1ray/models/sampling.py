@@ -32,6 +32,8 @@ class SamplingParams:
             raise ShapeError(f"temperature {self.temperature} is not between 0 and 100")
         if not 0.0 < self.top_p <= 1.0:
             raise ShapeError(f"top_p {self.top_p} is not in (0, 1]")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ShapeError(f"seed {self.seed} does not fit 64 bits")
 
     def build_generator(self) -> torch.Generator | None:
         """The generator of one sequence; None when the process's own is to be used."""
@@ -61,6 +63,7 @@ def _sample_row(logits_V: Tensor, param: SamplingParams, generator: torch.Genera
         ordered_V, ids_V = probabilities_V.sort(descending=True)
         # A token is kept while the mass before it is below top_p, so at least one always is.
         keep_V = ordered_V.cumsum(0) - ordered_V < param.top_p
+        keep_V[0] = True  # also where top_p is zero in float32
         probabilities_V = torch.zeros_like(probabilities_V)
         probabilities_V[ids_V[keep_V]] = ordered_V[keep_V]
     return int(torch.multinomial(probabilities_V, 1, generator=generator))

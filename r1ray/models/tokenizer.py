@@ -48,7 +48,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; control tokens inside it are read as such, none are added."""
-        return list(self._inner.encode(text, add_special_tokens=False))
+        return list(self._inner.encode(text, add_special_tokens=False, verbose=False))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
         """(token ids, first character of each token) of `text`."""

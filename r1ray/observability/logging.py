@@ -10,8 +10,6 @@ def setup_logging(level: int = logging.INFO) -> None:
     """Log r1ray's events to stderr, one line each; other libraries from WARNING on. Idempotent."""
     root = logging.getLogger("r1ray")
     root.setLevel(level)
-    # Ray Data announces every execution plan; r1ray shows its own progress instead.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))

@@ -1,4 +1,4 @@
-"""Progress that a person can follow: a live bar on a terminal, a line now and then in a log file."""
+"""Progress that a person can follow: a live bar on a terminal, lines in a log file."""
 
 import time
 from types import TracebackType

@@ -1,0 +1,1 @@
+"""Numerical operators, each with a reference that it is tested against."""

@@ -28,7 +28,7 @@ def quantize_int8(w_OI: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         w_OI: float [out, in]; rows may be all zero.
     Returns:
-        (q_OI int8 in [-127, 127], scale_O float32 > 0).
+        (q_OI int8 in [-127, 127], scale_O float32 > 0; not finite where a row is not).
     Raises:
         ShapeError: w_OI is not 2-D.
     Source: Jacob et al. 2018, arXiv:1712.05877. -128 is unused, to keep symmetry.
@@ -36,8 +36,8 @@ def quantize_int8(w_OI: Tensor) -> tuple[Tensor, Tensor]:
     if w_OI.dim() != 2:
         raise ShapeError(f"quantize_int8 takes a matrix, got shape {tuple(w_OI.shape)}")
     wide = w_OI.float()
-    amax_O = wide.abs().amax(dim=1)
-    scale_O = torch.where(amax_O > 0, amax_O / 127.0, torch.ones_like(amax_O))
+    scale_O = wide.abs().amax(dim=1) / 127.0
+    scale_O = torch.where(scale_O == 0, torch.ones_like(scale_O), scale_O)  # NaN stays NaN
     q_OI = (wide / scale_O[:, None]).round().clamp(-127, 127).to(torch.int8)
     return q_OI, scale_O
 

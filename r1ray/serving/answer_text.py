@@ -1,7 +1,7 @@
 """The text of an answer while its tokens arrive: whole characters, cut before a stop string.
 
-A stop string may begin in one token and end in a later one. Text that may be the beginning of one is
-therefore held back, at most one character less than the longest stop string.
+A stop string may begin in one token and end in a later one. Text that may be the beginning of one
+is therefore held back, at most one character less than the longest stop string.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 
 from r1ray.errors import ServingError, ShapeError
@@ -30,6 +30,9 @@ class _Submission:
     request: GenerationRequest
     loop: asyncio.AbstractEventLoop
     inbox: asyncio.Queue[TokenEvent | ServingError] = field(default_factory=asyncio.Queue)
+
+
+_Delivery = tuple[_Submission, TokenEvent | ServingError]
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Engine:
         """Requests that hold a row, as of the latest step."""
         return len(self._running)
 
-    async def submit(self, request: GenerationRequest) -> AsyncIterator[list[TokenEvent]]:
+    async def submit(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent]]:
         """Stream the tokens of `request`, as many at a time as are there; the last has a reason.
 
         Closing the iterator, or cancelling the task that reads it, frees the request's row.
@@ -190,7 +193,7 @@ class Engine:
 
     def _deliver(self, items: Iterable[tuple[str, TokenEvent | ServingError]]) -> None:
         """Pass each item to its caller; an error or a finish reason ends the submission here."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Submission, object]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
         for request_id, item in items:
             submission = self._running[request_id]
             if isinstance(item, ServingError) or item.finish_reason is not None:
@@ -229,7 +232,7 @@ def _drain(
     return events, item
 
 
-def _put_all(pairs: list[tuple[_Submission, TokenEvent | ServingError]]) -> None:
+def _put_all(pairs: list[_Delivery]) -> None:
     for submission, item in pairs:
         submission.inbox.put_nowait(item)
 

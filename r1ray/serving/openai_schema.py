@@ -13,9 +13,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from r1ray.models.sampling import SamplingParams
+from r1ray.serving.request_rules import (
+    NEUTRAL_IN_MESSAGES,
+    NEUTRAL_VALUES,
+    check_neutral,
+    flatten_content,
+    list_stops,
+    single_prompt,
+)
 
 __all__ = [
-    "NEUTRAL_VALUES",
     "AnswerMessage",
     "ChatChoice",
     "ChatChunk",
@@ -33,91 +40,11 @@ __all__ = [
     "Usage",
 ]
 
-# Values that ask for nothing beyond what r1ray does; null is neutral for each of them too.
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0, 0.0),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "n": (1,),
-    "parallel_tool_calls": (False, True),
-    "prediction": (),
-    "presence_penalty": (0, 0.0),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "suffix": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": (),
-    "web_search_options": (),
-}
-# What a client adds when it sends an earlier answer back as a message.
-_NEUTRAL_IN_MESSAGES = (
-    "annotations",
-    "audio",
-    "function_call",
-    "name",
-    "reasoning_content",
-    "refusal",
-    "tool_calls",
-)
 # Divisors and masses below these are zero in float32 and leave nothing to sample from.
 _GREEDY_BELOW = 1e-4
 _MIN_TOP_P = 1e-6
-_MAX_STOPS = 4
-
 Reason = Literal["stop", "length"]
 _STRICT = ConfigDict(extra="forbid", strict=True)
-
-
-def _flatten_content(value: Any) -> Any:
-    """The text of a message's content: a string, or text parts that are joined as they are."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise PydanticCustomError("invalid_type", "must be a string or a list of text parts")
-    for part in value:
-        well_formed = isinstance(part, dict) and part.keys() == {"type", "text"}
-        if not well_formed or part["type"] != "text" or not isinstance(part["text"], str):
-            raise PydanticCustomError(
-                "invalid_value",
-                'only text parts are supported, each exactly {{"type": "text", "text": "..."}}',
-            )
-    return "".join(part["text"] for part in value)
-
-
-def _list_stops(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise PydanticCustomError("invalid_type", "must be a string or a list of strings")
-    if len(stops) > _MAX_STOPS:
-        raise PydanticCustomError("invalid_value", f"at most {_MAX_STOPS} stop strings are allowed")
-    if not all(stops):
-        raise PydanticCustomError("invalid_value", "a stop string must not be empty")
-    return stops
-
-
-def _single_prompt(value: Any) -> Any:
-    """A text or its token ids; also as the only element of a list, as OpenAI's batches have it."""
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
-            raise PydanticCustomError(
-                "unsupported_value", "one prompt a request is supported; send several requests"
-            )
-        value = value[0]
-    is_ids = isinstance(value, list) and all(type(item) is int for item in value)
-    if not isinstance(value, str) and not is_ids:
-        raise PydanticCustomError("invalid_type", "must be a string or a list of token ids")
-    if not value:
-        raise PydanticCustomError("invalid_value", "must not be empty")
-    return value
 
 
 class StreamOptions(BaseModel):
@@ -137,7 +64,7 @@ class RequestBase(BaseModel):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    stop: Annotated[list[str], BeforeValidator(_list_stops)] = []
+    stop: Annotated[list[str], BeforeValidator(list_stops)] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -155,7 +82,7 @@ class RequestBase(BaseModel):
         kept = {}
         for name, value in data.items():
             if name in NEUTRAL_VALUES and name not in cls.model_fields:
-                _check_neutral(name, value)
+                check_neutral(name, value)
             elif value is not None or name not in cls.model_fields:
                 kept[name] = value
         return kept
@@ -187,7 +114,7 @@ class ChatMessage(BaseModel):
     model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_flatten_content)]
+    content: Annotated[str, BeforeValidator(flatten_content)]
 
     @model_validator(mode="before")
     @classmethod
@@ -197,7 +124,7 @@ class ChatMessage(BaseModel):
         return {
             name: value
             for name, value in data.items()
-            if value is not None or name not in _NEUTRAL_IN_MESSAGES
+            if value is not None or name not in NEUTRAL_IN_MESSAGES
         }
 
 
@@ -223,7 +150,7 @@ class ChatRequest(RequestBase):
 class CompletionRequest(RequestBase):
     """POST /v1/completions."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_single_prompt)]
+    prompt: Annotated[str | list[int], BeforeValidator(single_prompt)]
 
 
 class Usage(BaseModel):
@@ -323,14 +250,3 @@ class Completion(BaseModel):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     object: Literal["text_completion"] = "text_completion"
-
-
-def _check_neutral(name: str, value: Any) -> None:
-    """Raise unless `value` asks for nothing; 1 and true are not the same value here."""
-    allowed = NEUTRAL_VALUES[name]
-    if value is None or any(type(value) is type(item) and value == item for item in allowed):
-        return
-    fix = f"leave {name} out" + (f" or send {allowed[0]!r}" if allowed else "")
-    raise PydanticCustomError(
-        "unsupported_value", f"{name} is not supported; {fix}", {"param": name}
-    )

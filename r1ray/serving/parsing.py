@@ -7,7 +7,8 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from r1ray.errors import ServingError
-from r1ray.serving.openai_schema import NEUTRAL_VALUES, RequestBase
+from r1ray.serving.openai_schema import RequestBase
+from r1ray.serving.request_rules import NEUTRAL_VALUES
 
 __all__ = ["error_body", "parse_request"]
 
@@ -27,7 +28,7 @@ def parse_request(body: bytes, schema: type[RequestT]) -> RequestT:
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, data, schema) from error
+        raise _explain(error, schema) from error
 
 
 def error_body(error: ServingError) -> dict[str, Any]:
@@ -62,9 +63,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _explain(
-    error: ValidationError, data: dict[str, Any], schema: type[RequestBase]
-) -> ServingError:
+def _explain(error: ValidationError, schema: type[RequestBase]) -> ServingError:
     """The first problem that pydantic found, in OpenAI's terms."""
     item = error.errors(include_url=False)[0]
     param = item.get("ctx", {}).get("param") or _dotted(item["loc"])

@@ -10,7 +10,7 @@
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ from r1ray.serving.parsing import error_body, parse_request
 
 __all__ = ["CompletionService", "Generate", "ServedModel"]
 
-Generate = Callable[[GenerationRequest], AsyncIterator[Sequence[TokenEvent]]]
+Generate = Callable[[GenerationRequest], AsyncGenerator[Sequence[TokenEvent]]]
 """Streams the tokens of a request; closing the iterator cancels it. Raises ServingError."""
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -165,7 +165,7 @@ class CompletionService:
     def _limit(
         self, num_prompt: int, requested: int | None, *, default: int | None, param: str
     ) -> int:
-        """New tokens that a request may have; a default gives way to the context, a wish does not."""
+        """New tokens a request may have; a default gives way to the context, a wish does not."""
         room = self._model.max_context_tokens - num_prompt
         if room < (requested or 1):
             raise ServingError(
@@ -189,7 +189,7 @@ class CompletionService:
         assert exchange.text.finish_reason is not None, "an answer ends with a reason"
         return exchange.format.whole(text, exchange.text.finish_reason, exchange.usage)
 
-    async def _pieces(self, exchange: _Exchange) -> AsyncIterator[str]:
+    async def _pieces(self, exchange: _Exchange) -> AsyncGenerator[str]:
         """The answer's text, piece by piece; pieces may be empty, and there is at least one."""
         generation = GenerationRequest(
             request_id=exchange.format.id,
@@ -206,7 +206,7 @@ class CompletionService:
         raise ServingError("the model's answer broke off", status=500, code="internal_error")
 
     async def _stream(
-        self, exchange: _Exchange, first: str, rest: AsyncIterator[str]
+        self, exchange: _Exchange, first: str, rest: AsyncGenerator[str]
     ) -> AsyncIterator[str]:
         include_usage = exchange.request.include_usage
         answer_format = exchange.format

@@ -4,6 +4,7 @@ Price: 12 bytes per parameter (weights and two Adam moments in float32).
 """
 
 import json
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,8 +40,11 @@ def load_checkpoint(directory: Path, state: TrainState, world_size: int) -> list
     state.model.load_state_dict(stored)
     try:
         values = torch.load(directory / STATE_NAME, weights_only=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ArtifactError(f"{directory / STATE_NAME}: cannot be read ({error})") from error
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ArtifactError(
+            f"{directory / STATE_NAME}: no readable training state ({type(error).__name__}); "
+            "remove the checkpoint"
+        ) from error
     state.load_state_dict(values, world_size_changed=values["world_size"] != world_size)
     return load_history(directory)
 

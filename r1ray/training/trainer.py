@@ -53,7 +53,7 @@ def train_model(
     prepared: Artifact,
     run_id: str,
     out_dir: Path,
-    on_step: Callable[[StepRecord], None] = lambda record: None,
+    on_step: Callable[[StepRecord], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Train, then write the model directory and `history.json` into `out_dir`; returns metrics.
 
@@ -91,6 +91,7 @@ def train_model(
                 f"training gave up after {resources.max_failures} restarts; the last failure was: "
                 f"{error}"
             ) from error
+    assert result.checkpoint is not None, "the last step reports a checkpoint"
     with result.checkpoint.as_directory() as directory:
         history = load_history(Path(directory))
         save_model(load_model(directory), out_dir)

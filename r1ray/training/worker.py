@@ -1,6 +1,6 @@
 """What one Ray Train worker does: load, resume, step, report, checkpoint.
 
-Rank 0 writes the checkpoints; `ray.train.report` is a barrier, so every rank calls it equally often.
+Rank 0 writes the checkpoints; `ray.train.report` is a barrier: every rank calls it equally often.
 """
 
 import itertools

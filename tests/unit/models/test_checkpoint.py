@@ -13,7 +13,7 @@ from r1ray.errors import ArtifactError
 from r1ray.models import ModelConfig, load_model, save_model
 from r1ray.models.checkpoint import QUANTIZATION_NAME, copy_tokenizer, quantize_modules
 from r1ray.models.config import Family
-from tests.fakes import tiny_model, write_tiny_model
+from tests.fakes import tiny_config, tiny_model, write_tiny_model
 from tests.unit.oracle import build_oracle, edit_config, random_ids, save_oracle
 
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
@@ -34,9 +34,7 @@ def test_a_saved_model_loads_in_transformers_with_equal_logits(
     input_ids = random_ids(2, 24)
     with torch.inference_mode():
         # float32 on both sides, sums in a different order.
-        torch.testing.assert_close(
-            model(input_ids), oracle(input_ids).logits, atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(model(input_ids), oracle(input_ids).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -245,11 +243,7 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
     max_leaves=4,
 )  # fmt: skip
-_KEYS = (
-    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads head_dim max_position_embeddings rope_parameters rope_scaling rope_theta "
-    "eos_token_id partial_rotary_factor original_max_position_embeddings rms_norm_eps"
-).split()
+_KEYS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "eos_token_id", "partial_rotary_factor", "original_max_position_embeddings", "rms_norm_eps"]
 
 
 @settings(
@@ -259,7 +253,7 @@ _KEYS = (
 def test_any_configuration_loads_or_is_an_artifact_error(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    raw = {**tiny_model().config.to_hf(), **changes}
+    raw = {**tiny_config().to_hf(), **changes}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     try:
         config = ModelConfig.load(tmp_path)

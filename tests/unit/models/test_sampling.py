@@ -23,7 +23,9 @@ def _assert_drawn_from(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_temperature_one_draws_from_the_softmax() -> None:
-    _assert_drawn_from(_frequencies(SamplingParams(temperature=1.0), PROBABILITIES.log()), PROBABILITIES)
+    _assert_drawn_from(
+        _frequencies(SamplingParams(temperature=1.0), PROBABILITIES.log()), PROBABILITIES
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

@@ -1,0 +1,1 @@
+"""From a float checkpoint to the served format."""

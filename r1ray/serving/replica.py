@@ -1,0 +1,111 @@
+"""The Serve deployment that runs the model: an `Engine` in an actor.
+
+Errors cross to the ingress as values (`Failure`), since exceptions would arrive wrapped by Ray.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import torch
+
+from r1ray.errors import ServingError
+from r1ray.models import load_model
+from r1ray.models.generation import BatchGenerator, GenerationRequest, TokenEvent
+from r1ray.observability.logging import setup_logging
+from r1ray.serving.engine import Engine
+
+__all__ = ["Failure", "ModelReplica", "build_engine"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A ServingError on its way between processes."""
+
+    message: str
+    status: int
+    code: str | None
+    param: str | None
+
+    @classmethod
+    def of(cls, error: ServingError) -> "Failure":
+        """The failure that `to_error` turns back into `error`."""
+        return cls(str(error), error.status, error.code, error.param)
+
+    def to_error(self) -> ServingError:
+        """The error to raise in the receiving process."""
+        return ServingError(self.message, status=self.status, code=self.code, param=self.param)
+
+
+def build_engine(
+    model_dir: str, *, max_concurrency: int, max_queued_requests: int, max_context_tokens: int
+) -> Engine:
+    """An engine over the model in `model_dir`, on the GPU that Ray gave this process, if any."""
+    model = load_model(model_dir)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return Engine(
+        lambda: BatchGenerator(
+            model, max_concurrency=max_concurrency, max_context_tokens=max_context_tokens
+        ),
+        max_concurrency=max_concurrency,
+        max_queued_requests=max_queued_requests,
+    )
+
+
+class ModelReplica:
+    """Streams tokens for the ingress; unhealthy as soon as its engine thread has died."""
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        max_concurrency: int,
+        max_queued_requests: int,
+        max_context_tokens: int,
+        num_threads: int,
+    ) -> None:
+        setup_logging()
+        torch.set_num_threads(num_threads)
+        self._engine = build_engine(
+            model_dir,
+            max_concurrency=max_concurrency,
+            max_queued_requests=max_queued_requests,
+            max_context_tokens=max_context_tokens,
+        )
+        logger.info("%s is loaded; %d torch threads", model_dir, num_threads)
+
+    async def generate(
+        self, request: GenerationRequest
+    ) -> AsyncIterator[Sequence[TokenEvent] | Failure]:
+        """The tokens of `request` as they come; a Failure is the last item.
+
+        Cancelling the call, which Serve does when the client is gone, frees the request's row.
+        """
+        try:
+            async with aclosing(self._engine.submit(request)) as batches:
+                async for events in batches:
+                    yield events
+        except ServingError as error:
+            yield Failure.of(error)
+
+    async def ping(self) -> tuple[int, int]:
+        """(requests open, requests that hold a row).
+
+        Raises:
+            RuntimeError: the engine thread has died.
+        """
+        self.check_health()
+        return self._engine.num_open, self._engine.num_running
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces the replica when this raises."""
+        if not self._engine.is_alive:
+            raise RuntimeError("the engine thread has died")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):  # absent when loading failed
+            self._engine.close()

@@ -1,0 +1,109 @@
+"""Rules for request fields that types and bounds alone do not state.
+
+Each raises `PydanticCustomError` with one of OpenAI's codes as its type, which `parsing` turns into
+an error body.
+"""
+
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+__all__ = [
+    "NEUTRAL_IN_MESSAGES",
+    "NEUTRAL_VALUES",
+    "check_neutral",
+    "flatten_content",
+    "list_stops",
+    "single_prompt",
+]
+
+# Values that ask for nothing beyond what r1ray does; null is neutral for each of them too.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0, 0.0),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (False, True),
+    "prediction": (),
+    "presence_penalty": (0, 0.0),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "suffix": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+# What a client adds when it sends an earlier answer back as a message.
+NEUTRAL_IN_MESSAGES = (
+    "annotations",
+    "audio",
+    "function_call",
+    "name",
+    "reasoning_content",
+    "refusal",
+    "tool_calls",
+)
+_MAX_STOPS = 4
+
+
+def flatten_content(value: Any) -> Any:
+    """The text of a message's content: a string, or text parts that are joined as they are."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError("invalid_type", "must be a string or a list of text parts")
+    for part in value:
+        well_formed = isinstance(part, dict) and part.keys() == {"type", "text"}
+        if not well_formed or part["type"] != "text" or not isinstance(part["text"], str):
+            raise PydanticCustomError(
+                "invalid_value",
+                'only text parts are supported, each exactly {{"type": "text", "text": "..."}}',
+            )
+    return "".join(part["text"] for part in value)
+
+
+def list_stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("invalid_type", "must be a string or a list of strings")
+    if len(stops) > _MAX_STOPS:
+        raise PydanticCustomError("invalid_value", f"at most {_MAX_STOPS} stop strings are allowed")
+    if not all(stops):
+        raise PydanticCustomError("invalid_value", "a stop string must not be empty")
+    return stops
+
+
+def single_prompt(value: Any) -> Any:
+    """A text or its token ids; also as the only element of a list, as OpenAI's batches have it."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > 1:
+            raise PydanticCustomError(
+                "unsupported_value", "one prompt a request is supported; send several requests"
+            )
+        value = value[0]
+    is_ids = isinstance(value, list) and all(type(item) is int for item in value)
+    if not isinstance(value, str) and not is_ids:
+        raise PydanticCustomError("invalid_type", "must be a string or a list of token ids")
+    if not value:
+        raise PydanticCustomError("invalid_value", "must not be empty")
+    return value
+
+
+def check_neutral(name: str, value: Any) -> None:
+    """Raise unless `value` asks for nothing; 1 and true are not the same value here."""
+    allowed = NEUTRAL_VALUES[name]
+    if value is None or any(type(value) is type(item) and value == item for item in allowed):
+        return
+    fix = f"leave {name} out" + (f" or send {allowed[0]!r}" if allowed else "")
+    raise PydanticCustomError(
+        "unsupported_value", f"{name} is not supported; {fix}", {"param": name}
+    )

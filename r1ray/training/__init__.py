@@ -1,0 +1,1 @@
+"""Fine-tuning on Ray Train through the exchange interface."""

@@ -1,0 +1,280 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1ray.config import PipelineConfig, load_config
+from r1ray.config.loader import describe_fields, parse_config
+from r1ray.config.schema import DenseExchangeConfig, FileSourceConfig, TaskSourceConfig, identity
+from r1ray.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[3] / "jobs" / "configs").glob("*.yaml"))
+MINIMAL: dict[str, Any] = {
+    "run": {"name": "x"},
+    "base": {"source": "model"},
+    "tasks": {"families": [{"name": "gcd"}], "system_prompt": "Think."},
+    "prepare": {
+        "sources": [{"type": "tasks", "num_samples": 10}],
+        "max_tokens": 64,
+        "batch_tokens": 128,
+    },
+    "train": {"num_steps": 20},
+    "compress": {},
+    "evaluate": {},
+    "serve": {"model_name": "x"},
+}
+TEXT = yaml.safe_dump(MINIMAL)
+
+
+def _parse(*overrides: str) -> PipelineConfig:
+    return parse_config(TEXT, overrides)
+
+
+def _refuse(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        _parse(*overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    assert load_config(path).run.name == path.stem
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert "demo.yaml" in [path.name for path in CONFIGS]
+
+
+def test_all_mistakes_are_reported_at_once_with_paths_and_suggestions() -> None:
+    message = _refuse(
+        "train.learning_rat=1e-3",
+        "train.learning_rate=7",
+        "run.seed=-1",
+        "serve.port=123456",
+        "prepare.max_tokens=many",
+        "evaluat.num_problems=3",
+    )
+    assert "6 problem(s)" in message
+    for line in (
+        "train.learning_rat: unknown key; did you mean train.learning_rate?",
+        "train.learning_rate: Input should be less than or equal to 1, got 7",
+        "run.seed: Input should be greater than or equal to 0, got -1",
+        "serve.port: Input should be less than or equal to 65535, got 123456",
+        "prepare.max_tokens: Input should be a valid integer",
+        "evaluat: unknown key; did you mean evaluate?",
+    ):
+        assert line in message
+
+
+def test_a_missing_key_and_a_value_in_place_of_a_section_are_named() -> None:
+    tree = {**MINIMAL, "run": {}, "train": 3}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(yaml.safe_dump(tree), where="my.yaml")
+    message = str(caught.value)
+    assert "my.yaml: 2 problem(s)" in message
+    assert "run.name: required key is missing" in message
+    assert "train: expected a section with keys, got 3" in message
+
+
+def test_exponents_without_a_point_are_numbers() -> None:
+    """PyYAML reads `1e-4` as a string."""
+    assert yaml.safe_load("1e-4") == "1e-4"
+    assert _parse("train.learning_rate=1e-4").train.learning_rate == 1e-4
+    text = TEXT.replace("num_steps: 20", "num_steps: 20\n  learning_rate: 1e-4")
+    assert parse_config(text).train.learning_rate == 1e-4
+
+
+def test_overrides_apply_in_order_and_take_any_yaml_value() -> None:
+    config = _parse(
+        "train.num_steps=30",
+        "train.num_steps=40",
+        "train.resources.num_workers=2",
+        "prepare.sources=[{type: files, paths: [a.jsonl]}]",
+        "run.name=other",
+    )
+    assert config.train.num_steps == 40
+    assert config.train.resources.num_workers == 2
+    assert config.prepare.sources == [FileSourceConfig(type="files", paths=["a.jsonl"])]
+    assert config.run.name == "other"
+
+
+def test_an_override_may_contain_an_equals_sign() -> None:
+    assert _parse("base.source=s3://bucket/a=b").base.source == "s3://bucket/a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("train.num_steps", "not of the form section.key=value"),
+        ("=3", "not of the form"),
+        ("train.num_steps.deeper=3", "train.num_steps is not a section"),
+        ("tasks.families.0.name=gcd", "tasks.families is not a section"),
+        ("train.num_steps=[", "is not valid YAML"),
+        ("train.num_steps=!!timestamp x", "is not valid YAML"),
+        ("train..num_steps=3", "train.: unknown key"),
+    ],
+)
+def test_wrong_overrides_are_named(override: str, complaint: str) -> None:
+    message = _refuse(override)
+    assert complaint in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (
+            ["prepare.max_tokens=256"],
+            "prepare: batch_tokens (128) is below max_tokens (256); raise batch_tokens",
+        ),
+        (
+            ["train.resources.num_workers=3"],
+            "train: batches_per_step (2) is not a multiple of resources.num_workers (3)",
+        ),
+        (
+            ["train.warmup_steps=20"],
+            "train: warmup_steps (20) is not below num_steps (20); lower warmup_steps",
+        ),
+    ],
+)
+def test_rules_across_fields_name_both_values(overrides: list[str], complaint: str) -> None:
+    assert complaint in _refuse(*overrides)
+
+
+def test_variants_are_told_apart_by_type() -> None:
+    assert _parse().prepare.sources == [TaskSourceConfig(type="tasks", num_samples=10)]
+    assert _parse("train.exchange={type: dense, dtype: bf16}").train.exchange == (
+        DenseExchangeConfig(type="dense", dtype="bf16")
+    )
+    message = _refuse("prepare.sources=[{type: tape}]")
+    assert "prepare.sources.0" in message
+    assert "'files', 'tasks'" in message
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "x" * 65])
+def test_a_run_name_is_one_plain_directory_name(name: str) -> None:
+    assert "run.name" in _refuse(f"run.name={name!r}")
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        _parse().run.seed = 3  # type: ignore[misc]
+
+
+def test_identity_ignores_where_a_stage_runs() -> None:
+    first = _parse("train.batches_per_step=4")
+    second = _parse("train.batches_per_step=4", "train.resources.num_workers=4")
+    third = _parse("train.batches_per_step=8")
+    assert identity(first.train) == identity(second.train)
+    assert identity(first.train) != identity(third.train)
+    assert identity(first.prepare) == identity(
+        _parse("prepare.resources.num_cpus_per_task=2").prepare
+    )
+    assert set(identity(first.base, first.compress)) == {"BaseConfig", "CompressConfig"}
+
+
+def test_every_key_is_described() -> None:
+    lines = [line.split(None, 1) for line in describe_fields().splitlines()]
+    assert [line[0] for line in lines if len(line) == 1] == []
+    described = dict(lines)
+    assert "peak learning rate" in described["train.learning_rate"].lower()
+    assert "train.resources.num_workers" in described
+    assert "prepare.sources.paths" in described
+
+
+@pytest.mark.parametrize("text", ["", "3", "[]", "null", "a", "- run", "run: [", "\x00", "&a [*a]"])
+def test_text_that_is_no_configuration_is_a_config_error(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_config(text)
+
+
+@pytest.mark.parametrize(
+    "value", ["!!timestamp x", "!!bool x", "!!int ''", "!!float x", "!!binary ä", "2001-99-99",
+              "{[1]: 2}", "{{a: 1}: 2}", "!!python/object/apply:os.system [ls]", "? ", "0x",
+              "!!set {a, b}", "!!omap [1]", "!!pairs [1]"],
+)  # fmt: skip
+def test_values_that_yaml_cannot_build_are_config_errors(value: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_config(TEXT + f"extra: {value}\n")
+
+
+@pytest.mark.parametrize("place", ["run:\n  name: *l9", "run: *l9", "extra: *l9", "- *l9"])
+def test_nested_aliases_do_not_blow_up_the_message(place: str) -> None:
+    lines = ["l0: &l0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    for level in range(1, 10):
+        lines.append(f"l{level}: &l{level} [{', '.join([f'*l{level - 1}'] * 10)}]")
+    if place.startswith("-"):
+        place = "all: *l9"
+    with pytest.raises(ConfigError) as caught:
+        parse_config("\n".join([*lines, place]))
+    assert len(str(caught.value)) < 10_000
+
+
+def test_nesting_too_deep_is_a_config_error() -> None:
+    with pytest.raises(ConfigError):
+        parse_config("[" * 100_000)
+
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10)
+_TREES = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_SCALARS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=80))
+def test_any_text_is_a_configuration_or_a_config_error(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_config(text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(section=st.sampled_from(sorted(MINIMAL)), tree=_TREES)
+def test_any_section_is_accepted_or_a_config_error(section: str, tree: Any) -> None:
+    text = yaml.safe_dump({**MINIMAL, section: tree}, allow_unicode=True)
+    try:
+        config = parse_config(text)
+    except ConfigError:
+        return
+    assert isinstance(config, PipelineConfig)
+
+
+@settings(max_examples=150, deadline=None)
+@given(key=st.text(max_size=12), value=st.text(max_size=20))
+def test_any_override_is_applied_or_a_config_error(key: str, value: str) -> None:
+    try:
+        parse_config(TEXT, [f"{key}={value}", f"train.{key}={value}"])
+    except ConfigError:
+        return
+
+
+def test_an_unreadable_or_oversized_file_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="absent.yaml: cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("run: ä".encode("latin-1"))
+    with pytest.raises(ConfigError, match="latin.yaml: cannot be read"):
+        load_config(tmp_path / "latin.yaml")
+    (tmp_path / "large.yaml").write_text("#" * (1 << 20) + "\n")
+    with pytest.raises(ConfigError, match="larger than"):
+        load_config(tmp_path / "large.yaml")
+
+
+def test_reading_a_configuration_imports_neither_torch_nor_ray() -> None:
+    program = (
+        "import sys; from r1ray.config import load_config; import r1ray.artifacts;"
+        f"load_config({str(CONFIGS[0])!r});"
+        "sys.exit(','.join({'torch', 'ray', 'transformers'} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1ray.errors import ArtifactError
+from r1ray.models import load_model, save_model
+from r1ray.models.base import count_parameters, import_base, resolve_source
+from r1ray.models.checkpoint import quantize_modules
+from r1ray.models.tokenizer import Tokenizer
+from tests.fakes import tiny_model, write_tiny_model
+from tests.unit.oracle import random_ids
+
+
+def test_a_directory_is_imported_with_its_tokenizer_in_float32(tmp_path: Path) -> None:
+    source, target = write_tiny_model(tmp_path / "source"), tmp_path / "target"
+    save_model(tiny_model().bfloat16(), source)
+    target.mkdir()
+    metrics = import_base(resolve_source(str(source)), target)
+    original, imported = load_model(source, dtype=torch.float32), load_model(target)
+    input_ids = random_ids(1, 12)
+    with torch.inference_mode():
+        assert torch.equal(imported(input_ids), original(input_ids))
+    assert {parameter.dtype for parameter in imported.parameters()} == {torch.float32}
+    assert metrics == {"parameters": count_parameters(imported), "source": "source"}
+    assert Tokenizer(target).encode("the") == Tokenizer(source).encode("the")
+
+
+def test_tied_parameters_count_once() -> None:
+    tied, untied = tiny_model(tie_embeddings=True), tiny_model()
+    assert count_parameters(untied) - count_parameters(tied) == 300 * 32
+
+
+def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    quantize_modules(model)
+    save_model(model, tmp_path)
+    with pytest.raises(ArtifactError, match="training starts from a float model"):
+        import_base(tmp_path, tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("/no/such/place", "no such file or directory"),
+        ("package:no_such_package_at_all", "no Python package 'no_such_package_at_all'"),
+        ("package:", "no Python package ''"),
+        ("package:../x", "no Python package"),
+        ("package:json", r"0 \.gguf files"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named(source: str, complaint: str) -> None:
+    with pytest.raises(ArtifactError, match=complaint) as caught:
+        resolve_source(source)
+    assert repr(source) in str(caught.value)

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1ray.errors import ArtifactError
+from r1ray.models import save_model
+from r1ray.models.tokenizer import StreamDecoder, Tokenizer
+from tests.fakes import EOS_ID, VOCAB_SIZE, tiny_model, write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=_TEXT)
+def test_any_text_survives_encoding_and_decoding(text: str, tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=_TEXT)
+def test_streamed_pieces_join_to_the_decoded_text(text: str, tokenizer: Tokenizer) -> None:
+    ids, stream = tokenizer.encode(text), StreamDecoder(tokenizer)
+    pieces = [stream.push(token_id) for token_id in ids]
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces) or (
+        "\N{REPLACEMENT CHARACTER}" in text
+    )
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
+def test_streaming_any_tokens_loses_and_repeats_nothing(
+    ids: list[int], tokenizer: Tokenizer
+) -> None:
+    """Also for bytes that are no UTF-8: what differs is only how broken bytes are shown."""
+    stream = StreamDecoder(tokenizer)
+    streamed = "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
+    shown = tokenizer.decode(ids)
+    assert streamed.replace("\ufffd", "") == shown.replace("\ufffd", "")
+
+
+def test_incomplete_characters_are_held_back_and_finished_as_replacement(
+    tokenizer: Tokenizer,
+) -> None:
+    ids = tokenizer.encode("a€")
+    assert len(ids) == 4  # three bytes of the euro sign
+    stream = StreamDecoder(tokenizer)
+    assert [stream.push(token_id) for token_id in ids] == ["a", "", "", "€"]
+    cut = StreamDecoder(tokenizer)
+    assert [cut.push(token_id) for token_id in ids[:3]] == ["a", "", ""]
+    assert "\N{REPLACEMENT CHARACTER}" in cut.finish()
+
+
+def test_offsets_give_each_tokens_first_character(tokenizer: Tokenizer) -> None:
+    text = "the sum, the other"
+    ids, starts = tokenizer.encode_with_offsets(text)
+    assert ids == tokenizer.encode(text)
+    pieces = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+    assert [tokenizer.decode([token_id]) for token_id in ids] == pieces
+
+
+def test_control_tokens_are_read_but_not_decoded(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("<|im_end|>") == [EOS_ID]
+    assert tokenizer.eos_token_id == EOS_ID
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.decode([*tokenizer.encode("hello"), EOS_ID]) == "hello"
+    assert tokenizer.vocab_size == VOCAB_SIZE
+
+
+def test_the_chat_template_is_applied(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.render_chat(messages, add_generation_prompt=True) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_directory_without_a_tokenizer_or_template_is_named(tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path / "bare")
+    with pytest.raises(ArtifactError, match="bare: no usable tokenizer"):
+        Tokenizer(tmp_path / "bare")
+    path = write_tiny_model(tmp_path / "plain")
+    (path / "chat_template.jinja").unlink()
+    with pytest.raises(ArtifactError, match="no chat template"):
+        Tokenizer(path)
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "damaged")
+    (path / "tokenizer.json").write_text("{")
+    with pytest.raises(ArtifactError, match="damaged: no usable tokenizer"):
+        Tokenizer(path)

@@ -1,0 +1,257 @@
+"""The engine with a tiny decoder: concurrency, cancelling, limits and failures, without Ray."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+import pytest
+
+from r1ray.errors import ServingError
+from r1ray.models.generation import (
+    BatchGenerator,
+    GenerationRequest,
+    TokenEvent,
+    generate_batch,
+)
+from r1ray.models.sampling import SamplingParams
+from r1ray.serving.engine import Engine
+from tests.fakes import tiny_model
+
+MODEL = tiny_model()
+
+
+class ControlledGenerator(BatchGenerator):
+    """A generator whose steps wait for a gate, and fail when told to."""
+
+    def __init__(self) -> None:
+        super().__init__(MODEL, max_concurrency=2, max_context_tokens=128)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fails = False
+
+    def step(self) -> list[TokenEvent]:
+        assert self.gate.wait(timeout=20)
+        if self.fails:
+            raise RuntimeError("made to fail")
+        return super().step()
+
+
+@contextmanager
+def engine_with(
+    built: list[ControlledGenerator] | None = None, *, max_queued_requests: int = 8
+) -> Iterator[Engine]:
+    built = [] if built is None else built
+
+    def build() -> ControlledGenerator:
+        built.append(ControlledGenerator())
+        return built[-1]
+
+    engine = Engine(build, max_concurrency=2, max_queued_requests=max_queued_requests)
+    try:
+        yield engine
+    finally:
+        built[-1].gate.set()
+        engine.close()
+
+
+def request(name: str, *, max_new_tokens: int = 12, **sampling: Any) -> GenerationRequest:
+    prompt_ids = [5 + byte % 250 for byte in name.encode()]
+    return GenerationRequest(
+        name, prompt_ids, max_new_tokens, frozenset(), SamplingParams(**sampling)
+    )
+
+
+async def read(engine: Engine, item: GenerationRequest) -> list[int]:
+    async with aclosing(engine.submit(item)) as batches:
+        events = [event async for batch in batches for event in batch]
+    assert events[-1].finish_reason == "length"
+    return [event.token_id for event in events if event.token_id is not None]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in 10 s"
+        await asyncio.sleep(0.005)
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(main, timeout=30))
+
+
+def test_concurrent_requests_get_the_tokens_they_get_alone() -> None:
+    items = [request("x" * (1 + 7 * index), max_new_tokens=5 + index) for index in range(6)]
+
+    async def main() -> None:
+        with engine_with() as engine:
+            together = await asyncio.gather(*(read(engine, item) for item in items))
+        for item, tokens in zip(items, together, strict=True):
+            [alone] = generate_batch(
+                MODEL,
+                [item.prompt_ids],
+                max_new_tokens=item.max_new_tokens,
+                stop_token_ids=frozenset(),
+                max_concurrency=1,
+            )
+            assert tokens == alone
+
+    run(main())
+
+
+def test_seed_reproduces_a_sample_whatever_runs_beside_it() -> None:
+    async def main() -> None:
+        with engine_with() as engine:
+            alone = await read(engine, request("a", temperature=1.0, seed=7))
+            beside, _ = await asyncio.gather(
+                read(engine, request("a", temperature=1.0, seed=7)),
+                read(engine, request("b", temperature=1.0)),
+            )
+            other = await read(engine, request("a", temperature=1.0, seed=8))
+        assert alone == beside != other
+
+    run(main())
+
+
+def test_a_slow_reader_gets_all_tokens_at_once() -> None:
+    async def main() -> None:
+        with engine_with() as engine:
+            batches = engine.submit(request("slow", max_new_tokens=6))
+            num_first = len(await anext(batches))
+            await until(lambda: engine.num_running == 0)
+            await asyncio.sleep(0)
+            assert len(await anext(batches)) == 6 - num_first
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["close the iterator", "cancel the task"])
+def test_leaving_a_stream_frees_its_row(how: str) -> None:
+    async def main() -> None:
+        with engine_with() as engine:
+            if how == "close the iterator":
+                batches = engine.submit(request("left", max_new_tokens=100))
+                await anext(batches)
+                await batches.aclose()
+            else:
+                task = asyncio.create_task(read(engine, request("left", max_new_tokens=100)))
+                await until(lambda: engine.num_running == 1)
+                task.cancel()
+            await until(lambda: engine.num_running == 0 and engine.num_open == 0)
+            assert len(await read(engine, request("next"))) == 12
+
+    run(main())
+
+
+def test_cancelled_while_waiting_never_runs() -> None:
+    built: list[ControlledGenerator] = []
+
+    async def main() -> None:
+        with engine_with(built) as engine:
+            built[0].gate.clear()
+            running = [asyncio.create_task(read(engine, request(name))) for name in "ab"]
+            waiting = asyncio.create_task(read(engine, request("w", max_new_tokens=100)))
+            await until(lambda: engine.num_open == 3)
+            waiting.cancel()
+            await until(lambda: engine.num_open == 2)
+            built[0].gate.set()
+            await asyncio.gather(*running)
+            assert engine.num_running == 0
+
+    run(main())
+
+
+def test_full_queue_is_refused_with_429_and_accepts_again() -> None:
+    built: list[ControlledGenerator] = []
+
+    async def main() -> None:
+        with engine_with(built, max_queued_requests=1) as engine:
+            built[0].gate.clear()
+            accepted = [asyncio.create_task(read(engine, request(name))) for name in "abc"]
+            await until(lambda: engine.num_open == 3)
+            with pytest.raises(ServingError, match="2 requests are running and 1") as caught:
+                await read(engine, request("d"))
+            assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+            built[0].gate.set()
+            await asyncio.gather(*accepted)
+            assert len(await read(engine, request("d"))) == 12
+
+    run(main())
+
+
+def test_failed_step_fails_the_running_requests_and_no_others() -> None:
+    built: list[ControlledGenerator] = []
+
+    async def main() -> None:
+        with engine_with(built) as engine:
+            built[0].gate.clear()
+            running = [asyncio.create_task(read(engine, request(name))) for name in "ab"]
+            await until(lambda: engine.num_open == 2)
+            waiting = asyncio.create_task(read(engine, request("w")))
+            await until(lambda: engine.num_open == 3)
+            built[0].fails = True
+            built[0].gate.set()
+            errors = await asyncio.gather(*running, return_exceptions=True)
+            assert [getattr(error, "status", None) for error in errors] == [500, 500]
+            expected = await read(engine, request("w2", max_new_tokens=3))
+            assert len(expected) == 3
+            assert len(await waiting) == 12
+            assert len(built) == 2
+            assert engine.is_alive
+
+    run(main())
+
+
+def test_request_that_does_not_fit_fails_alone() -> None:
+    async def main() -> None:
+        with engine_with() as engine:
+            with pytest.raises(ServingError, match="exceed the context of 128") as caught:
+                await read(engine, request("long", max_new_tokens=500))
+            assert caught.value.status == 400
+            assert len(await read(engine, request("short"))) == 12
+
+    run(main())
+
+
+def test_close_fails_open_requests_and_refuses_new_ones() -> None:
+    async def main() -> None:
+        with engine_with() as engine:
+            batches: AsyncIterator[list[TokenEvent]] = engine.submit(
+                request("open", max_new_tokens=120)
+            )
+            await anext(batches)
+            engine.close()
+            engine.close()
+            assert not engine.is_alive
+            with pytest.raises(ServingError, match="shut down") as caught:
+                async for _ in batches:
+                    pass
+            assert caught.value.status == 503
+            with pytest.raises(ServingError, match="shut down"):
+                await read(engine, request("late"))
+
+    run(main())
+
+
+def test_dead_thread_is_seen_and_answers_503() -> None:
+    built: list[ControlledGenerator] = []
+
+    async def main() -> None:
+        def build() -> ControlledGenerator:
+            if built:
+                raise MemoryError("no room for another cache")
+            built.append(ControlledGenerator())
+            built[0].fails = True
+            return built[0]
+
+        engine = Engine(build, max_concurrency=2, max_queued_requests=1)
+        with pytest.raises(ServingError):
+            await read(engine, request("a"))
+        await until(lambda: not engine.is_alive)
+        with pytest.raises(ServingError, match="shut down") as caught:
+            await read(engine, request("b"))
+        assert caught.value.status == 503
+
+    run(main())

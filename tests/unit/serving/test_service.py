@@ -1,0 +1,225 @@
+"""Answers and streams from scripted token events, without a model or a server."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+from r1ray.errors import ServingError
+from r1ray.models.generation import GenerationRequest, TokenEvent
+from r1ray.models.tokenizer import Tokenizer
+from r1ray.serving.service import CompletionService, ServedModel
+from tests.fakes import EOS_ID, VOCAB_SIZE, write_tiny_model
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+class ScriptedModel:
+    """Says `text`, then ends, or raises `error`; remembers what it was asked and if it was left."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str, error: ServingError | None = None) -> None:
+        self.ids = tokenizer.encode(text)
+        self.error = error
+        self.requests: list[GenerationRequest] = []
+        self.num_left_early = 0
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[TokenEvent]]:
+        self.requests.append(request)
+        finished = False
+        try:
+            for token in self.ids:
+                yield [TokenEvent(request.request_id, token, None)]
+            if self.error is not None:
+                raise self.error
+            finished = True
+            yield [TokenEvent(request.request_id, None, "stop")]
+        finally:
+            self.num_left_early += not finished
+
+
+def service_over(tokenizer: Tokenizer, model: ScriptedModel) -> CompletionService:
+    served = ServedModel("tiny", tokenizer, frozenset({EOS_ID}), CONTEXT, VOCAB_SIZE, created=1)
+    return CompletionService(served, model.generate)
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"model": "tiny"} | fields).encode()
+
+
+def chat_body(content: str = "hi", **fields: Any) -> bytes:
+    return body(messages=[{"role": "user", "content": content}], **fields)
+
+
+async def whole(answer: dict[str, Any] | AsyncIterator[str]) -> dict[str, Any]:
+    assert isinstance(answer, dict)
+    return answer
+
+
+async def chunks(answer: dict[str, Any] | AsyncIterator[str]) -> list[dict[str, Any]]:
+    assert not isinstance(answer, dict)
+    events = [event async for event in answer]
+    assert all(event.startswith("data: ") and event.endswith("\n\n") for event in events)
+    assert events[-1] == "data: [DONE]\n\n"
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+
+
+def test_chat_answer_has_text_reason_and_usage(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "two, három")
+        answer = await whole(await service_over(tokenizer, model).chat(chat_body()))
+        assert answer["object"] == "chat.completion"
+        [choice] = answer["choices"]
+        assert choice["message"]["content"] == "two, három"
+        assert choice["finish_reason"] == "stop"
+        num_prompt = len(model.requests[0].prompt_ids)
+        assert answer["usage"] == {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": len(model.ids),
+            "total_tokens": num_prompt + len(model.ids),
+        }
+        rendered = tokenizer.decode(model.requests[0].prompt_ids)
+        assert rendered == "user\nhi\nassistant\n"
+        assert model.requests[0].max_new_tokens == CONTEXT - num_prompt
+
+    asyncio.run(main())
+
+
+def test_chat_stream_carries_role_text_reason_and_usage_in_this_order(
+    tokenizer: Tokenizer,
+) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "két \u2028 szó")
+        fields = {"stream": True, "stream_options": {"include_usage": True}}
+        answer = await service_over(tokenizer, model).chat(chat_body(**fields))
+        first, *middle, last, usage = await chunks(answer)
+        assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in middle)
+        assert text == "két \u2028 szó"
+        assert last["choices"][0]["delta"] == {}
+        assert last["choices"][0]["finish_reason"] == "stop"
+        assert usage["choices"] == []
+        assert usage["usage"]["completion_tokens"] == len(model.ids)
+        assert all(chunk["usage"] is None for chunk in [first, *middle, last])
+
+    asyncio.run(main())
+
+
+def test_usage_is_absent_from_a_stream_that_did_not_ask_for_it(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        service = service_over(tokenizer, ScriptedModel(tokenizer, "abc"))
+        parts = await chunks(await service.complete(body(prompt="x", stream=True)))
+        assert "".join(part["choices"][0]["text"] for part in parts) == "abc"
+        assert not any("usage" in part for part in parts)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_cuts_the_answer_and_leaves_the_model(
+    tokenizer: Tokenizer, stream: bool
+) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "one two three")
+        request = body(prompt="x", stop=["tw", "zzz"], stream=stream)
+        answer = await service_over(tokenizer, model).complete(request)
+        parts = await chunks(answer) if stream else [await whole(answer)]
+        assert "".join(part["choices"][0]["text"] for part in parts) == "one "
+        assert parts[-1]["choices"][0]["finish_reason"] == "stop"
+        assert model.num_left_early == 1
+
+    asyncio.run(main())
+
+
+def test_error_before_the_first_token_has_a_status(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        error = ServingError("full", status=429, code="rate_limit_exceeded")
+        service = service_over(tokenizer, ScriptedModel(tokenizer, "", error))
+        for stream in (False, True):
+            with pytest.raises(ServingError, match="full"):
+                await service.chat(chat_body(stream=stream))
+
+    asyncio.run(main())
+
+
+def test_error_in_the_middle_is_an_event_of_the_stream(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        error = ServingError("the model failed", status=500, code="internal_error")
+        service = service_over(tokenizer, ScriptedModel(tokenizer, "abc", error))
+        *parts, last = await chunks(await service.chat(chat_body(stream=True)))
+        assert len(parts) >= 2
+        assert last["error"]["message"] == "the model failed"
+        with pytest.raises(ServingError, match="the model failed"):
+            await service.chat(chat_body())
+
+    asyncio.run(main())
+
+
+def test_leaving_a_stream_leaves_the_model(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "one two three")
+        stream = await service_over(tokenizer, model).complete(body(prompt="x", stream=True))
+        assert isinstance(stream, AsyncGenerator)
+        await anext(stream)
+        await stream.aclose()
+        assert model.num_left_early == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "granted"),
+    [([5] * 10, 3, 3), ([5] * 10, None, 16), ([5] * 60, None, 4), ([5] * 60, 4, 4)],
+)
+def test_default_limit_gives_way_to_the_context(
+    tokenizer: Tokenizer, prompt: list[int], max_tokens: int | None, granted: int
+) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "a")
+        await service_over(tokenizer, model).complete(body(prompt=prompt, max_tokens=max_tokens))
+        assert model.requests[0].max_new_tokens == granted
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("length", "max_tokens"), [(64, None), (60, 5), (1000, 1), (1, 64)])
+def test_prompt_and_answer_longer_than_the_context_are_refused(
+    tokenizer: Tokenizer, length: int, max_tokens: int | None
+) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "a")
+        with pytest.raises(ServingError, match="context is 64 tokens") as caught:
+            await service_over(tokenizer, model).complete(
+                body(prompt=[5] * length, max_tokens=max_tokens)
+            )
+        assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+        assert model.requests == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB_SIZE])
+def test_token_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer, token: int) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "a")
+        with pytest.raises(ServingError, match="is not between 0 and 299"):
+            await service_over(tokenizer, model).complete(body(prompt=[5, token]))
+        assert model.requests == []
+
+    asyncio.run(main())
+
+
+def test_unknown_model_is_404(tokenizer: Tokenizer) -> None:
+    service = service_over(tokenizer, ScriptedModel(tokenizer, ""))
+    assert service.list_models()["data"] == [service.show_model("tiny")]
+    with pytest.raises(ServingError) as caught:
+        service.show_model("other")
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+    with pytest.raises(ServingError, match="there is no model 'other'"):
+        asyncio.run(service.chat(chat_body(model="other")))

@@ -1,0 +1,305 @@
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import fs
+
+from r1ray.artifacts import MANIFEST_NAME, Artifact, ArtifactStore, compute_run_id
+from r1ray.errors import ArtifactError
+
+CONFIG = {"size": 3}
+INPUTS = {"base": "abc"}
+
+
+def _body(text: str = "hello") -> Callable[[Path], Mapping[str, Any]]:
+    def write(directory: Path) -> Mapping[str, Any]:
+        (directory / "deep" / "er").mkdir(parents=True)
+        (directory / "deep" / "er" / "data.bin").write_bytes(bytes(range(256)))
+        (directory / "text.txt").write_text(text, encoding="utf-8")
+        return {"lines": 1}
+
+    return write
+
+
+def _never(directory: Path) -> Mapping[str, Any]:
+    raise AssertionError(f"the stage ran again in {directory}")
+
+
+@pytest.fixture(params=["local", "remote"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
+    """A store on disk, and one behind a filesystem that is not `LocalFileSystem`."""
+    if request.param == "local":
+        return ArtifactStore(str(tmp_path / "runs"))
+    (tmp_path / "bucket").mkdir()
+    remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
+    return ArtifactStore("runs", filesystem=remote)
+
+
+@pytest.fixture(autouse=True)
+def _own_temp_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    yield
+
+
+def _stored(tmp_path: Path, artifact: Artifact) -> Path:
+    """Where the artifact's files really lie, local or remote."""
+    location = artifact.location
+    return Path(location) if location.startswith("/") else tmp_path / "bucket" / location
+
+
+def test_a_finished_stage_is_a_no_op(store: ArtifactStore) -> None:
+    first = store.run("prepare", CONFIG, INPUTS, _body())
+    again = store.run("prepare", CONFIG, INPUTS, _never)
+    assert again.manifest == first.manifest
+    assert again.digest == first.digest
+    assert (again.local_dir / "text.txt").read_text() == "hello"
+    assert (again.local_dir / "deep/er/data.bin").read_bytes() == bytes(range(256))
+
+
+def test_the_manifest_records_what_was_made_and_from_what(store: ArtifactStore) -> None:
+    manifest = store.run("prepare", CONFIG, INPUTS, _body()).manifest
+    assert (manifest.stage, manifest.config, manifest.inputs) == ("prepare", CONFIG, INPUTS)
+    assert manifest.metrics == {"lines": 1}
+    assert [output.path for output in manifest.outputs] == ["deep/er/data.bin", "text.txt"]
+    assert manifest.outputs[1].size_bytes == 5
+    assert manifest.outputs[1].sha256.startswith("2cf24dba5fb0")  # sha256 of "hello"
+    assert {"torch", "ray", "r1ray"} <= manifest.versions.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "stage"),
+    [
+        ({"size": 4}, INPUTS, "prepare"),
+        ({**CONFIG, "new": None}, INPUTS, "prepare"),
+        (CONFIG, {"base": "abd"}, "prepare"),
+        (CONFIG, {}, "prepare"),
+        (CONFIG, INPUTS, "train"),
+    ],
+)
+def test_a_changed_config_input_or_stage_is_a_new_run(
+    config: dict[str, Any], inputs: dict[str, str], stage: str, store: ArtifactStore
+) -> None:
+    first = store.run("prepare", CONFIG, INPUTS, _body())
+    second = store.run(stage, config, inputs, _body("other"))
+    assert second.manifest.run_id != first.manifest.run_id
+    assert store.find("prepare", first.manifest.run_id) is not None
+
+
+def test_a_run_id_does_not_depend_on_the_order_of_keys() -> None:
+    assert compute_run_id("s", {"a": 1, "b": 2}, {"x": "1", "y": "2"}) == compute_run_id(
+        "s", {"b": 2, "a": 1}, {"y": "2", "x": "1"}
+    )
+
+
+def test_equal_contents_have_equal_digests(tmp_path: Path) -> None:
+    first = ArtifactStore(str(tmp_path / "a")).run("s", {"size": 1}, {}, _body())
+    second = ArtifactStore(str(tmp_path / "b")).run("s", {"size": 2}, {}, _body())
+    third = ArtifactStore(str(tmp_path / "c")).run("s", {"size": 1}, {}, _body("other"))
+    assert first.digest == second.digest
+    assert first.digest != third.digest
+
+
+def test_a_killed_stage_leaves_no_manifest_and_the_next_run_starts_clean(
+    store: ArtifactStore,
+) -> None:
+    def killed(directory: Path) -> Mapping[str, Any]:
+        (directory / "half").mkdir()
+        (directory / "half" / "written.bin").write_bytes(b"x")
+        (directory / "text.txt").write_text("par")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.run("prepare", CONFIG, INPUTS, killed)
+    assert store.find("prepare", compute_run_id("prepare", CONFIG, INPUTS)) is None
+
+    def check_clean(directory: Path) -> Mapping[str, Any]:
+        assert list(directory.iterdir()) == []
+        return _body()(directory)
+
+    artifact = store.run("prepare", CONFIG, INPUTS, check_clean)
+    assert [output.path for output in artifact.manifest.outputs] == ["deep/er/data.bin", "text.txt"]
+
+
+def test_kept_entries_survive_a_kill_and_are_gone_at_the_end(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path / "runs"))
+
+    def killed(directory: Path) -> Mapping[str, Any]:
+        (directory / "checkpoints").mkdir()
+        (directory / "checkpoints" / "step-1").write_text("resume me")
+        (directory / "progress.json").write_text("1")
+        (directory / "leftover").write_text("x")
+        raise KeyboardInterrupt
+
+    keep = ("checkpoints", "progress.json")
+    with pytest.raises(KeyboardInterrupt):
+        store.run("train", CONFIG, INPUTS, killed, keep=keep)
+
+    def resume(directory: Path) -> Mapping[str, Any]:
+        assert sorted(entry.name for entry in directory.iterdir()) == [*keep]
+        assert (directory / "checkpoints" / "step-1").read_text() == "resume me"
+        return _body()(directory)
+
+    artifact = store.run("train", CONFIG, INPUTS, resume, keep=keep)
+    names = sorted(entry.name for entry in artifact.local_dir.iterdir())
+    assert names == ["deep", MANIFEST_NAME, "text.txt"]
+    assert all(output.path.split("/")[0] not in keep for output in artifact.manifest.outputs)
+    assert store.run("train", CONFIG, INPUTS, _never, keep=keep).digest == artifact.digest
+
+
+def test_a_manifest_deeper_inside_is_an_output_like_any_other(store: ArtifactStore) -> None:
+    def write(directory: Path) -> Mapping[str, Any]:
+        (directory / "inner").mkdir()
+        (directory / "inner" / MANIFEST_NAME).write_text("mine")
+        return {}
+
+    run_id = store.run("s", CONFIG, INPUTS, write).manifest.run_id
+    found = store.find("s", run_id)
+    assert found is not None
+    assert (found.local_dir / "inner" / MANIFEST_NAME).read_text() == "mine"
+
+
+def test_published_files_lie_beside_the_stages(store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    for text in ("first", "second"):
+        (tmp_path / "report" / "report.md").write_text(text)
+        store.publish(tmp_path / "report")
+    root = store.directory("s", "id").removesuffix("/s/id")
+    with store.filesystem.open_input_stream(f"{root}/report.md") as stream:
+        assert stream.read() == b"second"
+    files = store.filesystem.get_file_info(fs.FileSelector(root))
+    assert [file.base_name for file in files] == ["report.md"]
+
+
+def test_unverified_reading_leaves_digests_to_the_driver(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path / "runs"))
+    artifact = store.run("s", CONFIG, INPUTS, _body())
+    (artifact.local_dir / "text.txt").write_text("hallo")
+    assert store.require("s", artifact.manifest.run_id, hint="", verify=False) is not None
+    with pytest.raises(ArtifactError, match="sha256"):
+        store.require("s", artifact.manifest.run_id, hint="")
+
+
+def test_a_symlink_left_behind_is_removed_and_its_target_is_not(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    store = ArtifactStore(str(tmp_path / "runs"))
+    directory = Path(store.directory("s", compute_run_id("s", CONFIG, INPUTS)))
+    directory.mkdir(parents=True)
+    (directory / "link").symlink_to(precious)
+    store.run("s", CONFIG, INPUTS, _body())
+    assert (precious / "file").read_text() == "x"
+    assert not (directory / "link").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda path: path.unlink(), "missing, though the manifest lists it"),
+        (lambda path: path.write_bytes(b"hell"), "4 bytes, the manifest says 5"),
+        (lambda path: path.write_bytes(b"hallo"), "sha256 .*, the manifest says 2cf24dba5fb0"),
+    ],
+    ids=["missing", "truncated", "altered"],
+)
+def test_a_damaged_file_is_named_with_what_does_not_agree(
+    damage: Callable[[Path], object], complaint: str, tmp_path: Path
+) -> None:
+    store = ArtifactStore(str(tmp_path / "runs"))
+    artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    damage(artifact.local_dir / "text.txt")
+    with pytest.raises(ArtifactError, match=complaint) as caught:
+        store.run("prepare", CONFIG, INPUTS, _never)
+    assert str(artifact.local_dir / "text.txt") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "null", "{}", '{"schema_version": 1}',
+     '{"schema_version": 1, "outputs": 3}', '{"schema_version": 1, "outputs": [{"path": 1}]}'],
+)  # fmt: skip
+def test_a_corrupt_manifest_is_named(text: str, store: ArtifactStore, tmp_path: Path) -> None:
+    artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    (_stored(tmp_path, artifact) / MANIFEST_NAME).write_text(text)
+    with pytest.raises(ArtifactError, match="not a manifest") as caught:
+        store.run("prepare", CONFIG, INPUTS, _never)
+    assert f"{artifact.location}/{MANIFEST_NAME}" in str(caught.value)
+
+
+def test_another_schema_version_is_refused(store: ArtifactStore, tmp_path: Path) -> None:
+    artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    path = _stored(tmp_path, artifact) / MANIFEST_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+    with pytest.raises(ArtifactError, match="schema version 99 is not 1"):
+        store.find("prepare", artifact.manifest.run_id)
+
+
+def test_an_output_path_cannot_leave_the_artifact(store: ArtifactStore, tmp_path: Path) -> None:
+    artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    path = _stored(tmp_path, artifact) / MANIFEST_NAME
+    raw = json.loads(path.read_text())
+    for escape in ("../escaped.txt", "/etc/hostname"):
+        raw["outputs"][0]["path"] = escape
+        path.write_text(json.dumps(raw))
+        with pytest.raises(ArtifactError, match="leaves the directory"):
+            store.find("prepare", artifact.manifest.run_id)
+
+
+def test_require_says_how_to_make_what_is_not_there(store: ArtifactStore) -> None:
+    with pytest.raises(
+        ArtifactError, match="no finished 'train' artifact at .*train/abc; run jobs"
+    ):
+        store.require("train", "abc", hint="run jobs.train first")
+
+
+def test_a_remote_artifact_is_uploaded_and_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
+    written = ArtifactStore("runs", filesystem=remote).run("prepare", CONFIG, INPUTS, _body())
+    uploaded = tmp_path / "bucket" / "runs" / "prepare" / written.manifest.run_id
+    assert (uploaded / "deep/er/data.bin").read_bytes() == bytes(range(256))
+    found = ArtifactStore("runs", filesystem=remote).find("prepare", written.manifest.run_id)
+    assert found is not None
+    assert not found.local_dir.is_relative_to(tmp_path / "bucket")
+    assert (found.local_dir / "deep/er/data.bin").read_bytes() == bytes(range(256))
+
+
+def test_a_remote_file_cut_short_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
+    store = ArtifactStore("runs", filesystem=remote)
+    artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    (_stored(tmp_path, artifact) / "text.txt").write_text("hel")
+    with pytest.raises(ArtifactError, match=r"text\.txt: 3 bytes, the manifest says 5"):
+        store.find("prepare", artifact.manifest.run_id)
+
+
+def test_a_remote_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
+    store = ArtifactStore("runs", filesystem=remote)
+    artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    (_stored(tmp_path, artifact) / "text.txt").unlink()
+    with pytest.raises(ArtifactError, match=r"text\.txt"):
+        store.find("prepare", artifact.manifest.run_id)
+
+
+def test_a_damaged_download_is_fetched_again(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
+    store = ArtifactStore("runs", filesystem=remote)
+    run_id = store.run("prepare", CONFIG, INPUTS, _body()).manifest.run_id
+    first = store.find("prepare", run_id)
+    assert first is not None
+    (first.local_dir / "text.txt").write_text("hallo")  # the right size, the wrong contents
+    second = store.find("prepare", run_id)
+    assert second is not None
+    assert (second.local_dir / "text.txt").read_text() == "hello"
+
+
+def test_a_uri_and_a_path_name_the_same_artifact(tmp_path: Path) -> None:
+    by_path = ArtifactStore(str(tmp_path / "runs")).run("s", CONFIG, INPUTS, _body())
+    by_uri = ArtifactStore(f"file://{tmp_path}/runs").run("s", CONFIG, INPUTS, _never)
+    assert by_uri.digest == by_path.digest

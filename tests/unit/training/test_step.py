@@ -1,0 +1,219 @@
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1ray.config.schema import TrainConfig
+from r1ray.data.batch_set import MicroBatch
+from r1ray.errors import ArtifactError
+from r1ray.exchange import LocalTransport, StepTotals
+from r1ray.exchange.base import Verdict
+from r1ray.exchange.dense import DenseExchange
+from r1ray.training.checkpoint import (
+    HISTORY_NAME,
+    STATE_NAME,
+    load_checkpoint,
+    load_history,
+    save_checkpoint,
+)
+from r1ray.training.step import StepRecord, TrainState, learning_rate_at
+from tests.fakes import tiny_model
+from tests.unit.training.batches import random_batch, split
+
+
+def _config(**changes: Any) -> TrainConfig:
+    settings = {"num_steps": 20, "warmup_steps": 4, "precision": "fp32", "learning_rate": 1e-2}
+    return TrainConfig(**{**settings, **changes})
+
+
+class Recording(DenseExchange):
+    """A dense exchange that keeps a copy of the gradient it hands to the optimizer."""
+
+    def setup(self, parameters: Any, transport: Any) -> None:
+        super().setup(parameters, transport)
+        self.parameters = parameters
+
+    def before_step(self) -> tuple[Verdict, StepTotals]:
+        verdict, totals = super().before_step()
+        self.gradients = [parameter.grad.clone() for parameter in self.parameters]
+        return verdict, totals
+
+
+def _state(*, seed: int = 0, tie_embeddings: bool = False, **changes: Any) -> TrainState:
+    model = tiny_model(seed=seed, tie_embeddings=tie_embeddings)
+    return TrainState(model, _config(**changes), Recording(), LocalTransport())
+
+
+def _weights(state: TrainState) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in state.model.parameters()]
+
+
+def _is_equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_four_micro_batches_give_the_gradient_of_one_big_batch() -> None:
+    batch = random_batch(12, 16, seed=0)
+    whole, parts = _state(), _state()
+    whole_record = whole.run_step([batch])
+    parts_record = parts.run_step(split(batch, 4))
+    # float32 sums in another order; the gradient's norm is of order 1.
+    for one, many in zip(whole.exchange.gradients, parts.exchange.gradients, strict=True):  # type: ignore[attr-defined]
+        torch.testing.assert_close(one, many, atol=1e-5, rtol=0)
+    assert parts_record.loss == pytest.approx(whole_record.loss, rel=1e-5)
+    assert parts_record.grad_norm == pytest.approx(whole_record.grad_norm, rel=1e-4)
+    assert parts_record.num_targets == whole_record.num_targets == batch.num_targets
+    assert parts_record.num_tokens == whole_record.num_tokens == batch.num_tokens
+
+
+def test_training_lowers_the_loss_of_what_it_trains_on() -> None:
+    state, batch = _state(), random_batch(4, 16, seed=0)
+    losses = [state.run_step([batch]).loss for _ in range(15)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count() -> None:
+    state, batch = _state(), random_batch(4, 16, seed=0)
+    state.run_step([batch])
+    weights = _weights(state)
+    moments = [
+        {name: value.clone() for name, value in moment.items()}
+        for moment in state.optimizer.state.values()
+    ]
+    hook = state.model.lm_head.register_forward_hook(lambda *arguments: arguments[2] * math.nan)
+    record = state.run_step([batch])
+    hook.remove()
+    assert record.was_skipped
+    assert record.step == state.step == 2
+    assert math.isnan(record.grad_norm)
+    assert _is_equal(_weights(state), weights)
+    for before, after in zip(moments, state.optimizer.state.values(), strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not state.run_step([batch]).was_skipped
+    assert not _is_equal(_weights(state), weights)
+
+
+def test_gradients_are_clipped_to_the_global_norm() -> None:
+    batch = random_batch(4, 16, seed=0)
+    free, clipped = _state(max_grad_norm=1e6), _state(max_grad_norm=1e-3)
+    norm = free.run_step([batch]).grad_norm
+    assert norm > 1e-3
+    assert clipped.run_step([batch]).grad_norm == norm  # the record holds the norm before clipping
+    for state, factor in ((free, 1.0), (clipped, 1e-3 / norm)):
+        # Adam's first moment after one step is (1 - beta1) times the gradient it saw.
+        for parameter, gradient in zip(
+            state.exchange.parameters,
+            state.exchange.gradients,
+            strict=True,  # type: ignore[attr-defined]
+        ):
+            seen = state.optimizer.state[parameter]["exp_avg"] / (1 - 0.9)
+            torch.testing.assert_close(seen, gradient * factor, atol=1e-6, rtol=1e-3)
+
+
+def test_weight_decay_spares_vectors() -> None:
+    decayed, plain = _state(weight_decay=0.5), _state()
+    batch = random_batch(4, 16, seed=0)
+    decayed.run_step([batch])
+    plain.run_step([batch])
+    for first, second in zip(decayed.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(first, second) == (first.dim() < 2)
+
+
+def test_tied_embeddings_are_trained_once() -> None:
+    state = _state(tie_embeddings=True)
+    state.run_step([random_batch(4, 16, seed=0)])
+    assert state.model.lm_head.weight is state.model.model.embed_tokens.weight
+    assert len(state.optimizer.state) == len(list(state.model.parameters()))
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
+    config = _config(
+        num_steps=104, warmup_steps=4, learning_rate=1e-2, final_learning_rate_share=0.1
+    )
+    rates = [learning_rate_at(step, config) for step in range(105)]
+    assert rates[:4] == pytest.approx([0.25e-2, 0.5e-2, 0.75e-2, 1e-2])
+    assert rates[4] == pytest.approx(1e-2)
+    assert rates[54] == pytest.approx(0.55e-2)  # halfway between the peak and its tenth
+    assert rates[104] == pytest.approx(0.1e-2)
+    assert all(first > second for first, second in itertools.pairwise(rates[4:]))
+
+
+def test_no_warm_up_starts_at_the_peak() -> None:
+    assert learning_rate_at(0, _config(warmup_steps=0)) == 1e-2
+
+
+def test_each_step_uses_the_scheduled_learning_rate() -> None:
+    state, batch = _state(), random_batch(2, 8, seed=0)
+    for step in range(6):
+        expected = learning_rate_at(step, state.config)
+        assert state.run_step([batch]).learning_rate == expected
+        assert {group["lr"] for group in state.optimizer.param_groups} == {expected}
+
+
+def _batches(step: int) -> list[MicroBatch]:
+    return [random_batch(3, 12, seed=10 * step + part) for part in range(2)]
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
+    tie_embeddings: bool, tmp_path: Path
+) -> None:
+    straight = _state(tie_embeddings=tie_embeddings)
+    records = [straight.run_step(_batches(step)) for step in range(8)]
+
+    killed = _state(tie_embeddings=tie_embeddings)
+    history = [killed.run_step(_batches(step)) for step in range(3)]
+    save_checkpoint(tmp_path, killed, history, world_size=1)
+
+    resumed = _state(seed=5, tie_embeddings=tie_embeddings)  # other weights, to be overwritten
+    history = load_checkpoint(tmp_path, resumed, world_size=1)
+    assert resumed.step == 3
+    history += [resumed.run_step(_batches(step)) for step in range(3, 8)]
+
+    assert _is_equal(_weights(resumed), _weights(straight))
+    for found, expected in zip(history, records, strict=True):
+        assert (found.step, found.loss, found.grad_norm, found.learning_rate) == (
+            expected.step,
+            expected.loss,
+            expected.grad_norm,
+            expected.learning_rate,
+        )
+
+
+def test_the_history_survives_skipped_steps(tmp_path: Path) -> None:
+    state = _state()
+    history = [
+        StepRecord(1, math.nan, 1e-3, math.nan, 10, 5, 0.1, 0.0, was_skipped=True),
+        StepRecord(2, 1.5, 1e-3, 0.7, 10, 5, 0.1, 0.0, was_skipped=False),
+    ]
+    save_checkpoint(tmp_path, state, history, world_size=1)
+    first, second = load_history(tmp_path)
+    assert first.was_skipped
+    assert math.isnan(first.loss)
+    assert second == history[1]
+
+
+@pytest.mark.parametrize("name", [STATE_NAME, HISTORY_NAME, "model.safetensors"])
+@pytest.mark.parametrize("contents", [None, b"", b"garbage", b"PK\x03\x04half a zip"])
+def test_a_damaged_checkpoint_is_named(name: str, contents: bytes | None, tmp_path: Path) -> None:
+    state = _state()
+    save_checkpoint(tmp_path, state, [], world_size=1)
+    (tmp_path / name).unlink()
+    if contents is not None:
+        (tmp_path / name).write_bytes(contents)
+    with pytest.raises(ArtifactError, match=name.split(".")[0]):
+        load_checkpoint(tmp_path, state, world_size=1)
+
+
+def test_a_truncated_state_is_named(tmp_path: Path) -> None:
+    state = _state()
+    state.run_step(_batches(0))
+    save_checkpoint(tmp_path, state, [], world_size=1)
+    data = (tmp_path / STATE_NAME).read_bytes()
+    (tmp_path / STATE_NAME).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ArtifactError, match=STATE_NAME):
+        load_checkpoint(tmp_path, state, world_size=1)
