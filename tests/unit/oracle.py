@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
@@ -30,7 +30,7 @@ _CLASSES = {
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 
 
-def build_oracle(family: str, *, seed: int = 0, **changes: Any) -> nn.Module:
+def build_oracle(family: str, *, seed: int = 0, **changes: Any) -> Any:
     """A float32 transformers model with random weights, biases and norms."""
     config_class, model_class = _CLASSES[family]
     settings = {**SHAPE, "rope_parameters": dict(DEFAULT_ROPE), **changes}

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
 
 
 @pytest.fixture(autouse=True)
-def _own_temp_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_temp_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    yield
 
 
 def _stored(tmp_path: Path, artifact: Artifact) -> Path:
@@ -249,7 +248,7 @@ def test_an_output_path_cannot_leave_the_artifact(store: ArtifactStore, tmp_path
 
 def test_require_says_how_to_make_what_is_not_there(store: ArtifactStore) -> None:
     with pytest.raises(
-        ArtifactError, match="no finished 'train' artifact at .*train/abc; run jobs"
+        ArtifactError, match=r"no finished 'train' artifact at .*train/abc; run jobs"
     ):
         store.require("train", "abc", hint="run jobs.train first")
 

@@ -256,12 +256,12 @@ def test_any_override_is_applied_or_a_config_error(key: str, value: str) -> None
 
 
 def test_an_unreadable_or_oversized_file_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="absent.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("run: ä".encode("latin-1"))
-    with pytest.raises(ConfigError, match="latin.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read"):
         load_config(tmp_path / "latin.yaml")
     (tmp_path / "large.yaml").write_text("#" * (1 << 20) + "\n")
     with pytest.raises(ConfigError, match="larger than"):

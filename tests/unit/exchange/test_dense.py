@@ -49,9 +49,14 @@ def _run_worker(rank: int, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=2)
     rows = (range(3), range(3, NUM_ROWS))[rank]  # uneven: 3 and 5
     results: dict[str, Any] = {}
-    for name, dtype in (("fp32", "fp32"), ("nan", "fp32"), ("bf16", "bf16")):
+    configs = {
+        "fp32": DenseExchangeConfig(type="dense"),
+        "nan": DenseExchangeConfig(type="dense"),
+        "bf16": DenseExchangeConfig(type="dense", dtype="bf16"),
+    }
+    for name, config in configs.items():
         parameters = _parameters()
-        exchange = build_exchange(DenseExchangeConfig(type="dense", dtype=dtype))
+        exchange = build_exchange(config)
         exchange.setup(parameters, CollectiveTransport())
         totals = _backward(parameters, rows)
         if name == "nan" and rank == 1:

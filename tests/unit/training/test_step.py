@@ -43,9 +43,15 @@ class Recording(DenseExchange):
         return verdict, totals
 
 
-def _state(*, seed: int = 0, tie_embeddings: bool = False, **changes: Any) -> TrainState:
+class Worker(TrainState):
+    """A `TrainState` whose exchange is known to record."""
+
+    exchange: Recording
+
+
+def _state(*, seed: int = 0, tie_embeddings: bool = False, **changes: Any) -> Worker:
     model = tiny_model(seed=seed, tie_embeddings=tie_embeddings)
-    return TrainState(model, _config(**changes), Recording(), LocalTransport())
+    return Worker(model, _config(**changes), Recording(), LocalTransport())
 
 
 def _weights(state: TrainState) -> list[Tensor]:
@@ -62,7 +68,7 @@ def test_four_micro_batches_give_the_gradient_of_one_big_batch() -> None:
     whole_record = whole.run_step([batch])
     parts_record = parts.run_step(split(batch, 4))
     # float32 sums in another order; the gradient's norm is of order 1.
-    for one, many in zip(whole.exchange.gradients, parts.exchange.gradients, strict=True):  # type: ignore[attr-defined]
+    for one, many in zip(whole.exchange.gradients, parts.exchange.gradients, strict=True):
         torch.testing.assert_close(one, many, atol=1e-5, rtol=0)
     assert parts_record.loss == pytest.approx(whole_record.loss, rel=1e-5)
     assert parts_record.grad_norm == pytest.approx(whole_record.grad_norm, rel=1e-4)
@@ -108,7 +114,7 @@ def test_gradients_are_clipped_to_the_global_norm() -> None:
         for parameter, gradient in zip(
             state.exchange.parameters,
             state.exchange.gradients,
-            strict=True,  # type: ignore[attr-defined]
+            strict=True,
         ):
             seen = state.optimizer.state[parameter]["exp_avg"] / (1 - 0.9)
             torch.testing.assert_close(seen, gradient * factor, atol=1e-6, rtol=1e-3)
