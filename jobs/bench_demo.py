@@ -14,7 +14,7 @@ PLOTS = ("accuracy.png", "loss.png", "size_latency.png")
 
 def file_figures(config: PipelineConfig) -> None:
     """Run what has not been measured yet, then copy the report beside the other benchmarks."""
-    run_pipeline(config)
+    run_pipeline(config, job="bench_demo")
     source = Path(config.run.root) / config.run.name
     topic = config.run.name
     TARGET.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from r1ray.config import PipelineConfig, load_config
 from r1ray.config.loader import describe_fields
-from r1ray.errors import R1RayError
+from r1ray.errors import ConfigError, R1RayError
 
 __all__ = ["connected_to_ray", "run_job", "run_stage"]
 
@@ -39,9 +39,11 @@ def run_job(
         "overrides", nargs="*", metavar="section.key=value", help="override a configuration key"
     )
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    _exit_on_sigterm()
     try:
-        body(load_config(arguments.config, arguments.overrides))
+        config = load_config(arguments.config, arguments.overrides)
+        _check_root(config)
+        body(config)
     except R1RayError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
@@ -70,6 +72,7 @@ def connected_to_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # notice the end at once
     import ray
 
     from r1ray.observability.logging import setup_logging
@@ -80,12 +83,26 @@ def connected_to_ray() -> Iterator[None]:
     else:
         ray.init(
             address="local",
-            num_cpus=max(2, os.cpu_count() or 2),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+    _exit_on_sigterm()  # Ray put a handler of its own in its place
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _exit_on_sigterm() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def _check_root(config: PipelineConfig) -> None:
+    """A submitted job runs in a copy of the working directory that goes away with it."""
+    root = config.run.root
+    if os.environ.get("RAY_ADDRESS") and "://" not in root and not os.path.isabs(root):
+        raise ConfigError(
+            f"run.root {root!r} is relative, and this job runs on a cluster; give an absolute path "
+            "that every node sees, or a URI"
+        )

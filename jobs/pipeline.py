@@ -9,20 +9,24 @@ from jobs.serve import ask_heldout_question, serving
 from r1ray.config import PipelineConfig
 
 
-def run_pipeline(config: PipelineConfig) -> None:
-    """Run what has not finished yet; then serve, ask, shut down, and write the report."""
+def run_pipeline(config: PipelineConfig, *, job: str = "pipeline") -> None:
+    """Run what has not finished yet; then serve, ask, shut down, and write the report.
+
+    Args:
+        job: the name under which this was started, for the report.
+    """
     with connected_to_ray():
         from r1ray.pipeline import Pipeline
         from r1ray.serving.app import check_port_is_free
 
         check_port_is_free(config.serve.host, config.serve.port)  # not after all the stages
         pipeline = Pipeline(config)
-        pipeline.evaluate()
+        command = shlex.join(["python", "-m", f"jobs.{job}", *sys.argv[1:]])
+        pipeline.write_report(command=command)  # whatever serving may bring
         started = time.monotonic()
         with serving(pipeline) as url:
             ask_heldout_question(pipeline, url)
         serve_s = time.monotonic() - started
-        command = shlex.join(["python", "-m", "jobs.pipeline", *sys.argv[1:]])
         print(f"report: {pipeline.write_report(command=command, serve_s=serve_s)}")
 
 

@@ -22,13 +22,13 @@ def serving(pipeline: "Pipeline") -> Iterator[str]:
     from r1ray.serving.app import start_server, stop_server
 
     config = pipeline.config.serve
-    model_dir = pipeline.compress().local_dir
+    model_dir = str(pipeline.compress().local_dir)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with StageProgress("serve", "replicas ready", config.num_replicas) as progress:
-        start_server(str(model_dir), config)
+        url = start_server(model_dir, config)
         progress.update(config.num_replicas)
     try:
-        yield f"http://{config.host}:{config.port}/v1"
+        yield f"{url}/v1"
     finally:
         stop_server()
 

@@ -13,101 +13,37 @@ Price: one sha256 pass over the outputs when written and when read (about 1 GB/s
 Paths go through `pyarrow.fs`: `runs`, `/data/runs`, `s3://bucket/runs` look the same.
 """
 
-import dataclasses
 import datetime
-import hashlib
-import importlib.metadata
-import json
+import fcntl
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 
 from r1ray.errors import ArtifactError
+from r1ray.manifest import (
+    FIX,
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Manifest,
+    compute_run_id,
+    find_mismatch,
+    find_versions,
+    list_outputs,
+    read_commit,
+)
 
-__all__ = [
-    "MANIFEST_NAME",
-    "Artifact",
-    "ArtifactStore",
-    "Manifest",
-    "OutputFile",
-    "compute_run_id",
-    "digest_path",
-]
+__all__ = ["Artifact", "ArtifactStore"]
 
 logger = logging.getLogger(__name__)
-
-MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = 1
-_CHUNK_BYTES = 1 << 22
-_FIX = "remove the directory and run the stage again"
-_VERSIONED_PACKAGES = ("r1ray", "torch", "ray", "transformers", "pyarrow")
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """One file of an artifact: path relative to its directory, size in bytes, sha256 in hex."""
-
-    path: str
-    size_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a finished stage wrote, from which config and inputs (name -> digest), and metrics."""
-
-    stage: str
-    run_id: str
-    schema_version: int
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    outputs: tuple[OutputFile, ...]
-    metrics: dict[str, Any]
-    versions: dict[str, str]
-    finished_at: str
-    duration_s: float
-
-    @property
-    def digest(self) -> str:
-        """sha256 over the outputs' paths and digests: equal exactly when the contents are equal."""
-        lines = sorted(f"{output.path} {output.sha256}" for output in self.outputs)
-        return hashlib.sha256("\n".join([self.stage, *lines]).encode()).hexdigest()
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, *, where: str) -> "Manifest":
-        """The manifest in `text`.
-
-        Raises:
-            ArtifactError: `text` is not a manifest of this schema version; `where` is named.
-        """
-        try:
-            raw = json.loads(text)
-            if raw["schema_version"] != SCHEMA_VERSION:
-                raise ArtifactError(
-                    f"{where}: schema version {raw['schema_version']} is not {SCHEMA_VERSION}; "
-                    "remove the directory and run the stage again"
-                )
-            raw["outputs"] = tuple(OutputFile(**output) for output in raw["outputs"])
-            for output in raw["outputs"]:
-                parts = PurePosixPath(output.path).parts
-                if ".." in parts or "/" in parts or not parts:
-                    raise ValueError(f"output path {output.path!r} leaves the directory")
-            return cls(**raw)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ArtifactError(
-                f"{where}: not a manifest ({error!r}); remove the directory and run the stage again"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -123,37 +59,36 @@ class Artifact:
         return self.manifest.digest
 
 
-def compute_run_id(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """The first 12 hex digits of the sha256 over stage, schema, config and input digests."""
-    identity = [stage, SCHEMA_VERSION, dict(config), dict(inputs)]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def digest_path(path: Path) -> str:
-    """sha256 over the contents of a file, or over names and contents of all files below it."""
-    if path.is_file():
-        return _sha256(path)
-    lines = [f"{output.path} {output.sha256}" for output in _list_outputs(path, skip=())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 class ArtifactStore:
     """The artifacts under one root directory or URI.
 
     Args:
         root: a local path or a URI that `pyarrow.fs.FileSystem.from_uri` reads.
+        name: a directory below it.
         filesystem: used instead of the one that `root` names; `root` is then a path inside it.
+
+    Attributes:
+        root, name: what the store can be opened with again, from any working directory.
     """
 
-    def __init__(self, root: str, filesystem: fs.FileSystem | None = None) -> None:
-        self.root = root
+    def __init__(
+        self, root: str, name: str | None = None, *, filesystem: fs.FileSystem | None = None
+    ) -> None:
+        is_path = filesystem is None and "://" not in root
+        self.root, self.name = str(Path(root).absolute()) if is_path else root, name
         if filesystem is not None:
-            self._fs, self._root = filesystem, root.rstrip("/")
-        elif "://" in root:
-            self._fs, self._root = fs.FileSystem.from_uri(root)
+            self._fs, path = filesystem, root
+        elif is_path:
+            self._fs, path = fs.LocalFileSystem(), self.root
         else:
-            self._fs, self._root = fs.LocalFileSystem(), str(Path(root).absolute())
+            self._fs, path = fs.FileSystem.from_uri(root)
+        self._path = path.rstrip("/") + ("" if name is None else f"/{name}")
         self._is_local = isinstance(self._fs, fs.LocalFileSystem)
+
+    @property
+    def path(self) -> str:
+        """The store's directory inside `filesystem`."""
+        return self._path
 
     @property
     def filesystem(self) -> fs.FileSystem:
@@ -161,7 +96,7 @@ class ArtifactStore:
 
     def directory(self, stage: str, run_id: str) -> str:
         """The path of an artifact's directory inside `filesystem`."""
-        return f"{self._root}/{stage}/{run_id}"
+        return f"{self._path}/{stage}/{run_id}"
 
     def find(self, stage: str, run_id: str, *, verify: bool = True) -> Artifact | None:
         """The finished artifact, or None while its manifest is missing.
@@ -217,7 +152,19 @@ class ArtifactStore:
         if existing is not None:
             logger.info("%s %s: finished earlier, nothing to do", stage, run_id)
             return existing
-        work_dir = self._begin(stage, run_id, keep)
+        with self._work_dir(stage, run_id, keep) as work_dir:
+            return self._make(work_dir, stage, run_id, config, inputs, body, keep)
+
+    def _make(
+        self,
+        work_dir: Path,
+        stage: str,
+        run_id: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        body: Callable[[Path], Mapping[str, Any]],
+        keep: Sequence[str],
+    ) -> Artifact:
         started = time.monotonic()
         metrics = dict(body(work_dir))
         manifest = Manifest(
@@ -226,14 +173,17 @@ class ArtifactStore:
             schema_version=SCHEMA_VERSION,
             config=dict(config),
             inputs=dict(inputs),
-            outputs=_list_outputs(work_dir, skip=keep),
+            outputs=list_outputs(work_dir, skip=keep),
             metrics=metrics,
-            versions=_versions(),
+            versions=find_versions(),
+            commit=read_commit(),
             finished_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             duration_s=time.monotonic() - started,
         )
         self._commit(work_dir, manifest, keep)
-        return Artifact(manifest, self.directory(stage, run_id), work_dir)
+        if self._is_local:
+            return Artifact(manifest, self.directory(stage, run_id), work_dir)
+        return self.require(stage, run_id, hint="it was there a moment ago")
 
     def link(self, name: str, artifact: Artifact) -> None:
         """Let `<root>/<name>` lead to `artifact`, where the root is a local directory.
@@ -242,32 +192,37 @@ class ArtifactStore:
         """
         if not self._is_local:
             return
-        link = Path(self._root) / name
+        link = Path(self._path) / name
         temporary = link.with_name(f"{name}.tmp")
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(artifact.local_dir.relative_to(self._root), target_is_directory=True)
+        temporary.symlink_to(artifact.local_dir.relative_to(self._path), target_is_directory=True)
         temporary.replace(link)
 
     def publish(self, directory: Path) -> None:
         """Put the files in the local `directory` beside the stages, each replaced as a whole."""
-        self._fs.create_dir(self._root, recursive=True)
+        self._fs.create_dir(self._path, recursive=True)
         for path in sorted(item for item in directory.iterdir() if item.is_file()):
-            target = f"{self._root}/{path.name}"
+            target = f"{self._path}/{path.name}"
             with self._fs.open_output_stream(f"{target}.tmp") as stream:
                 stream.write(path.read_bytes())
             self._fs.move(f"{target}.tmp", target)
 
-    def _begin(self, stage: str, run_id: str, keep: Sequence[str]) -> Path:
+    @contextmanager
+    def _work_dir(self, stage: str, run_id: str, keep: Sequence[str]) -> Iterator[Path]:
+        """An empty directory (but for `keep`) that nobody else writes to at the same time."""
         if not self._is_local:
-            return Path(tempfile.mkdtemp(prefix=f"r1ray-{stage}-"))
+            with tempfile.TemporaryDirectory(prefix=f"r1ray-{stage}-") as temporary:
+                yield Path(temporary)
+            return
         directory = Path(self.directory(stage, run_id))
         directory.mkdir(parents=True, exist_ok=True)
-        for entry in directory.iterdir():
-            if entry.name in keep:
-                continue
-            logger.info("%s %s: removing unfinished %s", stage, run_id, entry.name)
-            _remove(entry)
-        return directory
+        with _locked(directory.with_name(f"{run_id}.lock"), directory):
+            for entry in directory.iterdir():
+                if entry.name in keep:
+                    continue
+                logger.info("%s %s: removing unfinished %s", stage, run_id, entry.name)
+                _remove(entry)
+            yield directory
 
     def _commit(self, work_dir: Path, manifest: Manifest, keep: Sequence[str]) -> None:
         directory = self.directory(manifest.stage, manifest.run_id)
@@ -283,17 +238,26 @@ class ArtifactStore:
                     source_filesystem=fs.LocalFileSystem(),
                     destination_filesystem=self._fs,
                 )
-            with self._fs.open_output_stream(f"{directory}/{MANIFEST_NAME}") as stream:
+            unnamed = f"{directory}/{MANIFEST_NAME}.tmp"
+            with self._fs.open_output_stream(unnamed) as stream:
                 stream.write(manifest.to_json().encode())
+            self._fs.move(unnamed, f"{directory}/{MANIFEST_NAME}")
         for name in keep:
-            _remove(work_dir / name)
+            self._forget(f"{directory}/{name}")
+
+    def _forget(self, path: str) -> None:
+        kind = self._fs.get_file_info(path).type
+        if kind == fs.FileType.Directory:
+            self._fs.delete_dir(path)
+        elif kind == fs.FileType.File:
+            self._fs.delete_file(path)
 
     def _download(self, directory: str, manifest: Manifest, verify: bool) -> Path:
         local_dir = Path(tempfile.gettempdir()) / "r1ray-artifacts" / manifest.digest[:24]
         local_dir.mkdir(parents=True, exist_ok=True)
         for output in manifest.outputs:
             target = local_dir / output.path
-            if _mismatch(target, output, check_digest=verify) is None:
+            if find_mismatch(target, output, check_digest=verify) is None:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             source = f"{directory}/{output.path}"
@@ -308,12 +272,35 @@ class ArtifactStore:
                 )
             except OSError as error:
                 raise ArtifactError(f"{source}: cannot be fetched ({error})") from error
-            problem = _mismatch(fresh, output)
+            problem = find_mismatch(fresh, output)
             if problem is not None:
                 fresh.unlink(missing_ok=True)
-                raise ArtifactError(f"{source}: {problem}; {_FIX}")
+                raise ArtifactError(f"{source}: {problem}; {FIX}")
             fresh.replace(target)
         return local_dir
+
+
+@contextmanager
+def _locked(lock_path: Path, directory: Path) -> Iterator[None]:
+    """Hold an advisory lock, which the kernel drops when the process ends, however it ends."""
+    with lock_path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(
+                f"{directory}: another process is making it right now; wait for it, or stop it"
+            ) from error
+        try:
+            yield
+        finally:
+            lock_path.unlink(missing_ok=True)
+
+
+def _verify(directory: Path, manifest: Manifest) -> None:
+    for output in manifest.outputs:
+        problem = find_mismatch(directory / output.path, output)
+        if problem is not None:
+            raise ArtifactError(f"{directory / output.path}: {problem}; {FIX}")
 
 
 def _remove(path: Path) -> None:
@@ -323,45 +310,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _list_outputs(directory: Path, *, skip: Sequence[str]) -> tuple[OutputFile, ...]:
-    outputs = []
-    for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory)
-        is_manifest = relative.as_posix() == MANIFEST_NAME
-        if not path.is_file() or relative.parts[0] in skip or is_manifest:
-            continue
-        outputs.append(OutputFile(relative.as_posix(), path.stat().st_size, _sha256(path)))
-    return tuple(outputs)
-
-
-def _verify(directory: Path, manifest: Manifest) -> None:
-    for output in manifest.outputs:
-        problem = _mismatch(directory / output.path, output)
-        if problem is not None:
-            raise ArtifactError(f"{directory / output.path}: {problem}; {_FIX}")
-
-
-def _mismatch(path: Path, output: OutputFile, *, check_digest: bool = True) -> str | None:
-    """How the file at `path` differs from what the manifest lists; None when it does not."""
-    if not path.is_file():
-        return "missing, though the manifest lists it"
-    size_bytes = path.stat().st_size
-    if size_bytes != output.size_bytes:
-        return f"{size_bytes} bytes, the manifest says {output.size_bytes}"
-    digest = _sha256(path) if check_digest else output.sha256
-    if digest != output.sha256:
-        return f"sha256 {digest[:12]}…, the manifest says {output.sha256[:12]}…"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
@@ -369,13 +317,3 @@ def _write_atomically(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _VERSIONED_PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -14,7 +14,7 @@ from typing import Any
 from pyarrow import fs
 
 from r1ray import __version__
-from r1ray.artifacts import Artifact, ArtifactStore, compute_run_id, digest_path
+from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.compression.export import export_int8
 from r1ray.config.schema import FileSourceConfig, PipelineConfig, identity
 from r1ray.data.pipeline import prepare_batches
@@ -22,6 +22,7 @@ from r1ray.data.reasoning import Problem, draw_heldout
 from r1ray.data.sources import list_files
 from r1ray.evaluation.evaluate import evaluate_models
 from r1ray.evaluation.report import write_report
+from r1ray.manifest import compute_run_id, digest_path
 from r1ray.models.base import import_base, resolve_source
 from r1ray.observability.progress import StageProgress
 from r1ray.training.step import StepRecord
@@ -43,7 +44,7 @@ class Pipeline:
 
     def __init__(self, config: PipelineConfig, *, only: str | None = None) -> None:
         self.config = config
-        self.store = ArtifactStore(f"{config.run.root.rstrip('/')}/{config.run.name}")
+        self.store = ArtifactStore(config.run.root, config.run.name)
         self._only = only
         self._made: dict[str, Artifact] = {}
 
@@ -201,7 +202,8 @@ def _describe_files(config: PipelineConfig) -> dict[str, str]:
 
 
 def _describe_step(record: StepRecord) -> str:
+    loss = "not finite, skipped" if record.loss is None else f"{record.loss:.3f}"
     return (
-        f"loss {record.loss:.3f}  lr {record.learning_rate:.1e}  "
+        f"loss {loss}  lr {record.learning_rate:.1e}  "
         f"{record.num_tokens / record.seconds:.0f} tokens/s"
     )

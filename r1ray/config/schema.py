@@ -127,6 +127,12 @@ class PrepareConfig:
     resources: PrepareResources = PrepareResources()
 
     @model_validator(mode="after")
+    def _one_task_source(self) -> "PrepareConfig":
+        if sum(source.type == "tasks" for source in self.sources) > 1:
+            raise ValueError("sources has more than one entry of type tasks; add up num_samples")
+        return self
+
+    @model_validator(mode="after")
     def _batch_holds_longest_sample(self) -> "PrepareConfig":
         if self.batch_tokens < self.max_tokens:
             raise ValueError(
@@ -246,6 +252,8 @@ class ServeConfig:
     """Engine replicas."""
     num_cpus_per_replica: Annotated[float, Field(gt=0, le=256)] = 1
     """CPUs that Ray reserves for one replica; also its number of torch threads."""
+    num_gpus_per_replica: Annotated[float, Field(ge=0, le=8)] = 0
+    """GPUs that Ray reserves for one replica."""
     max_concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
     """Requests decoded together in one replica."""
     max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 64

@@ -75,6 +75,7 @@ def prepare_batches(
     rows = _read_sources(config, tasks, heldout, out_dir)
     tokenize = functools.partial(
         _tokenize_table,
+        heldout_questions=frozenset(problem.question.strip() for problem in heldout),
         tokenizer_dir=str(model_dir),
         max_tokens=config.max_tokens,
         overflow=config.overflow,
@@ -102,7 +103,9 @@ def prepare_batches(
 def _read_sources(
     config: PrepareConfig, tasks: TasksConfig, heldout: list[Problem], out_dir: Path
 ) -> ray.data.Dataset:
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True  # an ArtifactError stays one
     parts: list[ray.data.Dataset] = []
     for source in config.sources:
         if isinstance(source, TaskSourceConfig):
@@ -142,7 +145,12 @@ def _load_tokenizer(path: str) -> Tokenizer:
 
 
 def _tokenize_table(
-    table: pa.Table, *, tokenizer_dir: str, max_tokens: int, overflow: str
+    table: pa.Table,
+    *,
+    tokenizer_dir: str,
+    max_tokens: int,
+    overflow: str,
+    heldout_questions: frozenset[str],
 ) -> pa.Table:
     """Rows of ROW_SCHEMA with token ids added, or an error where they cannot be used."""
     tokenizer = _load_tokenizer(tokenizer_dir)
@@ -151,9 +159,11 @@ def _tokenize_table(
         result = {**row, "input_ids": None, "is_target": None, "was_truncated": False}
         if row["error"] is None:
             try:
+                messages = json.loads(row["messages"])
+                _refuse_heldout(messages, heldout_questions)
                 sample = tokenize_messages(
                     tokenizer,
-                    json.loads(row["messages"]),
+                    messages,
                     max_tokens=max_tokens,
                     overflow=overflow,
                 )
@@ -162,6 +172,12 @@ def _tokenize_table(
                 result.update(error=str(error), excerpt=row["messages"][:200])
         results.append(result | {"messages": None})
     return pa.Table.from_pylist(results, schema=_RESULT_SCHEMA)
+
+
+def _refuse_heldout(messages: list[dict[str, str]], questions: frozenset[str]) -> None:
+    for message in messages:
+        if message["role"] == "user" and message["content"].strip() in questions:
+            raise RowError("the question is held out for evaluation")
 
 
 def _collect(

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import reasoning_gym
-
 from r1ray.config.schema import FamilyConfig, TasksConfig
 from r1ray.errors import ConfigError
 
@@ -41,11 +39,15 @@ class Problem:
         """The full answer text: reasoning inside <think></think>, then the answer.
 
         Raises:
-            ValueError: the computed answer does not get full marks; the writer is wrong.
+            ConfigError: the computed answer does not get full marks: the writer does not cover the
+                family's options.
         """
         thought, answer = _WRITERS[self.family](self.entry["metadata"])
         if self.score(answer) != 1.0:
-            raise ValueError(f"{self.family}: trace for {self.question!r} ends in {answer!r}")
+            raise ConfigError(
+                f"tasks.families: the trace writer of {self.family} does not cover its options; "
+                f"for {self.question!r} it ends in {answer!r}, not {self.answer!r}"
+            )
         return f"<think>\n{thought}\n</think>\n{answer}"
 
 
@@ -107,6 +109,10 @@ def _draw(family: FamilyConfig, first_seed: int) -> Iterator[Problem]:
             f"tasks.families: no trace writer for {family.name!r}; "
             f"choose from {', '.join(supported_families())}"
         )
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ConfigError("tasks need reasoning-gym; install r1ray[demo]") from error
     for seed in range(first_seed, 2**31, _BLOCK):
         if first_seed < _TRAIN_SEED_LIMIT <= seed + _BLOCK:
             raise ConfigError(f"tasks.families: {family.name} ran out of training seeds")

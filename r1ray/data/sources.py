@@ -72,8 +72,8 @@ def list_files(paths: Sequence[str]) -> list[str]:
 
 def _list_local(path: str) -> list[str]:
     if Path(path).is_dir():
-        files = [str(file) for file in Path(path).rglob("*") if file.is_file()]
-        return [file for file in files if file.endswith(_SUFFIXES)]
+        found = [str(file.absolute()) for file in Path(path).rglob("*") if file.is_file()]
+        return [file for file in found if file.endswith(_SUFFIXES)]
     files = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
     for file in files:
         if Path(file).is_file() and not file.endswith(_SUFFIXES):
@@ -82,16 +82,19 @@ def _list_local(path: str) -> list[str]:
 
 
 def _list_uri(uri: str) -> list[str]:
-    scheme = uri.split("://", 1)[0]
     filesystem, path = fs.FileSystem.from_uri(uri)
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.File:
+        if not path.endswith(_SUFFIXES):
+            raise ConfigError(f"prepare.sources: {uri!r} is not one of {', '.join(_SUFFIXES)}")
         return [uri]
+    if path not in uri:
+        raise ConfigError(f"prepare.sources: {uri!r} is escaped; name its files one by one")
     root = path if info.type == fs.FileType.Directory else path.split("*", 1)[0].rpartition("/")[0]
     pattern = "*" if info.type == fs.FileType.Directory else path
     selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
     return [
-        f"{scheme}://{entry.path}"
+        uri.replace(path, entry.path, 1)  # keeps scheme, host and query
         for entry in filesystem.get_file_info(selector)
         if entry.type == fs.FileType.File
         and entry.path.endswith(_SUFFIXES)

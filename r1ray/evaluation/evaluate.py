@@ -9,9 +9,16 @@ from typing import Any
 from r1ray.compression.export import weight_bytes
 from r1ray.config.schema import EvaluateConfig
 from r1ray.data.reasoning import Problem
-from r1ray.evaluation.accuracy import Answer, Proportion, answer_problems, proportion
+from r1ray.evaluation.accuracy import (
+    Answer,
+    Proportion,
+    answer_problems,
+    paired_difference,
+    proportion,
+)
 from r1ray.evaluation.latency import Latency, measure_latency
 from r1ray.evaluation.perplexity import measure_perplexity, read_english
+from r1ray.evaluation.record import describe_circumstances, write_json
 from r1ray.models.checkpoint import load_model
 from r1ray.models.tokenizer import Tokenizer
 
@@ -50,20 +57,28 @@ def evaluate_models(
     """Measure every model of `models` (name -> directory); writes figures and replies to `out_dir`.
 
     Args:
+        models: `base`, `tuned` and `int8`.
         on_problem: called with the model's name and the number of problems it has answered.
     """
     text = read_english()
-    results = {}
+    results, correct = {}, {}
     with (out_dir / REPLIES_NAME).open("w", encoding="utf-8") as stream:
         for name, directory in models.items():
             result, answers = _evaluate(
                 name, directory, config, problems, system_prompt, text, on_problem
             )
             results[name] = asdict(result)
+            correct[name] = [answer.is_correct for answer in answers]
             for answer in answers:
                 record = {"model": name, **asdict(answer)}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-    (out_dir / EVALUATION_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    evaluation = {
+        "models": results,
+        "gain": paired_difference(correct["tuned"], correct["base"]),
+        "int8_drop": paired_difference(correct["tuned"], correct["int8"]),
+        "circumstances": describe_circumstances(),
+    }
+    write_json(out_dir / EVALUATION_NAME, evaluation)
     return {name: result["accuracy"]["value"] for name, result in results.items()}
 
 

@@ -16,8 +16,9 @@ _COLORS = {"base": "#8c96a3", "tuned": "#2b6cb0", "int8": "#dd6b20"}
 
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Training loss by step, with its running mean."""
-    steps = [record["step"] for record in history]
-    losses = [record["loss"] for record in history]
+    finite = [record for record in history if record["loss"] is not None]
+    steps = [record["step"] for record in finite]
+    losses = [record["loss"] for record in finite]
     means: list[float] = []
     for loss in losses:
         means.append(loss if not means else 0.8 * means[-1] + 0.2 * loss)

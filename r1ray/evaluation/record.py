@@ -1,22 +1,28 @@
 """The benchmark record: measured values with baseline, bar and verdict, and where they ran."""
 
 import datetime
-import importlib.metadata
 import json
 import operator
 import os
 import platform
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Row", "build_record", "render_table", "write_json"]
+from r1ray.manifest import find_versions, read_commit
 
-_VERSIONED = ("torch", "ray", "transformers", "pyarrow", "reasoning-gym")
+__all__ = [
+    "Row",
+    "build_record",
+    "describe_circumstances",
+    "describe_hardware",
+    "render_table",
+    "write_json",
+]
+
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "=": operator.eq}
 
@@ -48,16 +54,25 @@ class Row:
         return bool(_COMPARISONS[sign](self.value, float(limit)))
 
 
-def build_record(topic: str, command: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """The record of `rows`, with date, commit, hardware and versions of this process."""
+def build_record(
+    topic: str, command: str, rows: Sequence[Row], circumstances: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The record of `rows`; `circumstances` are those of the measurement, not of the writing."""
     return {
         "topic": topic,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
         "command": command,
-        "hardware": describe_hardware(),
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+        **circumstances,
         "results": [{**asdict(row), "met": row.met} for row in rows],
+    }
+
+
+def describe_circumstances() -> dict[str, Any]:
+    """Date, commit, hardware and versions of this process."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": read_commit(),
+        "hardware": describe_hardware(),
+        "versions": find_versions(),
     }
 
 
@@ -92,17 +107,3 @@ def describe_hardware() -> dict[str, Any]:
         "memory_gib": round(memory_bytes / 2**30),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _commit() -> str | None:
-    try:
-        shown = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return shown.stdout.strip()

@@ -16,6 +16,7 @@ from r1ray.evaluation.record import Row, build_record, render_table, write_json
 
 __all__ = ["write_report"]
 
+HISTORY_NAME = "history.json"  # of the train stage; evaluation does not import training
 _EXAMPLES_PER_KIND = 2
 
 
@@ -34,14 +35,18 @@ def write_report(
         serve_s: seconds that serving took in this run, when it ran.
     """
     evaluated = artifacts["evaluate"].local_dir
-    results = json.loads((evaluated / EVALUATION_NAME).read_text(encoding="utf-8"))
-    history = json.loads((artifacts["train"].local_dir / "history.json").read_text("utf-8"))
+    evaluation = json.loads((evaluated / EVALUATION_NAME).read_text(encoding="utf-8"))
+    results = evaluation["models"]
+    history = json.loads((artifacts["train"].local_dir / HISTORY_NAME).read_text("utf-8"))
     durations = {stage: artifact.manifest.duration_s for stage, artifact in artifacts.items()}
     if serve_s is not None:
         durations["serve"] = serve_s
-    rows = _rows(name, results, artifacts["compress"].manifest.metrics, durations)
-    record = build_record(name, command, rows)
+    rows = _rows(name, evaluation, artifacts["compress"].manifest.metrics, durations)
+    record = build_record(name, command, rows, evaluation["circumstances"])
     record["durations_s"] = durations
+    record["stage_commits"] = {
+        stage: artifact.manifest.commit for stage, artifact in artifacts.items()
+    }
     with tempfile.TemporaryDirectory(prefix="r1ray-report-") as temporary:
         directory = Path(temporary)
         plot_loss(history, directory / "loss.png")
@@ -56,11 +61,14 @@ def write_report(
 
 def _rows(
     name: str,
-    results: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
     compressed: Mapping[str, Any],
     durations: Mapping[str, float],
 ) -> list[Row]:
-    base, tuned, int8 = (results[model]["accuracy"] for model in ("base", "tuned", "int8"))
+    models = evaluation["models"]
+    base, tuned, int8 = (models[model]["accuracy"] for model in ("base", "tuned", "int8"))
+    gain, gain_low, gain_high = (100 * value for value in evaluation["gain"])
+    drop, drop_low, drop_high = (100 * value for value in evaluation["int8_drop"])
 
     def accuracy(model: str, share: Mapping[str, float], bar: str | None = None) -> Row:
         interval = (share["low"], share["high"])
@@ -73,16 +81,18 @@ def _rows(
         accuracy("int8", int8),
         Row(
             f"{name}.tuned_gain_points",
-            100 * (tuned["value"] - base["value"]),
+            gain,
             "points",
+            (gain_low, gain_high),
             baseline="base model, same problems",
             baseline_value=100 * base["value"],
             bar=">= 30",
         ),
         Row(
             f"{name}.int8_drop_points",
-            100 * (tuned["value"] - int8["value"]),
+            drop,
             "points",
+            (drop_low, drop_high),
             baseline="tuned model in fp32",
             baseline_value=100 * tuned["value"],
             bar="<= 2",
@@ -95,7 +105,7 @@ def _rows(
             baseline_value=compressed["float_bytes"],
             bar="<= 0.3",
         ),
-        Row(f"{name}.seconds", sum(durations.values()), "s"),
+        Row(f"{name}.seconds", sum(durations.values()), "s, all stages"),
     ]
 
 

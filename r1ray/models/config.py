@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,10 +193,6 @@ class ModelConfig:
         if self.family == "llama":
             raw["mlp_bias"] = self.mlp_bias
         return raw
-
-    @property
-    def attention_scale(self) -> float:
-        return 1.0 / math.sqrt(self.head_dim)
 
 
 def _read_rope(raw: Mapping[str, Any]) -> RopeConfig:

@@ -35,7 +35,7 @@ class StageProgress:
         self._console = console or Console(stderr=True)
         self._stage, self._unit, self._total = stage, unit, total
         self._started = self._last_line = time.monotonic()
-        self._first_done: int | None = None
+        self._first: tuple[int, float] | None = None  # units and time of the first update
         self._bar = Progress(
             TextColumn("[bold]{task.description:<9}"),
             BarColumn(bar_width=24),
@@ -77,8 +77,8 @@ class StageProgress:
             self._bar.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
-        if self._first_done is None:
-            self._first_done = done
+        if self._first is None:
+            self._first = (done, now)
         if now - self._last_line < _LINE_EVERY_S and done != self._total:
             return
         self._last_line = now
@@ -89,8 +89,10 @@ class StageProgress:
         )
 
     def _time_left(self, done: int, now: float) -> str:
-        fresh = done - (self._first_done or 0)
-        if self._total is None or fresh <= 0 or done >= self._total:
+        """From the rate since the first update: what came before was start-up."""
+        assert self._first is not None
+        first_done, first_time = self._first
+        if self._total is None or done <= first_done or done >= self._total:
             return ""
-        seconds = (now - self._started) / fresh * (self._total - done)
+        seconds = (now - first_time) / (done - first_done) * (self._total - done)
         return f", {seconds / 60:.1f} min left" if seconds >= 60 else f", {seconds:.0f} s left"

@@ -100,11 +100,13 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 120.
             f"{max_positions} positions; lower it"
         )
     check_port_is_free(config.host, config.port)
+    _check_serve_is_ours_to_start()
     args = ServeArgs(
         model_dir=model_dir,
         model_name=config.model_name,
         num_replicas=config.num_replicas,
         num_cpus_per_replica=config.num_cpus_per_replica,
+        num_gpus_per_replica=config.num_gpus_per_replica,
         max_concurrency=config.max_concurrency,
         max_queued_requests=config.max_queued_requests,
         max_context_tokens=config.max_context_tokens,
@@ -115,7 +117,7 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 120.
     try:
         _deploy(args)
         _wait_until_healthy(url, timeout_s)
-    except ServingError:
+    except BaseException:
         stop_server()
         raise
     logger.info("serving %s as %s at %s/v1", model_dir, config.model_name, url)
@@ -123,8 +125,17 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 120.
 
 
 def stop_server() -> None:
-    """Stop what `start_server` started; Ray keeps running."""
+    """Stop what `start_server` started, which is all of Serve; Ray keeps running."""
     serve.shutdown()
+
+
+def _check_serve_is_ours_to_start() -> None:
+    applications = serve.status().applications
+    if applications:
+        raise ConfigError(
+            f"Serve already runs {', '.join(sorted(applications))} on this cluster; add r1ray to "
+            "it with `serve deploy` and a file like deployments/serve_local.yaml"
+        )
 
 
 def _deploy(args: ServeArgs) -> None:

@@ -27,7 +27,9 @@ def save_checkpoint(
     save_model(state.model, directory)
     torch.save({**state.state_dict(), "world_size": world_size}, directory / STATE_NAME)
     records = [asdict(record) for record in history]
-    (directory / HISTORY_NAME).write_text(json.dumps(records) + "\n", encoding="utf-8")
+    (directory / HISTORY_NAME).write_text(
+        json.dumps(records, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def load_checkpoint(directory: Path, state: TrainState, world_size: int) -> list[StepRecord]:
@@ -39,7 +41,7 @@ def load_checkpoint(directory: Path, state: TrainState, world_size: int) -> list
     stored = load_model(directory).state_dict()
     state.model.load_state_dict(stored)
     try:
-        values = torch.load(directory / STATE_NAME, weights_only=True)
+        values = torch.load(directory / STATE_NAME, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ArtifactError(
             f"{directory / STATE_NAME}: no readable training state ({type(error).__name__}); "

@@ -5,7 +5,9 @@ from typing import Literal
 
 import torch
 
-__all__ = ["autocast", "resolve_precision"]
+from r1ray.exchange import Transport
+
+__all__ = ["Precision", "agree_precision", "autocast", "resolve_precision"]
 
 Precision = Literal["fp32", "bf16"]
 
@@ -22,6 +24,16 @@ def resolve_precision(choice: Literal["auto", "fp32", "bf16"], device: torch.dev
     capabilities = torch.cpu.get_capabilities()
     has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bf16" if has_bf16 else "fp32"
+
+
+def agree_precision(
+    choice: Literal["auto", "fp32", "bf16"], device: torch.device, transport: Transport
+) -> Precision:
+    """`choice` on all workers: auto is bf16 only where every worker's hardware multiplies it."""
+    mine = resolve_precision(choice, device)
+    votes = torch.tensor([float(mine == "bf16")], device=device)
+    transport.all_reduce_sum(votes).wait()
+    return "bf16" if int(votes.item()) == transport.world_size else "fp32"
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[None]:

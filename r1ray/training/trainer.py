@@ -6,9 +6,12 @@
 3. The last checkpoint becomes the stage's model directory, the history `history.json`.
 """
 
+import json
+import logging
+import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.config.schema import TrainConfig
-from r1ray.errors import ExchangeError
+from r1ray.errors import ExchangeError, R1RayError
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.training.checkpoint import HISTORY_NAME, load_history
 from r1ray.training.step import StepRecord
@@ -26,22 +29,29 @@ from r1ray.training.worker import WorkerJob, run_worker
 
 __all__ = ["CHECKPOINTS_DIR", "train_model"]
 
+logger = logging.getLogger(__name__)
+
 CHECKPOINTS_DIR = "checkpoints"
 _POLL_S = 0.5
 
 
 @ray.remote(num_cpus=0)
 class _Board:
-    """Step records as rank 0 posts them; the driver reads them for its progress display."""
+    """What rank 0 posts about its progress; the driver reads it."""
 
     def __init__(self) -> None:
+        self._resumed_at = 0
         self._last: dict[str, Any] | None = None
 
-    def post(self, records: list[dict[str, Any]]) -> None:
-        self._last = records[-1]
+    def start(self, step: int) -> None:
+        self._resumed_at = step
 
-    def last(self) -> dict[str, Any] | None:
-        return self._last
+    def post(self, record: dict[str, Any]) -> None:
+        self._last = record
+
+    def read(self) -> tuple[int, dict[str, Any] | None]:
+        """(the step that training last started from, the latest record)."""
+        return self._resumed_at, self._last
 
 
 def train_model(
@@ -62,7 +72,15 @@ def train_model(
     """
     resources = config.resources
     board = _Board.remote()  # type: ignore[attr-defined]
-    job = WorkerJob(config, seed, store.root, base.manifest.run_id, prepared.manifest.run_id, board)
+    job = WorkerJob(
+        config=config,
+        seed=seed,
+        root=store.root,
+        name=store.name,
+        base_run_id=base.manifest.run_id,
+        batches_run_id=prepared.manifest.run_id,
+        board=board,
+    )
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"job": job},
@@ -83,14 +101,8 @@ def train_model(
             backend="nccl" if resources.use_gpu else "gloo", timeout_s=int(resources.timeout_s)
         ),
     )
-    with _Watcher(board, on_step):
-        try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise ExchangeError(
-                f"training gave up after {resources.max_failures} restarts; the last failure was: "
-                f"{error}"
-            ) from error
+    _drop_damaged_checkpoints(store, run_id)
+    result = _fit(trainer, board, on_step)
     assert result.checkpoint is not None, "the last step reports a checkpoint"
     with result.checkpoint.as_directory() as directory:
         history = load_history(Path(directory))
@@ -100,41 +112,81 @@ def train_model(
     return _summarize(history)
 
 
-class _Watcher:
-    """Polls the board on a thread while `fit` blocks the driver."""
+def _fit(
+    trainer: TorchTrainer, board: Any, on_step: Callable[[StepRecord], None]
+) -> ray.train.Result:
+    """`trainer.fit()` on a thread, while this one shows progress and can be interrupted.
 
-    def __init__(self, board: Any, on_step: Callable[[StepRecord], None]) -> None:
-        self._board, self._on_step = board, on_step
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="train-progress", daemon=True)
+    On the main thread `fit` would replace the handler of Ctrl-C, and not give it back.
+    """
+    outcome: Future[ray.train.Result] = Future()
 
-    def __enter__(self) -> None:
-        self._thread.start()
+    def run() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:
+            outcome.set_exception(error)
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
+    thread = threading.Thread(target=run, name="ray-train-fit", daemon=True)
+    thread.start()
+    resumed_at = shown = 0
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        try:
+            started, last = ray.get(board.read.remote(), timeout=10)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            continue  # progress is a convenience; training goes on without it
+        if started != resumed_at:
+            resumed_at = started
+            logger.info("resuming after step %d", resumed_at)
+        if last is not None and last["step"] != shown:
+            shown = last["step"]
+            on_step(StepRecord(**last))
+    return _unwrap(outcome)
 
-    def _run(self) -> None:
-        shown = 0
-        while not self._stop.wait(_POLL_S):
-            last = ray.get(self._board.last.remote(), timeout=60)
-            if last is not None and last["step"] != shown:
-                shown = last["step"]
-                self._on_step(StepRecord(**last))
+
+def _unwrap(outcome: "Future[ray.train.Result]") -> ray.train.Result:
+    try:
+        return outcome.result()
+    except ray.train.TrainingFailedError as error:
+        causes = getattr(error, "worker_failures", {}).values()
+        for cause in causes:
+            # An ExchangeError is what the survivors of a lost worker see, not the cause.
+            if isinstance(cause, R1RayError) and not isinstance(cause, ExchangeError):
+                raise cause from error
+        raise ExchangeError(
+            f"training gave up after train.resources.max_failures restarts; the last failure: "
+            f"{error}"
+        ) from error
+
+
+def _drop_damaged_checkpoints(store: ArtifactStore, run_id: str) -> None:
+    """Forget checkpoints whose index Ray Train cannot read: it rewrites that file in place.
+
+    A kill in that moment would otherwise make every later start of the run fail.
+    """
+    root = Path(store.directory("train", run_id)) / CHECKPOINTS_DIR
+    for snapshot in root.glob("checkpoint_manager_snapshot*"):
+        try:
+            json.loads(snapshot.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            logger.warning("%s is damaged (%s); training starts from the beginning", root, error)
+            shutil.rmtree(root)
+            return
 
 
 def _summarize(history: list[StepRecord]) -> dict[str, Any]:
     seconds = sum(record.seconds for record in history)
-    tail = history[-max(1, len(history) // 10) :]
+    losses = [record.loss for record in history if record.loss is not None]
+    tail = losses[-max(1, len(losses) // 10) :]
     return {
         "steps": len(history),
-        "first_loss": history[0].loss,
-        "final_loss": sum(record.loss for record in tail) / len(tail),
+        "first_loss": losses[0] if losses else None,
+        "final_loss": sum(tail) / len(tail) if tail else None,
         "tokens": sum(record.num_tokens for record in history),
         "seconds": seconds,
         "tokens_per_s": sum(record.num_tokens for record in history) / seconds,
         "exchange_wait_share": sum(record.exchange_wait_s for record in history) / seconds,
         "skipped_steps": sum(record.was_skipped for record in history),
-        "last_step": asdict(history[-1]),
+        "precision": history[-1].precision,
     }

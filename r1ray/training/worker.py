@@ -4,13 +4,11 @@ Rank 0 writes the checkpoints; `ray.train.report` is a barrier: every rank calls
 """
 
 import itertools
-import logging
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -26,15 +24,13 @@ from r1ray.training.step import StepRecord, TrainState
 
 __all__ = ["WorkerJob", "run_worker"]
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class WorkerJob:
     """What the driver sends to every worker: plain values only.
 
     Attributes:
-        root: of the artifact store; every worker's node must reach it.
+        root, name: of the artifact store; every worker's node must reach it.
         base_run_id, batches_run_id: the `base` and `prepare` artifacts to read there.
         board: actor that rank 0 posts step records to.
     """
@@ -42,6 +38,7 @@ class WorkerJob:
     config: TrainConfig
     seed: int
     root: str
+    name: str | None
     base_run_id: str
     batches_run_id: str
     board: Any
@@ -56,9 +53,8 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     if not job.config.resources.use_gpu:
         torch.set_num_threads(max(1, int(job.config.resources.num_cpus_per_worker)))
     state, batches, history = _build(job, world_size)
-    if history and rank == 0:
-        logger.info("resuming after step %d of %d", state.step, job.config.num_steps)
-        ray.get(job.board.post.remote([asdict(record) for record in history]), timeout=60)
+    if rank == 0:
+        job.board.start.remote(state.step)
     per_step = job.config.batches_per_step
     order = plan_order(
         len(batches),
@@ -72,14 +68,14 @@ def run_worker(loop_config: dict[str, Any]) -> None:
         record = state.run_step(_load(batches, indices))
         history.append(record)
         if rank == 0:
-            job.board.post.remote([asdict(record)])
+            job.board.post.remote(asdict(record))
         is_last = state.step == job.config.num_steps
         if is_last or state.step % job.config.resources.checkpoint_every_steps == 0:
             _report(state, history, rank, world_size)
 
 
 def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[StepRecord]]:
-    store = ArtifactStore(job.root)
+    store = ArtifactStore(job.root, job.name)
     hint = "it must be readable from every node"
     base = store.require("base", job.base_run_id, hint=hint, verify=False)
     prepared = store.require("prepare", job.batches_run_id, hint=hint, verify=False)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -66,14 +68,14 @@ def test_training_killed_with_its_driver_resumes_and_ends_bit_equal(workspace: P
     def settings(root: str) -> list[str]:
         return [*_overrides(workspace, root), "train.num_steps=30"]
 
-    for root in ("killed", "whole-train"):
-        for job in ("base", "prepare"):
-            done = run_job(job, *settings(root))
-            assert done.returncode == 0, done.stderr[-4000:]
+    for job in ("base", "prepare"):
+        done = run_job(job, *settings("killed"))
+        assert done.returncode == 0, done.stderr[-4000:]
+    shutil.copytree(workspace / "killed", workspace / "uninterrupted")
     victim = start_job("train", *settings("killed"))
     checkpoints = workspace / "killed" / "tiny" / "train"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("*/checkpoints/checkpoint_*/state.pt")):
+    while not list(checkpoints.glob("*/checkpoints/checkpoint_manager_snapshot*")):
         assert victim.poll() is None, victim.stdout.read() if victim.stdout else ""
         assert time.monotonic() < deadline, "no checkpoint within two minutes"
         time.sleep(0.05)
@@ -83,30 +85,40 @@ def test_training_killed_with_its_driver_resumes_and_ends_bit_equal(workspace: P
 
     resumed = run_job("train", *settings("killed"))
     assert resumed.returncode == 0, resumed.stderr[-4000:]
-    assert "resuming after step" in resumed.stderr
-    uninterrupted = run_job("train", *settings("whole-train"))
+    found = re.search(r"resuming after step (\d+)", resumed.stderr)
+    assert found is not None, resumed.stderr[-4000:]
+    assert 0 < int(found[1]) < 30
+    uninterrupted = run_job("train", *settings("uninterrupted"))
     assert uninterrupted.returncode == 0, uninterrupted.stderr[-4000:]
     weights = [
         next((workspace / root / "tiny" / "train").glob("*/model.safetensors")).read_bytes()
-        for root in ("killed", "whole-train")
+        for root in ("killed", "uninterrupted")
     ]
     assert weights[0] == weights[1]
     assert not list(checkpoints.glob("*/checkpoints")), "a finished run keeps no checkpoints"
 
 
-def test_interrupted_pipeline_says_how_to_go_on_and_leaves_no_half_artifact(
-    workspace: Path,
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_a_pipeline_interrupted_while_training_leaves_only_finished_artifacts(
+    workspace: Path, number: signal.Signals, exit_code: int
 ) -> None:
-    process = start_job("pipeline", *_overrides(workspace, "interrupted"))
+    root = f"interrupted-{number.name}"
+    settings = [*_overrides(workspace, root), "train.num_steps=10000"]
+    process = start_job("pipeline", *settings)
+    train = workspace / root / "tiny" / "train"
     deadline = time.monotonic() + 120
-    while not (workspace / "interrupted" / "tiny" / "base").exists():
-        assert time.monotonic() < deadline
+    while not list(train.glob("*/checkpoints/checkpoint_manager_snapshot*")):
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     output, _ = process.communicate(timeout=90)
     stop(process)
-    assert process.returncode == 130, output
-    assert "the same command goes on" in output
+    assert process.returncode == exit_code, output
+    assert ("the same command goes on" in output) == (number == signal.SIGINT)
+    assert set(_manifests(workspace, root)) == {"base", "prepare"}
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,7 @@ def _wait_until_ready(cluster: Cluster, head: subprocess.Popen[bytes]) -> None:
         time.sleep(1)
 
 
-def test_submitted_stage_succeeds_and_leaves_its_artifact(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_submitted_stage_succeeds_and_leaves_its_artifact(cluster: Cluster, tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model", max_positions=1024)
     command = ["python", "-m", "jobs.base", "--config", TINY_CONFIG]
     overrides = [f"run.root={tmp_path}/runs", f"base.source={tmp_path}/model"]

@@ -60,9 +60,7 @@ def test_every_good_row_is_batched_once_and_every_bad_one_is_quarantined(
     expected = [f"answer {n} " + "so " * n for n in range(40) if n not in (7, 9)]
     expected += [f"hello {n}" for n in range(10)]
     assert sorted(answers) == sorted(answer.strip() for answer in expected)
-    quarantined = [
-        json.loads(line) for line in (prepared.local_dir / "quarantine.jsonl").open()
-    ]
+    quarantined = [json.loads(line) for line in (prepared.local_dir / "quarantine.jsonl").open()]
     assert [(row["row"], row["error"].split(" (")[0]) for row in quarantined] == [
         (7, "neither `messages` nor `prompt` and `completion`"),
         (9, "not JSON"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -6,8 +7,9 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from r1ray.artifacts import MANIFEST_NAME, Artifact, ArtifactStore, compute_run_id
+from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.errors import ArtifactError
+from r1ray.manifest import MANIFEST_NAME, compute_run_id
 
 CONFIG = {"size": 3}
 INPUTS = {"base": "abc"}
@@ -270,6 +272,7 @@ def test_a_remote_file_cut_short_is_named(tmp_path: Path) -> None:
     remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
     store = ArtifactStore("runs", filesystem=remote)
     artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    shutil.rmtree(artifact.local_dir)  # the copy that run() left for reading
     (_stored(tmp_path, artifact) / "text.txt").write_text("hel")
     with pytest.raises(ArtifactError, match=r"text\.txt: 3 bytes, the manifest says 5"):
         store.find("prepare", artifact.manifest.run_id)
@@ -280,6 +283,7 @@ def test_a_remote_file_that_is_gone_is_named(tmp_path: Path) -> None:
     remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
     store = ArtifactStore("runs", filesystem=remote)
     artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    shutil.rmtree(artifact.local_dir)  # the copy that run() left for reading
     (_stored(tmp_path, artifact) / "text.txt").unlink()
     with pytest.raises(ArtifactError, match=r"text\.txt"):
         store.find("prepare", artifact.manifest.run_id)
@@ -302,3 +306,39 @@ def test_a_uri_and_a_path_name_the_same_artifact(tmp_path: Path) -> None:
     by_path = ArtifactStore(str(tmp_path / "runs")).run("s", CONFIG, INPUTS, _body())
     by_uri = ArtifactStore(f"file://{tmp_path}/runs").run("s", CONFIG, INPUTS, _never)
     assert by_uri.digest == by_path.digest
+
+
+def test_a_relative_root_is_found_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = ArtifactStore("runs", "demo")
+    made = store.run("prepare", CONFIG, INPUTS, _body())
+    monkeypatch.chdir("/")
+    assert store.root == str(tmp_path / "runs")
+    found = ArtifactStore(store.root, store.name).find("prepare", made.manifest.run_id)
+    assert found is not None
+    assert found.manifest == made.manifest
+
+
+def test_a_second_process_on_the_same_run_is_refused_and_destroys_nothing(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path))
+
+    def body(out_dir: Path) -> dict[str, int]:
+        (out_dir / "half.txt").write_text("mine")
+        with pytest.raises(ArtifactError, match="another process is making it right now"):
+            ArtifactStore(str(tmp_path)).run("prepare", CONFIG, INPUTS, _never)
+        assert (out_dir / "half.txt").read_text() == "mine"
+        return {}
+
+    made = store.run("prepare", CONFIG, INPUTS, body)
+    assert [output.path for output in made.manifest.outputs] == ["half.txt"]
+    assert not list(tmp_path.glob("prepare/*.lock"))
+
+
+def test_a_link_leads_to_the_latest_artifact(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path))
+    for size in (1, 2):
+        made = store.run("s", {"size": size}, {}, _body(str(size)))
+        store.link("model", made)
+        assert (tmp_path / "model").resolve() == made.local_dir

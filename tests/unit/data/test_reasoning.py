@@ -47,7 +47,7 @@ def test_a_wrong_trace_is_an_error_and_never_training_data() -> None:
     metadata = {**problem.entry["metadata"], "expression": "1 + 1"}
     entry = {**problem.entry, "metadata": metadata}
     wrong = Problem(problem.family, problem.question, problem.answer, entry, problem.scorer)
-    with pytest.raises(ValueError, match="chain_sum: trace for"):
+    with pytest.raises(ConfigError, match="trace writer of chain_sum does not cover"):
         wrong.trace()
 
 

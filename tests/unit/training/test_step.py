@@ -9,7 +9,7 @@ from torch import Tensor
 
 from r1ray.config.schema import TrainConfig
 from r1ray.data.batch_set import MicroBatch
-from r1ray.errors import ArtifactError
+from r1ray.errors import ArtifactError, ExchangeError
 from r1ray.exchange import LocalTransport, StepTotals
 from r1ray.exchange.base import Verdict
 from r1ray.exchange.dense import DenseExchange
@@ -95,12 +95,23 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count() -> None:
     hook.remove()
     assert record.was_skipped
     assert record.step == state.step == 2
-    assert math.isnan(record.grad_norm)
+    assert record.loss is record.grad_norm is None
     assert _is_equal(_weights(state), weights)
     for before, after in zip(moments, state.optimizer.state.values(), strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not state.run_step([batch]).was_skipped
+    following = state.run_step([batch])
+    assert not following.was_skipped
+    assert following.learning_rate == learning_rate_at(1, state.config)  # the skip did not count
     assert not _is_equal(_weights(state), weights)
+
+
+def test_three_steps_in_a_row_that_are_not_finite_end_training_with_the_reason() -> None:
+    state, batch = _state(), random_batch(4, 16, seed=0)
+    state.model.lm_head.register_forward_hook(lambda *arguments: arguments[2] * math.nan)
+    for _ in range(2):
+        assert state.run_step([batch]).was_skipped
+    with pytest.raises(ExchangeError, match="not finite in 3 steps in a row"):
+        state.run_step([batch])
 
 
 def test_gradients_are_clipped_to_the_global_norm() -> None:
@@ -193,13 +204,13 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 def test_the_history_survives_skipped_steps(tmp_path: Path) -> None:
     state = _state()
     history = [
-        StepRecord(1, math.nan, 1e-3, math.nan, 10, 5, 0.1, 0.0, was_skipped=True),
-        StepRecord(2, 1.5, 1e-3, 0.7, 10, 5, 0.1, 0.0, was_skipped=False),
+        StepRecord(1, None, 1e-3, None, 10, 5, 0.1, 0.0, was_skipped=True, precision="fp32"),
+        StepRecord(2, 1.5, 1e-3, 0.7, 10, 5, 0.1, 0.0, was_skipped=False, precision="fp32"),
     ]
     save_checkpoint(tmp_path, state, history, world_size=1)
     first, second = load_history(tmp_path)
     assert first.was_skipped
-    assert math.isnan(first.loss)
+    assert first.loss is None
     assert second == history[1]
 
 
