@@ -7,8 +7,8 @@
 3. Bucket ceilings are fitted to the whole histogram; then windows of rows are sorted inside their
    buckets and cut into micro-batches (`data.bucketing`).
 
-Price: tokens pass through the driver once (4 bytes each); memory is bounded by one window. Because
-only the driver writes, `run.root` need not be visible to the other nodes.
+Price: tokens pass through the driver once (4 bytes each); memory is bounded by one window. The
+tasks read the tokenizer from `model_dir`, which every node must see.
 """
 
 import functools
