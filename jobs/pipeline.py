@@ -1,11 +1,11 @@
-"""The whole way: base, prepare, train, compress, evaluate, then serve one question and stop."""
+"""The whole way: base, prepare, train, compress, evaluate, then serve a few questions and stop."""
 
 import shlex
 import sys
 import time
 
 from jobs.cli import connected_to_ray, run_job
-from jobs.serve import ask_heldout_question, serving
+from jobs.serve import ask_heldout_questions, serving
 from r1ray.config import PipelineConfig
 
 
@@ -25,7 +25,7 @@ def run_pipeline(config: PipelineConfig, *, job: str = "pipeline") -> None:
         pipeline.write_report(command=command)  # whatever serving may bring
         started = time.monotonic()
         with serving(pipeline) as url:
-            ask_heldout_question(pipeline, url)
+            ask_heldout_questions(pipeline, url)
         serve_s = time.monotonic() - started
         print(f"report: {pipeline.write_report(command=command, serve_s=serve_s)}")
 

@@ -33,26 +33,31 @@ def serving(pipeline: "Pipeline") -> Iterator[str]:
         stop_server()
 
 
-def ask_heldout_question(pipeline: "Pipeline", url: str) -> None:
-    """Send the first held-out problem through the `openai` client and print the answer's stream."""
+def ask_heldout_questions(pipeline: "Pipeline", url: str) -> None:
+    """Send the first held-out problem of each family through the `openai` client.
+
+    Prints each answer as it streams, and the expected one behind it, right or wrong.
+    """
     from openai import OpenAI
 
     from r1ray.data.reasoning import build_messages
 
     config = pipeline.config
-    problem = pipeline.heldout_problems()[0]
+    first = {problem.family: problem for problem in reversed(pipeline.heldout_problems())}
     client = OpenAI(base_url=url, api_key="not-needed", timeout=120, max_retries=0)
-    print(f"\nquestion to {url} (model {config.serve.model_name}):\n{problem.question.strip()}\n")
-    stream = client.chat.completions.create(
-        model=config.serve.model_name,
-        messages=cast(Any, build_messages(problem, config.tasks.system_prompt)),
-        max_tokens=config.evaluate.max_new_tokens,
-        temperature=0,
-        stream=True,
-    )
-    for chunk in stream:
-        print(chunk.choices[0].delta.content or "", end="", flush=True)
-    print(f"\n(expected: {problem.answer})\n")
+    print(f"\nasking {config.serve.model_name} at {url}")
+    for family in (item.name for item in config.tasks.families if item.name in first):
+        print(f"\n{family}: {first[family].question.strip()}\n")
+        stream = client.chat.completions.create(
+            model=config.serve.model_name,
+            messages=cast(Any, build_messages(first[family], config.tasks.system_prompt)),
+            max_tokens=config.evaluate.max_new_tokens,
+            temperature=0,
+            stream=True,
+        )
+        for chunk in stream:
+            print(chunk.choices[0].delta.content or "", end="", flush=True)
+        print(f"\n(expected: {first[family].answer})\n")
 
 
 def serve(config: PipelineConfig) -> None:

@@ -56,7 +56,7 @@ def write_report(
         text = _render(name, record, rows, results, artifacts)
         (directory / "report.md").write_text(text, encoding="utf-8")
         store.publish(directory)
-    return f"{store.root}/report.md"
+    return f"{store.path}/report.md"
 
 
 def _rows(
@@ -136,6 +136,7 @@ def _render(
             f"- {stage}: {seconds:.0f} s" for stage, seconds in record["durations_s"].items()
         ),
         "## What did not work",
+        "Recipes that were tried before are in docs/experiments.md. In this run:",
         _failures(artifacts["evaluate"].local_dir / REPLIES_NAME, results),
     ]
     return "\n\n".join(parts) + "\n"
