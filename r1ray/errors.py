@@ -57,13 +57,3 @@ class ServingError(R1RayError):
         self.status = status
         self.code = code
         self.param = param
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickling keeps the keyword arguments, which BaseException's own would lose."""
-        return _restore_serving_error, (str(self), self.status, self.code, self.param)
-
-
-def _restore_serving_error(
-    message: str, status: int, code: str | None, param: str | None
-) -> ServingError:
-    return ServingError(message, status=status, code=code, param=param)

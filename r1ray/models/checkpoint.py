@@ -28,6 +28,7 @@ __all__ = [
     "load_model",
     "quantize_modules",
     "save_model",
+    "tie_head",
 ]
 
 QUANTIZATION_NAME = "r1ray.json"
@@ -112,7 +113,7 @@ def quantize_modules(model: Decoder) -> None:
     quantized = Int8Embedding.from_float(embedding)
     model.model.embed_tokens = quantized
     if model.config.tie_embeddings:
-        model.lm_head = Int8Linear(quantized.weight, quantized.weight_scale)
+        tie_head(model)
     else:
         model.lm_head = Int8Linear.from_float(head)
 
@@ -184,12 +185,18 @@ def assign_weights(model: Decoder, tensors: dict[str, Tensor], *, where: Path) -
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ArtifactError(f"{where}: weights do not fit: {'; '.join(problems[:5])}{more}")
     model.load_state_dict({name: tensors[name] for name in expected}, strict=False, assign=True)
-    if model.config.tie_embeddings:
-        embedding = model.model.embed_tokens
-        if isinstance(embedding, Int8Embedding):
-            model.lm_head = Int8Linear(embedding.weight, embedding.weight_scale)
-        else:
-            model.lm_head.weight = embedding.weight
+    tie_head(model)
+
+
+def tie_head(model: Decoder) -> None:
+    """Let a tied head share the embedding's tensors, also after `Module.to` copied them apart."""
+    if not model.config.tie_embeddings:
+        return
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, Int8Embedding):
+        model.lm_head = Int8Linear(embedding.weight, embedding.weight_scale)
+    else:
+        model.lm_head.weight = embedding.weight
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

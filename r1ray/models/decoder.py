@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention; a group's queries are folded, so K and V are not copied."""
+    """Causal grouped-query attention over the new tokens, or over a cache as well."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -81,6 +81,7 @@ class Attention(nn.Module):
     def _attend_cached(
         self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, positions_BT: Tensor
     ) -> Tensor:
+        """Over the cache; a group's queries are folded, so that K and V are not copied for them."""
         batch, _, tokens, head_dim = q_BNTH.shape
         groups = self.config.num_heads // self.config.num_kv_heads
         slots_S = torch.arange(k_BKSH.shape[2], device=q_BNTH.device)

@@ -68,12 +68,18 @@ def int8_linear(
 def _integer_product(q_MI: Tensor, weight_OI: Tensor) -> Tensor:
     """q @ weightᵀ of int8 matrices, as float32 [M, O]."""
     if q_MI.is_cuda:
-        padding = max(0, 17 - q_MI.shape[0])  # CUDA's kernel wants more than 16 rows
-        padded = nn.functional.pad(q_MI, (0, 0, 0, padding))
-        return torch._int_mm(padded, weight_OI.t())[: q_MI.shape[0]].float()
+        return _cuda_product(q_MI, weight_OI)
     if _has_vnni():
         return torch._int_mm(q_MI, weight_OI.t()).float()
     return q_MI.float() @ weight_OI.float().t()
+
+
+def _cuda_product(q_MI: Tensor, weight_OI: Tensor) -> Tensor:
+    """CUDA's kernel wants more than 16 rows, and multiples of 8 elsewhere: zeros fill them up."""
+    rows, inner, outer = *q_MI.shape, weight_OI.shape[0]
+    q_MI = nn.functional.pad(q_MI, (0, -inner % 8, 0, max(0, 17 - rows)))
+    weight_OI = nn.functional.pad(weight_OI, (0, -inner % 8, 0, -outer % 8))
+    return torch._int_mm(q_MI, weight_OI.t())[:rows, :outer].float()
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from r1ray.config.schema import ServeConfig
 from r1ray.errors import ConfigError, ServingError
 from r1ray.models import ModelConfig
 from r1ray.serving.ingress import OpenAIIngress
-from r1ray.serving.replica import ModelReplica
+from r1ray.serving.replica import ModelReplica, check_context
 
 __all__ = ["ServeArgs", "build_app", "check_port_is_free", "start_server", "stop_server"]
 
@@ -93,12 +93,7 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 120.
         ServingError: the server did not come up.
     """
     model_dir = str(Path(model_dir).resolve())
-    max_positions = ModelConfig.load(model_dir).max_positions
-    if config.max_context_tokens > max_positions:
-        raise ConfigError(
-            f"serve.max_context_tokens ({config.max_context_tokens}) is above the model's "
-            f"{max_positions} positions; lower it"
-        )
+    check_context(config.max_context_tokens, ModelConfig.load(model_dir))
     check_port_is_free(config.host, config.port)
     _check_serve_is_ours_to_start()
     args = ServeArgs(

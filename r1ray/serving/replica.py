@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from r1ray.errors import ServingError
-from r1ray.models import load_model
+from r1ray.errors import ConfigError, ServingError
+from r1ray.models import ModelConfig, load_model
+from r1ray.models.checkpoint import tie_head
 from r1ray.models.generation import BatchGenerator, GenerationRequest, TokenEvent
 from r1ray.observability.logging import setup_logging
 from r1ray.serving.engine import Engine
 
-__all__ = ["Failure", "ModelReplica", "build_engine"]
+__all__ = ["Failure", "ModelReplica", "build_engine", "check_context"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +41,24 @@ class Failure:
         return ServingError(self.message, status=self.status, code=self.code, param=self.param)
 
 
+def check_context(max_context_tokens: int, config: ModelConfig) -> None:
+    """Raise ConfigError when requests could be longer than the model's positions."""
+    if max_context_tokens > config.max_positions:
+        raise ConfigError(
+            f"serve.max_context_tokens ({max_context_tokens}) is above the model's "
+            f"{config.max_positions} positions; lower it"
+        )
+
+
 def build_engine(
     model_dir: str, *, max_concurrency: int, max_queued_requests: int, max_context_tokens: int
 ) -> Engine:
     """An engine over the model in `model_dir`, on the GPU that Ray gave this process, if any."""
+    check_context(max_context_tokens, ModelConfig.load(model_dir))
     model = load_model(model_dir)
     if torch.cuda.is_available():
         model = model.to("cuda")
+        tie_head(model)
     return Engine(
         lambda: BatchGenerator(
             model, max_concurrency=max_concurrency, max_context_tokens=max_context_tokens
