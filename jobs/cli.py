@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def run_job(
         config = load_config(arguments.config, arguments.overrides)
         _check_root(config)
         body(config)
-    except R1RayError as error:
+    except (R1RayError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
@@ -78,7 +79,8 @@ def connected_to_ray() -> Iterator[None]:
     from r1ray.observability.logging import setup_logging
 
     setup_logging()
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_reachable(address)
         ray.init(log_to_driver=False)
     else:
         ray.init(
@@ -96,6 +98,20 @@ def connected_to_ray() -> Iterator[None]:
 
 def _exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def _check_reachable(address: str) -> None:
+    """Ray retries for minutes where nothing listens; other forms of address are left to it."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS is {address}, and no Ray answers there ({error}); unset it to use a "
+            "local Ray, or start the cluster"
+        ) from error
 
 
 def _check_root(config: PipelineConfig) -> None:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
 from r1ray.errors import ArtifactError
@@ -81,7 +82,10 @@ class ArtifactStore:
         elif is_path:
             self._fs, path = fs.LocalFileSystem(), self.root
         else:
-            self._fs, path = fs.FileSystem.from_uri(root)
+            try:
+                self._fs, path = fs.FileSystem.from_uri(root)
+            except (OSError, pa.ArrowException) as error:
+                raise ArtifactError(f"artifact root {root!r} cannot be used ({error})") from error
         self._path = path.rstrip("/") + ("" if name is None else f"/{name}")
         self._is_local = isinstance(self._fs, fs.LocalFileSystem)
 
@@ -149,11 +153,14 @@ class ArtifactStore:
         """
         run_id = compute_run_id(stage, config, inputs)
         existing = self.find(stage, run_id)
-        if existing is not None:
-            logger.info("%s %s: finished earlier, nothing to do", stage, run_id)
-            return existing
-        with self._work_dir(stage, run_id, keep) as work_dir:
-            return self._make(work_dir, stage, run_id, config, inputs, body, keep)
+        if existing is None:
+            with self._lock(stage, run_id):
+                existing = self.find(stage, run_id)  # another process may have been quicker
+                if existing is None:
+                    with self._work_dir(stage, run_id, keep) as work_dir:
+                        return self._make(work_dir, stage, run_id, config, inputs, body, keep)
+        logger.info("%s %s: finished earlier, nothing to do", stage, run_id)
+        return existing
 
     def _make(
         self,
@@ -193,6 +200,8 @@ class ArtifactStore:
         if not self._is_local:
             return
         link = Path(self._path) / name
+        if link.is_dir() and not link.is_symlink():
+            raise ArtifactError(f"{link}: is a directory where a link belongs; move it away")
         temporary = link.with_name(f"{name}.tmp")
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(artifact.local_dir.relative_to(self._path), target_is_directory=True)
@@ -208,21 +217,45 @@ class ArtifactStore:
             self._fs.move(f"{target}.tmp", target)
 
     @contextmanager
+    def _lock(self, stage: str, run_id: str) -> Iterator[None]:
+        """Hold the run's advisory lock, which the kernel drops when the process ends.
+
+        The lock file stays: removing it would let two processes hold locks on different files of
+        the same name. Remote roots have no lock.
+        """
+        if not self._is_local:
+            yield
+            return
+        directory = Path(self.directory(stage, run_id))
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            lock = directory.with_name(f"{run_id}.lock").open("a")
+        except OSError as error:
+            raise ArtifactError(f"{directory}: cannot be written ({error})") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ArtifactError(
+                    f"{directory}: another process is making it right now; wait for it, or stop it"
+                ) from error
+            yield
+
+    @contextmanager
     def _work_dir(self, stage: str, run_id: str, keep: Sequence[str]) -> Iterator[Path]:
-        """An empty directory (but for `keep`) that nobody else writes to at the same time."""
+        """A local directory for the outputs, empty but for `keep`."""
         if not self._is_local:
             with tempfile.TemporaryDirectory(prefix=f"r1ray-{stage}-") as temporary:
                 yield Path(temporary)
             return
         directory = Path(self.directory(stage, run_id))
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory.with_name(f"{run_id}.lock"), directory):
-            for entry in directory.iterdir():
-                if entry.name in keep:
-                    continue
-                logger.info("%s %s: removing unfinished %s", stage, run_id, entry.name)
-                _remove(entry)
-            yield directory
+        for entry in directory.iterdir():
+            if entry.name in keep:
+                continue
+            logger.info("%s %s: removing unfinished %s", stage, run_id, entry.name)
+            _remove(entry)
+        yield directory
 
     def _commit(self, work_dir: Path, manifest: Manifest, keep: Sequence[str]) -> None:
         directory = self.directory(manifest.stage, manifest.run_id)
@@ -278,22 +311,6 @@ class ArtifactStore:
                 raise ArtifactError(f"{source}: {problem}; {FIX}")
             fresh.replace(target)
         return local_dir
-
-
-@contextmanager
-def _locked(lock_path: Path, directory: Path) -> Iterator[None]:
-    """Hold an advisory lock, which the kernel drops when the process ends, however it ends."""
-    with lock_path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ArtifactError(
-                f"{directory}: another process is making it right now; wait for it, or stop it"
-            ) from error
-        try:
-            yield
-        finally:
-            lock_path.unlink(missing_ok=True)
 
 
 def _verify(directory: Path, manifest: Manifest) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from r1ray.errors import ArtifactError
 
 __all__ = [
@@ -89,13 +91,13 @@ class Manifest:
                     f"{where}: schema version {raw['schema_version']} is not {SCHEMA_VERSION}; "
                     f"{FIX}"
                 )
-            raw["outputs"] = tuple(OutputFile(**output) for output in raw["outputs"])
-            for output in raw["outputs"]:
+            manifest = TypeAdapter(cls).validate_python(raw)
+            for output in manifest.outputs:
                 parts = PurePosixPath(output.path).parts
                 if ".." in parts or "/" in parts or not parts:
                     raise ValueError(f"output path {output.path!r} leaves the directory")
-            return cls(**raw)
-        except (ValueError, TypeError, KeyError) as error:
+            return manifest
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ArtifactError(f"{where}: not a manifest ({error!r}); {FIX}") from error
 
 

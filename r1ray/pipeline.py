@@ -20,10 +20,12 @@ from r1ray.config.schema import FileSourceConfig, PipelineConfig, identity
 from r1ray.data.pipeline import prepare_batches
 from r1ray.data.reasoning import Problem, draw_heldout
 from r1ray.data.sources import list_files
+from r1ray.errors import ConfigError
 from r1ray.evaluation.evaluate import evaluate_models
 from r1ray.evaluation.report import write_report
 from r1ray.manifest import compute_run_id, digest_path
 from r1ray.models.base import import_base, resolve_source
+from r1ray.models.config import ModelConfig
 from r1ray.observability.progress import StageProgress
 from r1ray.training.step import StepRecord
 from r1ray.training.trainer import CHECKPOINTS_DIR, train_model
@@ -58,9 +60,11 @@ class Pipeline:
                 progress.update(1)
             return metrics
 
-        return self._stage(
+        base = self._stage(
             "base", identity(self.config.base), {"source": digest_path(source)}, body
         )
+        _check_lengths(self.config, ModelConfig.load(base.local_dir).max_positions)
+        return base
 
     def prepare(self) -> Artifact:
         """The BatchSet."""
@@ -180,6 +184,21 @@ class Pipeline:
     @staticmethod
     def _run_id(stage: str, values: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
         return compute_run_id(stage, _with_version(values), inputs)
+
+
+def _check_lengths(config: PipelineConfig, max_positions: int) -> None:
+    """Raise ConfigError where a stage would go beyond the positions that the model knows."""
+    lengths = {
+        "prepare.max_tokens": config.prepare.max_tokens,
+        "evaluate.max_new_tokens": config.evaluate.max_new_tokens,
+        "evaluate.perplexity_window": config.evaluate.perplexity_window,
+        "serve.max_context_tokens": config.serve.max_context_tokens,
+    }
+    for key, length in lengths.items():
+        if length > max_positions:
+            raise ConfigError(
+                f"{key} ({length}) is above the base model's {max_positions} positions; lower it"
+            )
 
 
 def _with_version(values: Mapping[str, Any]) -> dict[str, Any]:

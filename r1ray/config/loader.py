@@ -33,6 +33,21 @@ _YAML_ERRORS = (
 )
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML forbids a key twice in one mapping; PyYAML would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = (key_node.tag, str(key_node.value))
+            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} occurs twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     """The configuration in the YAML file `path`, changed by `section.key=value` overrides.
 
@@ -55,7 +70,7 @@ def parse_config(
 ) -> PipelineConfig:
     """As `load_config`, from the YAML in `text`; `where` names it in errors."""
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _UniqueKeyLoader)  # a SafeLoader
     except _YAML_ERRORS as error:
         raise ConfigError(f"{where}: not valid YAML ({error})") from error
     if not isinstance(tree, dict):
@@ -92,9 +107,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
                 "override the whole value instead"
             )
     try:
-        node[last] = yaml.safe_load(value)
+        node[last] = yaml.load(value, _UniqueKeyLoader)
     except _YAML_ERRORS as error:
-        raise ConfigError(f"override {override!r}: {value!r} is not valid YAML") from error
+        raise ConfigError(
+            f"override {override!r}: the value is not valid YAML ({error})"
+        ) from error
 
 
 def _describe(item: Mapping[str, Any]) -> str:

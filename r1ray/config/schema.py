@@ -83,7 +83,7 @@ class FileSourceConfig:
 
     type: Literal["files"]
     """Rows read from files."""
-    paths: Annotated[list[str], Field(min_length=1)]
+    paths: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     """Files, directories or globs; .jsonl, .jsonl.gz and .parquet are read."""
 
 

@@ -36,7 +36,7 @@ from r1ray.data.bucketing import fit_histogram_ceilings, plan_batches
 from r1ray.data.reasoning import Problem, build_messages, draw_training
 from r1ray.data.sources import ROW_SCHEMA, RowError, list_files, read_file, rows_to_table
 from r1ray.data.tokenize import tokenize_messages
-from r1ray.errors import ArtifactError
+from r1ray.errors import ArtifactError, R1RayError
 from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["prepare_batches"]
@@ -71,7 +71,7 @@ def prepare_batches(
         ArtifactError: too large a share of the rows had to be quarantined, or none is left.
     """
     # Ray Data announces every execution plan on the console; r1ray shows its own progress.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     rows = _read_sources(config, tasks, heldout, out_dir)
     tokenize = functools.partial(
         _tokenize_table,
@@ -86,7 +86,12 @@ def prepare_batches(
         batch_size=256,
         num_cpus=config.resources.num_cpus_per_task,
     )
-    counts, lengths = _collect(tokenized, out_dir, on_rows)
+    try:
+        counts, lengths = _collect(tokenized, out_dir, on_rows)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, R1RayError):
+            raise error.cause from None  # the cause alone, without the remote traceback
+        raise
     _check_counts(counts, config.max_quarantined_share, out_dir)
     ceilings = fit_histogram_ceilings(lengths, config.num_buckets)
     summary = {

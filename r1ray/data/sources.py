@@ -12,6 +12,8 @@ import glob
 import gzip
 import io
 import json
+import logging
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ ROW_SCHEMA = pa.schema(
         ("excerpt", pa.string()),  # the beginning of a bad row
     ]
 )
+logger = logging.getLogger(__name__)
+
 MAX_ROW_BYTES = 8 << 20
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _ROLES = ("system", "user", "assistant", "tool")
@@ -58,12 +62,17 @@ class _Row:
 def list_files(paths: Sequence[str]) -> list[str]:
     """The data files behind `paths` (files, directories, globs, URIs), sorted, each once.
 
+    Files of other kinds in a directory are left out, and their number is logged.
+
     Raises:
-        ConfigError: a path matches nothing, or a file is of no supported kind.
+        ConfigError: a path matches nothing, cannot be listed, or is a file of no supported kind.
     """
     found: set[str] = set()
     for path in paths:
-        matches = _list_uri(path) if "://" in path else _list_local(path)
+        try:
+            matches = _list_uri(path) if "://" in path else _list_local(path)
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(f"prepare.sources: {path!r} cannot be listed ({error})") from error
         if not matches:
             raise ConfigError(f"prepare.sources: {path!r} matches no {', '.join(_SUFFIXES)} file")
         found.update(matches)
@@ -71,14 +80,21 @@ def list_files(paths: Sequence[str]) -> list[str]:
 
 
 def _list_local(path: str) -> list[str]:
-    if Path(path).is_dir():
-        found = [str(file.absolute()) for file in Path(path).rglob("*") if file.is_file()]
-        return [file for file in found if file.endswith(_SUFFIXES)]
-    files = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
-    for file in files:
-        if Path(file).is_file() and not file.endswith(_SUFFIXES):
-            raise ConfigError(f"prepare.sources: {file!r} is not one of {', '.join(_SUFFIXES)}")
-    return [str(Path(file).absolute()) for file in files if Path(file).is_file()]
+    entries = [Path(path)] if os.path.exists(path) else map(Path, glob.glob(path, recursive=True))
+    found: list[str] = []
+    for entry in entries:
+        if entry.is_dir():
+            files = [file for file in entry.rglob("*") if file.is_file()]
+            usable = [file for file in files if file.name.endswith(_SUFFIXES)]
+            if len(usable) < len(files):
+                skipped = len(files) - len(usable)
+                logger.warning("%s: %d files of other kinds are left out", entry, skipped)
+            found += [str(file.resolve()) for file in usable]
+        elif entry.name.endswith(_SUFFIXES):
+            found.append(str(entry.resolve()))
+        else:
+            raise ConfigError(f"prepare.sources: {entry} is not one of {', '.join(_SUFFIXES)}")
+    return found
 
 
 def _list_uri(uri: str) -> list[str]:
@@ -205,14 +221,19 @@ def _read_jsonl(path: str, stream: Any) -> Iterator[tuple[Any, str | None, str]]
 
 def _read_parquet(stream: Any) -> Iterator[tuple[Any, str | None, str]]:
     file = pq.ParquetFile(stream)
-    wanted = [
-        name for name in ("messages", "prompt", "completion") if name in file.schema_arrow.names
-    ]
+    names = file.schema_arrow.names
+    wanted = [name for name in ("messages", "prompt", "completion") if name in names]
+    for name in wanted:
+        if names.count(name) > 1:
+            raise pa.ArrowInvalid(f"column {name!r} occurs {names.count(name)} times")
     for batch in file.iter_batches(batch_size=_TABLE_ROWS, columns=wanted):
         for index in range(batch.num_rows):
             try:
                 value = {name: batch.column(name)[index].as_py() for name in wanted}
             except UnicodeDecodeError as error:
                 yield None, f"not UTF-8 ({error.reason})", ""
+                continue
+            except Exception as error:  # whatever a value's type makes of it
+                yield None, f"cannot be read ({type(error).__name__}: {error})", ""
                 continue
             yield value, None, repr(value)[:_EXCERPT_CHARS]

@@ -15,6 +15,9 @@ from r1ray.models.tokenizer import Tokenizer
 __all__ = ["measure_perplexity", "read_english"]
 
 
+_MAX_NATS = 700.0  # exp of more overflows; NaN ends up as inf, too
+
+
 def read_english() -> str:
     """The documentation topics, one after the other in the order of their names."""
     topics = pydoc_data.topics.topics
@@ -38,4 +41,5 @@ def measure_perplexity(
         logits_1TV = model(chunk_1T).float()
         total += float(F.cross_entropy(logits_1TV[0, :-1], chunk_1T[0, 1:], reduction="sum"))
         count += chunk_1T.shape[1] - 1
-    return math.exp(total / count)
+    mean = total / count
+    return math.exp(mean) if mean < _MAX_NATS else math.inf

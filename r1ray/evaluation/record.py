@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import operator
 import os
 import platform
@@ -93,7 +94,17 @@ def render_table(rows: Sequence[Row]) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Write `value` as strict JSON: NaN and infinity, which JSON lacks, become null."""
+    text = json.dumps(_finite(value), indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_hardware() -> dict[str, Any]:

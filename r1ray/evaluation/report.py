@@ -176,7 +176,7 @@ def _model_table(results: Mapping[str, Any]) -> str:
             _percent(result["accuracy"]),
             *(f"{100 * result['by_family'][family]['value']:.0f}%" for family in families),
             f"{100 * result['mentions_answer']['value']:.0f}%",
-            f"{result['perplexity']:.2f}",
+            "not finite" if result["perplexity"] is None else f"{result['perplexity']:.2f}",
             f"{result['weight_bytes'] / 1e6:.0f}",
             f"{result['latency']['decode_ms_per_token']:.0f}",
         ]

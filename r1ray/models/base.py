@@ -8,6 +8,7 @@ from r1ray.errors import ArtifactError
 from r1ray.models.checkpoint import QUANTIZATION_NAME, copy_tokenizer, load_model, save_model
 from r1ray.models.decoder import Decoder
 from r1ray.models.gguf import load_gguf_model, save_gguf_tokenizer
+from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["import_base", "resolve_source"]
 
@@ -45,7 +46,11 @@ def resolve_source(source: str) -> Path:
 
 
 def import_base(source: Path, target: Path) -> dict[str, Any]:
-    """Write the checkpoint at `source` into `target` as float32 safetensors; returns metrics."""
+    """Write the checkpoint at `source` into `target` as float32 safetensors; returns metrics.
+
+    Raises:
+        ArtifactError: the weights or the tokenizer cannot be used, or do not belong together.
+    """
     if source.is_dir():
         if (source / QUANTIZATION_NAME).is_file():
             raise ArtifactError(
@@ -56,8 +61,22 @@ def import_base(source: Path, target: Path) -> dict[str, Any]:
     else:
         model = load_gguf_model(source)
         save_gguf_tokenizer(source, target, max_tokens=model.config.max_positions)
+    _check_tokenizer(source, target, model.config.vocab_size)
     save_model(model.float(), target)
     return {"parameters": count_parameters(model), "source": source.name}
+
+
+def _check_tokenizer(source: Path, target: Path, vocab_size: int) -> None:
+    """Every later stage needs it: better refused here than after hours of training."""
+    try:
+        largest = Tokenizer(target).max_token_id
+    except ArtifactError as error:
+        raise ArtifactError(f"base.source {source}: {error}") from error
+    if largest >= vocab_size:
+        raise ArtifactError(
+            f"base.source {source}: the tokenizer has id {largest}, the model's vocabulary ends at "
+            f"{vocab_size - 1}; resize the model's embeddings or use its own tokenizer"
+        )
 
 
 def count_parameters(model: Decoder) -> int:

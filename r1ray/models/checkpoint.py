@@ -124,7 +124,7 @@ def _read_scheme(path: Path) -> str | None:
         return None
     try:
         scheme = json.loads(record_path.read_text(encoding="utf-8"))["quantization"]["scheme"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{record_path}: no quantization scheme in it ({error!r})") from error
     if scheme != "w8a8":
         raise ArtifactError(f"{record_path}: scheme {scheme!r} is not w8a8")

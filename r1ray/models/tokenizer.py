@@ -16,23 +16,28 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """A Hugging Face tokenizer, loaded from local files only."""
 
-    template_errors = (jinja2.TemplateError, TypeError, ValueError)
+    template_errors = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
     """What `render_chat` raises for messages that the model's template does not accept."""
 
     def __init__(self, path: str | Path) -> None:
         """Load the tokenizer in the model directory `path`.
 
         Raises:
-            ArtifactError: there is none, or it has no chat template.
+            ArtifactError: there is none, or it has no chat template or no end-of-turn token.
         """
         from transformers import AutoTokenizer
 
         try:
             self._inner = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path}: no usable tokenizer ({error})") from error
         if not self._inner.chat_template:
             raise ArtifactError(f"{path}: the tokenizer has no chat template")
+        if self._inner.eos_token_id is None:
+            raise ArtifactError(
+                f"{path}: the tokenizer has no eos_token; name the one that ends a turn in "
+                "tokenizer_config.json"
+            )
 
     @property
     def eos_token_id(self) -> int:
@@ -41,6 +46,11 @@ class Tokenizer:
     @property
     def eos_token(self) -> str:
         return str(self._inner.eos_token)
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest id that encoding can give."""
+        return max(self._inner.get_vocab().values())
 
     @property
     def vocab_size(self) -> int:

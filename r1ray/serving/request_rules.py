@@ -66,7 +66,7 @@ def flatten_content(value: Any) -> Any:
         if not well_formed or part["type"] != "text" or not isinstance(part["text"], str):
             raise PydanticCustomError(
                 "invalid_value",
-                'only text parts are supported, each exactly {{"type": "text", "text": "..."}}',
+                'only text parts are supported, each exactly {"type": "text", "text": "..."}',
             )
     return "".join(part["text"] for part in value)
 

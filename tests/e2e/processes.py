@@ -36,12 +36,19 @@ def start_job(job: str, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def run_job(job: str, *overrides: str, config: str = TINY_CONFIG, timeout_s: float = 240):
+def run_job(
+    job: str,
+    *overrides: str,
+    config: str = TINY_CONFIG,
+    ray_address: str | None = None,
+    timeout_s: float = 240,
+) -> subprocess.CompletedProcess[str]:
     """The finished job, with stdout and stderr apart."""
+    extra = {} if ray_address is None else {"RAY_ADDRESS": ray_address}
     return subprocess.run(
         job_command(job, *overrides, config=config),
         cwd=REPOSITORY,
-        env=_environment(),
+        env=_environment() | extra,
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -127,6 +127,7 @@ def test_a_pipeline_interrupted_while_training_leaves_only_finished_artifacts(
         ("train", ["train.learning_rat=1"], "train.learning_rat: unknown key; did you mean"),
         ("prepare", [], "run `python -m jobs.base` with the same configuration first"),
         ("base", ["base.source=no/such/model"], "no such file or directory"),
+        ("base", ["serve.max_context_tokens=2048"], "above the base model's 1024 positions"),
     ],
 )
 def test_mistakes_exit_2_with_the_fix_and_no_traceback(
@@ -150,3 +151,23 @@ def test_help_answers_within_a_second_and_lists_the_keys() -> None:
     done = run_job("train", "--help")
     assert time.perf_counter() - started < 1.0
     assert "train.learning_rate" in done.stdout
+
+
+def test_an_address_where_no_ray_answers_is_named_at_once(workspace: Path) -> None:
+    started = time.perf_counter()
+    address = f"127.0.0.1:{free_port()}"
+    done = run_job("base", *_overrides(workspace, "mistakes"), ray_address=address)
+    assert done.returncode == 2
+    assert f"RAY_ADDRESS is {address}, and no Ray answers there" in done.stderr
+    assert time.perf_counter() - started < 30
+
+
+def test_a_damaged_source_file_ends_in_one_line_without_a_traceback(workspace: Path) -> None:
+    settings = _overrides(workspace, "damaged")
+    assert run_job("base", *settings).returncode == 0
+    (workspace / "cut.jsonl.gz").write_bytes(b"\x1f\x8b\x08 cut")
+    source = f"prepare.sources=[{{type: files, paths: ['{workspace / 'cut.jsonl.gz'}']}}]"
+    done = run_job("prepare", *settings, source)
+    assert done.returncode == 2
+    assert "cut.jsonl.gz: cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout

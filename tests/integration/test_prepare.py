@@ -106,4 +106,4 @@ def test_changed_source_files_are_another_run(config: PipelineConfig, tmp_path: 
 
 def _base_id(prepared: object) -> str:
     root = prepared.local_dir.parents[1] / "base"  # type: ignore[attr-defined]
-    return next(root.iterdir()).name
+    return next(root.glob("*/manifest.json")).parent.name

@@ -333,7 +333,32 @@ def test_a_second_process_on_the_same_run_is_refused_and_destroys_nothing(tmp_pa
 
     made = store.run("prepare", CONFIG, INPUTS, body)
     assert [output.path for output in made.manifest.outputs] == ["half.txt"]
-    assert not list(tmp_path.glob("prepare/*.lock"))
+
+
+def test_what_another_process_finished_while_waiting_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ArtifactStore(str(tmp_path)).run("prepare", CONFIG, INPUTS, _body())
+    late = ArtifactStore(str(tmp_path))
+    find, calls = late.find, []
+
+    def find_late(stage: str, run_id: str) -> Artifact | None:
+        calls.append(run_id)
+        return None if len(calls) == 1 else find(stage, run_id)
+
+    monkeypatch.setattr(late, "find", find_late)
+    assert late.run("prepare", CONFIG, INPUTS, _never).manifest == made.manifest
+
+
+def test_an_unusable_root_is_named() -> None:
+    with pytest.raises(ArtifactError, match="'foo://x' cannot be used"):
+        ArtifactStore("foo://x")
+
+
+def test_a_root_below_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"file/prepare.*cannot be written"):
+        ArtifactStore(str(tmp_path / "file")).run("prepare", CONFIG, INPUTS, _never)
 
 
 def test_a_link_leads_to_the_latest_artifact(tmp_path: Path) -> None:

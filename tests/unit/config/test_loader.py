@@ -14,6 +14,7 @@ from r1ray.config.loader import describe_fields, parse_config
 from r1ray.config.schema import DenseExchangeConfig, FileSourceConfig, TaskSourceConfig, identity
 from r1ray.errors import ConfigError
 
+DEMO = Path(__file__).parents[3] / "jobs" / "configs" / "demo.yaml"
 CONFIGS = sorted((Path(__file__).parents[3] / "jobs" / "configs").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {
     "run": {"name": "x"},
@@ -115,8 +116,8 @@ def test_an_override_may_contain_an_equals_sign() -> None:
         ("=3", "not of the form"),
         ("train.num_steps.deeper=3", "train.num_steps is not a section"),
         ("tasks.families.0.name=gcd", "tasks.families is not a section"),
-        ("train.num_steps=[", "is not valid YAML"),
-        ("train.num_steps=!!timestamp x", "is not valid YAML"),
+        ("train.num_steps=[", "the value is not valid YAML"),
+        ("train.num_steps=!!timestamp x", "the value is not valid YAML"),
         ("train..num_steps=3", "train.: unknown key"),
     ],
 )
@@ -278,3 +279,11 @@ def test_reading_a_configuration_imports_neither_torch_nor_ray() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_key_that_occurs_twice_is_refused_and_named() -> None:
+    text = DEMO.read_text() + "\ntrain: {num_steps: 3}\n"
+    with pytest.raises(ConfigError, match="key 'train' occurs twice"):
+        parse_config(text)
+    with pytest.raises(ConfigError, match="key 'num_steps' occurs twice"):
+        parse_config(DEMO.read_text(), ["train={num_steps: 6, num_steps: 7}"])

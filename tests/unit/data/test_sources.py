@@ -278,5 +278,39 @@ def test_paths_that_match_nothing_or_are_of_no_known_kind_are_config_errors(tmp_
         list_files([str(tmp_path / "absent.jsonl")])
     with pytest.raises(ConfigError, match="matches no"):
         list_files([str(tmp_path)])
-    with pytest.raises(ConfigError, match=r"notes\.txt' is not one of"):
+    with pytest.raises(ConfigError, match=r"notes\.txt is not one of"):
         list_files([str(tmp_path / "notes.txt")])
+
+
+def test_a_file_named_in_two_ways_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "sub" / "more.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    found = list_files([".", "rows.jsonl", "sub/../rows.jsonl", "*"])
+    assert found == [str(tmp_path / "rows.jsonl"), str(tmp_path / "sub" / "more.jsonl")]
+
+
+@pytest.mark.parametrize("path", ["foo://x", "file://x", "x" * 5000])
+def test_paths_that_cannot_be_listed_are_config_errors(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"prepare\.sources"):
+        list_files([path])
+
+
+def test_parquet_values_without_a_python_form_are_quarantined_alone(tmp_path: Path) -> None:
+    dates = pa.array([0, 2**31 - 1], pa.int32()).view(pa.date32())
+    table = pa.table({"prompt": dates, "completion": ["a", "b"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rows = pa.concat_tables(read_file(str(tmp_path / "rows.parquet"))).to_pylist()
+    assert len(rows) == 2
+    assert "type date" in rows[0]["error"]
+    assert rows[1]["error"].startswith("cannot be read (OverflowError")
+
+
+def test_a_parquet_column_that_occurs_twice_is_named(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, ["prompt", "prompt", "completion"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ArtifactError, match=r"rows\.parquet.*'prompt' occurs 2 times"):
+        list(read_file(str(tmp_path / "rows.parquet")))

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,37 @@ def test_a_source_that_is_not_there_is_named(source: str, complaint: str) -> Non
     with pytest.raises(ArtifactError, match=complaint) as caught:
         resolve_source(source)
     assert repr(source) in str(caught.value)
+
+
+def _edit_json(path: Path, **changes: object) -> None:
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: item for name, item in values.items() if item is not None}))
+
+
+def test_a_source_without_a_tokenizer_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "source")
+    for file in (*source.glob("tokenizer*"), *source.glob("*.jinja")):
+        file.unlink()
+    (tmp_path / "target").mkdir()
+    with pytest.raises(ArtifactError, match=rf"base\.source {source}: .*no usable tokenizer"):
+        import_base(source, tmp_path / "target")
+
+
+def test_a_tokenizer_without_an_end_of_turn_token_is_refused(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "source")
+    _edit_json(source / "tokenizer_config.json", eos_token=None)
+    (tmp_path / "target").mkdir()
+    with pytest.raises(ArtifactError, match="has no eos_token"):
+        import_base(source, tmp_path / "target")
+
+
+def test_a_tokenizer_that_exceeds_the_models_vocabulary_is_refused(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "source")
+    tokens = json.loads((source / "tokenizer.json").read_text())["added_tokens"]
+    extra = {**tokens[0], "id": 300, "content": "<think>"}
+    _edit_json(source / "tokenizer.json", added_tokens=[*tokens, extra])
+    (tmp_path / "target").mkdir()
+    with pytest.raises(
+        ArtifactError, match="tokenizer has id 300, the model's vocabulary ends at 299"
+    ):
+        import_base(source, tmp_path / "target")
