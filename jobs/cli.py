@@ -11,12 +11,13 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from r1ray.config import PipelineConfig, load_config
 from r1ray.config.loader import describe_fields
 from r1ray.errors import ConfigError, R1RayError
 
-__all__ = ["connected_to_ray", "run_job", "run_stage"]
+__all__ = ["connected_to_ray", "print_summary", "run_job", "run_stage"]
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -62,9 +63,17 @@ def run_stage(stage: str, summary: str, argv: Sequence[str] | None = None) -> in
             from r1ray.pipeline import Pipeline
 
             artifact = getattr(Pipeline(config, only=stage), stage)()
+            print_summary(artifact.local_dir)
             print(f"{stage}: {artifact.location}")
 
     return run_job(stage, summary, body, argv)
+
+
+def print_summary(directory: Path) -> None:
+    """Show what a stage says of its outcome in words, if it does."""
+    summary = directory / "summary.md"
+    if summary.exists():
+        print(summary.read_text(encoding="utf-8"))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import shlex
 import sys
 import time
 
-from jobs.cli import connected_to_ray, run_job
+from jobs.cli import connected_to_ray, print_summary, run_job
 from jobs.serve import ask_heldout_questions, serving
 from r1ray.config import PipelineConfig
 
@@ -21,6 +21,7 @@ def run_pipeline(config: PipelineConfig, *, job: str = "pipeline") -> None:
 
         check_port_is_free(config.serve.host, config.serve.port)  # not after all the stages
         pipeline = Pipeline(config)
+        print_summary(pipeline.prepare().local_dir)
         command = shlex.join(["python", "-m", f"jobs.{job}", *sys.argv[1:]])
         pipeline.write_report(command=command)  # whatever serving may bring
         started = time.monotonic()

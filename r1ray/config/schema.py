@@ -5,6 +5,7 @@ makes: `identity` leaves it out, so that a run is found again on another machine
 """
 
 import dataclasses
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -12,11 +13,14 @@ from pydantic.dataclasses import dataclass
 
 __all__ = [
     "BaseConfig",
+    "BatchingConfig",
+    "BucketsConfig",
     "CompressConfig",
     "DenseExchangeConfig",
     "EvaluateConfig",
     "FamilyConfig",
     "FileSourceConfig",
+    "PackingConfig",
     "PipelineConfig",
     "PrepareConfig",
     "PrepareResources",
@@ -79,12 +83,12 @@ class TasksConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class FileSourceConfig:
-    """Rows with `messages`, or `prompt` and `completion`, in JSONL or Parquet files."""
+    """Conversations, or pairs of question and answer, in JSONL or Parquet files."""
 
     type: Literal["files"]
     """Rows read from files."""
     paths: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    """Files, directories or globs; .jsonl, .jsonl.gz and .parquet are read."""
+    """Files, directories or globs; .jsonl, .jsonl.gz, .jsonl.zst and .parquet are read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -98,6 +102,31 @@ class TaskSourceConfig:
 
 
 SourceConfig = Annotated[FileSourceConfig | TaskSourceConfig, Field(discriminator="type")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class BucketsConfig:
+    """Batches of samples of similar length, each padded to the ceiling of its bucket."""
+
+    type: Literal["buckets"]
+    """One sample a row."""
+    num_buckets: Annotated[int, Field(ge=1, le=256)] = 64
+    """The most length buckets; their ceilings are chosen for the least padding."""
+    max_padding_share: Annotated[float, Field(gt=0, lt=1)] | None = 0.03
+    """Use no more buckets than this share of padding needs; null uses all of them."""
+    fit_rows: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Fit the ceilings to the first rows only, and again when lengths drift; null fits to all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class PackingConfig:
+    """Batches of one row that holds whole samples one after the other, next to no padding."""
+
+    type: Literal["packing"]
+    """Samples neither see one another nor share positions."""
+
+
+BatchingConfig = Annotated[BucketsConfig | PackingConfig, Field(discriminator="type")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -116,12 +145,13 @@ class PrepareConfig:
     """Where rows come from; all sources together make one BatchSet."""
     max_tokens: Annotated[int, Field(ge=8, le=1_048_576)]
     """Longest sample in tokens."""
-    overflow: Literal["reject", "truncate"] = "reject"
-    """Longer samples are quarantined, or cut to max_tokens; both are counted."""
-    num_buckets: Annotated[int, Field(ge=1, le=256)] = 8
-    """Length buckets; each batch is padded to its bucket's ceiling."""
+    overflow: Literal["reject", "truncate", "split"] = "reject"
+    """Longer samples are quarantined, cut to max_tokens, or cut into several; all are counted."""
+    batching: BatchingConfig = BucketsConfig(type="buckets")
     batch_tokens: Annotated[int, Field(ge=8, le=16_777_216)]
-    """Upper bound on one micro-batch: rows x ceiling, padding included."""
+    """Upper bound on the cost of one micro-batch in tokens, padding included."""
+    quadratic_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Length l at which attention costs as much as the rest: rows cost l + l²/quadratic_tokens."""
     max_quarantined_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """The stage fails when a larger share of the rows had to be quarantined."""
     resources: PrepareResources = PrepareResources()
@@ -134,10 +164,14 @@ class PrepareConfig:
 
     @model_validator(mode="after")
     def _batch_holds_longest_sample(self) -> "PrepareConfig":
-        if self.batch_tokens < self.max_tokens:
+        cost = self.max_tokens
+        if self.quadratic_tokens is not None:
+            cost += math.ceil(self.max_tokens**2 / self.quadratic_tokens)
+        if self.batch_tokens < cost:
+            costing = "" if cost == self.max_tokens else f", which cost {cost}"
             raise ValueError(
-                f"batch_tokens ({self.batch_tokens}) is below max_tokens ({self.max_tokens}); "
-                "raise batch_tokens or lower max_tokens"
+                f"batch_tokens ({self.batch_tokens}) is below max_tokens ({self.max_tokens}"
+                f"{costing}); raise batch_tokens or lower max_tokens"
             )
         return self
 

@@ -1,15 +1,17 @@
 """The BatchSet: Parquet files in which one row is one micro-batch, and their reader.
 
 Ray Data cannot cut batches by tokens (ray#49844), so a whole batch travels as one row: it streams,
-and every rank takes the same number of steps. Tokens are stored unpadded; the reader pads a batch
-to its bucket's ceiling.
+and every rank takes the same number of steps. Tokens are stored unpadded. A bucketed batch is
+padded to its bucket's ceiling, one sample a row; a packed batch is one row, its samples one after
+the other.
 
-Reading one batch costs its row group (64 batches), of which the latest 16 are kept decoded: in a
-shuffled BatchSet of more than 1,024 batches nearly every read decodes one.
+Reading one batch costs its row group (256 thousand tokens), of which the latest 16 are kept
+decoded: in a shuffled BatchSet of more than that nearly every read decodes one.
 
 Shape legend: B rows of a batch, T tokens (the ceiling).
 """
 
+import bisect
 import functools
 import json
 import random
@@ -18,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from r1ray.errors import ArtifactError, ShapeError
@@ -30,6 +34,7 @@ __all__ = [
     "BATCH_SCHEMA",
     "IGNORED",
     "SUMMARY_NAME",
+    "BatchBuffers",
     "BatchSet",
     "MicroBatch",
     "plan_order",
@@ -37,14 +42,15 @@ __all__ = [
 
 BATCHES_NAME = "batches.parquet"
 SUMMARY_NAME = "summary.json"
-ROW_GROUP_BATCHES = 64
 IGNORED = -100  # label of a position that the loss leaves out
+_CACHED_GROUPS = 16
 
 BATCH_SCHEMA = pa.schema(
     [
         ("ceiling", pa.int32()),  # T
-        ("lengths", pa.list_(pa.int32())),  # real tokens of each of the B rows
-        ("input_ids", pa.list_(pa.int32())),  # the rows one after the other, unpadded
+        ("is_packed", pa.bool_()),  # B = 1, else B samples
+        ("lengths", pa.list_(pa.int32())),  # real tokens of each sample
+        ("input_ids", pa.list_(pa.int32())),  # the samples one after the other, unpadded
         ("is_target", pa.list_(pa.bool_())),  # aligned with input_ids
     ]
 )
@@ -59,12 +65,34 @@ class MicroBatch:
         labels_BT: int64; the token that follows each position, IGNORED where no target follows.
         num_tokens: real tokens, padding excluded.
         num_targets: labels that are not IGNORED.
+        document_lengths: of a packed batch (B = 1), the samples in the row; the padding at its end
+            counts as one more, so that they add up to T. None where every row is one sample.
     """
 
     input_ids_BT: Tensor
     labels_BT: Tensor
     num_tokens: int
     num_targets: int
+    document_lengths: tuple[int, ...] | None = None
+
+
+class BatchBuffers:
+    """Memory for one batch of any shape up to `max_tokens`, allocated once and reused.
+
+    Every ceiling is a view of the same memory, so a batch read into it is valid until the next one
+    is read. On a machine with CUDA it is pinned, for copies by DMA.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        pinned = torch.cuda.is_available()
+        self._input_ids = torch.zeros(max_tokens, dtype=torch.long, pin_memory=pinned)
+        self._labels = torch.zeros(max_tokens, dtype=torch.long, pin_memory=pinned)
+
+    def take(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """(input_ids, labels), each int64 [rows, columns], with all padding."""
+        input_ids = self._input_ids[: rows * columns].view(rows, columns)
+        labels = self._labels[: rows * columns].view(rows, columns)
+        return input_ids.zero_(), labels.fill_(IGNORED)
 
 
 class BatchSet:
@@ -83,36 +111,65 @@ class BatchSet:
         self._group_starts = [0]
         for group in range(metadata.num_row_groups):
             self._group_starts.append(self._group_starts[-1] + metadata.row_group(group).num_rows)
-        self._read_group = functools.lru_cache(maxsize=16)(self._file.read_row_group)
+        self._read_group = functools.lru_cache(maxsize=_CACHED_GROUPS)(self._file.read_row_group)
 
     def __len__(self) -> int:
         return self._group_starts[-1]
 
     def __getitem__(self, index: int) -> MicroBatch:
+        return self.read(index)
+
+    def build_buffers(self) -> BatchBuffers:
+        """Buffers that hold the largest batch of this set."""
+        return BatchBuffers(self.summary["max_batch_tokens"])
+
+    def read(self, index: int, buffers: BatchBuffers | None = None) -> MicroBatch:
+        """Batch `index`, in `buffers` (where the next read overwrites it) or in new memory."""
         if not 0 <= index < len(self):
             raise ShapeError(f"batch {index} is not in a BatchSet of {len(self)}")
-        group = next(g for g, end in enumerate(self._group_starts[1:]) if index < end)
+        group = bisect.bisect_right(self._group_starts, index) - 1
         table = self._read_group(group)
-        row = {
-            name: table.column(name)[index - self._group_starts[group]].as_py()
-            for name in BATCH_SCHEMA.names
-        }
-        return _pad(row)
+        row = table.slice(index - self._group_starts[group], 1).combine_chunks()
+        lengths, input_ids, is_target = (
+            row.column(name).chunk(0).flatten().to_numpy(zero_copy_only=False)
+            for name in ("lengths", "input_ids", "is_target")
+        )
+        ceiling = row.column("ceiling")[0].as_py()
+        rows = [int(lengths.sum())] if row.column("is_packed")[0].as_py() else lengths
+        shape = (len(rows), ceiling)
+        into = (buffers or BatchBuffers(len(rows) * ceiling)).take(*shape)
+        num_targets = _fill(into, rows, _shift(input_ids, is_target, lengths), input_ids)
+        documents = None if rows is lengths else _add_padding(lengths.tolist(), ceiling)
+        return MicroBatch(*into, len(input_ids), num_targets, documents)
 
 
-def _pad(row: dict[str, Any]) -> MicroBatch:
-    lengths = row["lengths"]
-    shape = (len(lengths), row["ceiling"])
-    input_ids_BT = torch.zeros(shape, dtype=torch.long)
-    labels_BT = torch.full(shape, IGNORED, dtype=torch.long)
-    start = 0
-    for index, length in enumerate(lengths):
-        ids = torch.tensor(row["input_ids"][start : start + length])
-        is_target = torch.tensor(row["is_target"][start : start + length])
-        input_ids_BT[index, :length] = ids
-        labels_BT[index, : length - 1] = torch.where(is_target[1:], ids[1:], IGNORED)
-        start += length
-    return MicroBatch(input_ids_BT, labels_BT, start, int((labels_BT != IGNORED).sum()))
+def _shift(
+    input_ids: NDArray[np.int32], is_target: NDArray[np.bool_], lengths: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """Labels of samples that lie one after the other; nothing predicts a sample's first token."""
+    labels = np.full(len(input_ids), IGNORED, dtype=np.int32)
+    labels[:-1] = np.where(is_target[1:], input_ids[1:], IGNORED)
+    labels[np.cumsum(lengths) - 1] = IGNORED
+    return labels
+
+
+def _fill(
+    into: tuple[Tensor, Tensor],
+    rows: Sequence[int] | NDArray[np.int32],
+    labels: NDArray[np.int32],
+    input_ids: NDArray[np.int32],
+) -> int:
+    """Lay tokens and labels out in rows of these lengths; returns the number of targets."""
+    input_ids_BT, labels_BT = into
+    is_real_BT = np.arange(input_ids_BT.shape[1]) < np.asarray(rows)[:, None]
+    input_ids_BT.numpy()[is_real_BT] = input_ids
+    labels_BT.numpy()[is_real_BT] = labels
+    return int((labels != IGNORED).sum())
+
+
+def _add_padding(lengths: list[int], ceiling: int) -> tuple[int, ...]:
+    padding = ceiling - sum(lengths)
+    return (*lengths, padding) if padding else tuple(lengths)
 
 
 def plan_order(

@@ -1,56 +1,57 @@
 """The `prepare` stage: from rows of text to a BatchSet, on Ray Data.
 
-1. Ray Data reads the sources, one task per file, and tokenizes in parallel tasks; rows keep their
-   order. Generated task traces enter as rows like any other.
-2. The driver is the single writer: it streams the tokenized rows into a Parquet file, bad rows into
-   `quarantine.jsonl`, and counts lengths.
-3. Bucket ceilings are fitted to the whole histogram; then windows of rows are sorted inside their
-   buckets and cut into micro-batches (`data.bucketing`).
+1. Ray Data reads the sources, one task per file, and tokenizes blocks of rows in parallel tasks;
+   rows keep their order. Generated task traces enter as rows like any other.
+2. The driver is the single writer: it counts, and writes bad rows into `quarantine.jsonl`.
+3. Where ceilings are fitted to all rows it first streams the samples into a temporary file, so that
+   the whole histogram is known; packing and `fit_rows` need one pass.
+4. A planner cuts windows of samples into batches (`data.planners`, `data.batch_writer`).
 
-Price: tokens pass through the driver once (4 bytes each); memory is bounded by one window. The
-tasks read the tokenizer from `model_dir`, which every node must see.
+Price: tokens pass through the driver once, in arrow arrays (4 bytes each, tens of millions a
+second); its memory is bounded by two windows. The tasks read the tokenizer from `model_dir`, which
+every node must see.
 """
 
 import functools
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from r1ray.config.schema import PrepareConfig, TasksConfig, TaskSourceConfig
-from r1ray.data.batch_set import (
-    BATCH_SCHEMA,
-    BATCHES_NAME,
-    ROW_GROUP_BATCHES,
-    SUMMARY_NAME,
+from r1ray.config.schema import (
+    BucketsConfig,
+    PackingConfig,
+    PrepareConfig,
+    TasksConfig,
+    TaskSourceConfig,
 )
-from r1ray.data.bucketing import fit_histogram_ceilings, plan_batches
+from r1ray.data.batch_set import SUMMARY_NAME
+from r1ray.data.batch_writer import BatchWriter
+from r1ray.data.collector import SampleCollector
+from r1ray.data.planners import (
+    BatchPlanner,
+    FixedBuckets,
+    LearnedBuckets,
+    PackingPlanner,
+    fit_ceilings,
+)
 from r1ray.data.reasoning import Problem, build_messages, draw_training
-from r1ray.data.sources import ROW_SCHEMA, RowError, list_files, read_file, rows_to_table
-from r1ray.data.tokenize import tokenize_messages
-from r1ray.errors import ArtifactError, R1RayError
-from r1ray.models.tokenizer import Tokenizer
+from r1ray.data.sources import list_files, read_file, rows_to_table
+from r1ray.data.summary import plot_summary, render_summary
+from r1ray.data.tokenize_table import SAMPLE_SCHEMA, tokenize_table
+from r1ray.errors import R1RayError
 
 __all__ = ["prepare_batches"]
 
-logger = logging.getLogger(__name__)
-
-QUARANTINE_NAME = "quarantine.jsonl"
 TRACES_NAME = "traces.jsonl"
-_WINDOW_ROWS = 8192
-_TOKENIZED_NAME = "tokenized.parquet.tmp"
-_TOKENIZED_SCHEMA = pa.schema(
-    [("input_ids", pa.list_(pa.int32())), ("is_target", pa.list_(pa.bool_()))]
-)
-_RESULT_SCHEMA = pa.schema([*_TOKENIZED_SCHEMA, *ROW_SCHEMA, ("was_truncated", pa.bool_())])
+_SAMPLES_NAME = "samples.arrow.tmp"
+_TASK_ROWS = 1024  # rows that one tokenizing task takes
+_BLOCK_BYTES = 16 << 20  # of a block in flight: bounds the memory of tasks and driver
 
 
 def prepare_batches(
@@ -72,37 +73,88 @@ def prepare_batches(
     """
     # Ray Data announces every execution plan on the console; r1ray shows its own progress.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    rows = _read_sources(config, tasks, heldout, out_dir)
     tokenize = functools.partial(
-        _tokenize_table,
+        tokenize_table,
         heldout_questions=frozenset(problem.question.strip() for problem in heldout),
         tokenizer_dir=str(model_dir),
         max_tokens=config.max_tokens,
         overflow=config.overflow,
     )
-    tokenized = rows.map_batches(
-        tokenize,
-        batch_format="pyarrow",
-        batch_size=256,
-        num_cpus=config.resources.num_cpus_per_task,
+    tokenized: Iterable[Any] = (
+        _read_sources(config, tasks, heldout, out_dir)
+        .repartition(target_num_rows_per_block=_TASK_ROWS)
+        .map_batches(
+            tokenize,
+            batch_format="pyarrow",
+            batch_size=_TASK_ROWS,
+            num_cpus=config.resources.num_cpus_per_task,
+        )
+        .iter_batches(batch_size=None, batch_format="pyarrow")
     )
+    collector = SampleCollector(tokenized, out_dir, config, on_rows)
     try:
-        counts, lengths = _collect(tokenized, out_dir, on_rows)
+        written = _write_batches(config, collector, out_dir)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, R1RayError):
             raise error.cause from None  # the cause alone, without the remote traceback
         raise
-    _check_counts(counts, config.max_quarantined_share, out_dir)
-    ceilings = fit_histogram_ceilings(lengths, config.num_buckets)
     summary = {
-        **counts,
-        "ceilings": ceilings,
-        "lengths": {str(length): lengths[length] for length in sorted(lengths)},
-        **_write_batches(out_dir, ceilings, config.batch_tokens),
+        **collector.counts,
+        "ignored_fields": dict(sorted(collector.ignored.items())),
+        "batching": config.batching.type,
+        **written,
+        "lengths": {str(top): count for top, count in sorted(collector.sketch.counts.items())},
     }
-    (out_dir / _TOKENIZED_NAME).unlink()
     (out_dir / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (out_dir / "summary.md").write_text(render_summary(summary), encoding="utf-8")
+    plot_summary(summary, out_dir / "summary.png")
     return {name: value for name, value in summary.items() if name != "lengths"}
+
+
+def _write_batches(
+    config: PrepareConfig, collector: SampleCollector, out_dir: Path
+) -> dict[str, Any]:
+    """Write the batches in one pass over the samples, or in two where all ceilings come first."""
+    batching = config.batching
+    planner: BatchPlanner
+    if isinstance(batching, PackingConfig):
+        planner = PackingPlanner(config)
+    elif batching.fit_rows is not None:
+        planner = LearnedBuckets(config, batching)
+    else:
+        return _write_in_two_passes(config, batching, collector, out_dir)
+    with _open_writer(config, planner, out_dir) as writer:
+        for samples in collector:
+            writer.add(samples)
+    return writer.summarize()
+
+
+def _write_in_two_passes(
+    config: PrepareConfig, batching: BucketsConfig, collector: SampleCollector, out_dir: Path
+) -> dict[str, Any]:
+    path = out_dir / _SAMPLES_NAME
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, SAMPLE_SCHEMA, options=options) as stream,
+    ):
+        for samples in collector:
+            stream.write_table(samples)
+    planner = FixedBuckets(config, fit_ceilings(config, batching, collector.sketch))
+    with _open_writer(config, planner, out_dir) as writer, pa.OSFile(str(path)) as source:
+        for batch in pa.ipc.open_stream(source):
+            writer.add(pa.Table.from_batches([batch]))
+    path.unlink()
+    return writer.summarize()
+
+
+def _open_writer(config: PrepareConfig, planner: BatchPlanner, out_dir: Path) -> BatchWriter:
+    return BatchWriter(
+        out_dir,
+        planner,
+        is_packed=isinstance(config.batching, PackingConfig),
+        batch_tokens=config.batch_tokens,
+    )
 
 
 def _read_sources(
@@ -111,6 +163,7 @@ def _read_sources(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True  # an ArtifactError stays one
+    context.target_max_block_size = _BLOCK_BYTES
     parts: list[ray.data.Dataset] = []
     for source in config.sources:
         if isinstance(source, TaskSourceConfig):
@@ -142,123 +195,3 @@ def _write_traces(problems: list[Problem], system_prompt: str, out_dir: Path) ->
 def _read_files(batch: dict[str, Any]) -> Iterator[pa.Table]:
     for path in batch["path"]:
         yield from read_file(str(path))
-
-
-@functools.lru_cache(maxsize=1)
-def _load_tokenizer(path: str) -> Tokenizer:
-    return Tokenizer(path)
-
-
-def _tokenize_table(
-    table: pa.Table,
-    *,
-    tokenizer_dir: str,
-    max_tokens: int,
-    overflow: str,
-    heldout_questions: frozenset[str],
-) -> pa.Table:
-    """Rows of ROW_SCHEMA with token ids added, or an error where they cannot be used."""
-    tokenizer = _load_tokenizer(tokenizer_dir)
-    results = []
-    for row in table.to_pylist():
-        result = {**row, "input_ids": None, "is_target": None, "was_truncated": False}
-        if row["error"] is None:
-            try:
-                messages = json.loads(row["messages"])
-                _refuse_heldout(messages, heldout_questions)
-                sample = tokenize_messages(
-                    tokenizer,
-                    messages,
-                    max_tokens=max_tokens,
-                    overflow=overflow,
-                )
-                result.update(vars(sample))
-            except RowError as error:
-                result.update(error=str(error), excerpt=row["messages"][:200])
-        results.append(result | {"messages": None})
-    return pa.Table.from_pylist(results, schema=_RESULT_SCHEMA)
-
-
-def _refuse_heldout(messages: list[dict[str, str]], questions: frozenset[str]) -> None:
-    for message in messages:
-        if message["role"] == "user" and message["content"].strip() in questions:
-            raise RowError("the question is held out for evaluation")
-
-
-def _collect(
-    tokenized: ray.data.Dataset, out_dir: Path, on_rows: Callable[[int], None]
-) -> tuple[dict[str, int], Counter[int]]:
-    """Stream usable rows into a Parquet file and bad ones into quarantine; count both."""
-    counts = Counter(num_rows=0, num_samples=0, num_quarantined=0, num_truncated=0)
-    lengths: Counter[int] = Counter()
-    with (
-        pq.ParquetWriter(out_dir / _TOKENIZED_NAME, _TOKENIZED_SCHEMA) as writer,
-        (out_dir / QUARANTINE_NAME).open("w", encoding="utf-8") as quarantine,
-    ):
-        tables: Iterable[pa.Table] = tokenized.iter_batches(batch_size=2048, batch_format="pyarrow")
-        for table in tables:
-            bad = table.filter(pc.is_valid(table["error"]))
-            for row in bad.select(["source", "row", "error", "excerpt"]).to_pylist():
-                quarantine.write(json.dumps(row, ensure_ascii=False) + "\n")
-            good = table.filter(pc.is_null(table["error"]))
-            lengths.update(pc.list_value_length(good["input_ids"]).to_pylist())
-            counts["num_truncated"] += pc.sum(good["was_truncated"]).as_py() or 0
-            counts["num_rows"] += table.num_rows
-            counts["num_samples"] += good.num_rows
-            counts["num_quarantined"] += bad.num_rows
-            writer.write_table(good.select(_TOKENIZED_SCHEMA.names).cast(_TOKENIZED_SCHEMA))
-            on_rows(counts["num_rows"])
-    return dict(counts), lengths
-
-
-def _check_counts(counts: dict[str, int], max_quarantined_share: float, out_dir: Path) -> None:
-    bad, rows = counts["num_quarantined"], counts["num_rows"]
-    where = f"reasons are in {out_dir / QUARANTINE_NAME}"
-    if bad:
-        logger.warning("%d of %d rows quarantined; %s", bad, rows, where)
-    if counts["num_samples"] == 0:
-        raise ArtifactError(f"prepare: none of {rows} rows is usable; {where}")
-    if bad > max_quarantined_share * rows:
-        raise ArtifactError(
-            f"prepare: {bad} of {rows} rows quarantined, above prepare.max_quarantined_share "
-            f"({max_quarantined_share}); {where}"
-        )
-
-
-def _write_batches(out_dir: Path, ceilings: list[int], batch_tokens: int) -> dict[str, Any]:
-    """Cut windows of the tokenized rows into micro-batches; returns counts and padding share."""
-    computed = real = targets = num_batches = 0
-    per_bucket: Counter[int] = Counter()
-    source = pq.ParquetFile(out_dir / _TOKENIZED_NAME)
-    with pq.ParquetWriter(out_dir / BATCHES_NAME, BATCH_SCHEMA) as writer:
-        for window in source.iter_batches(batch_size=_WINDOW_ROWS):
-            samples = window.to_pylist()
-            lengths = [len(sample["input_ids"]) for sample in samples]
-            batches = [
-                _join(ceiling, [samples[index] for index in rows])
-                for ceiling, rows in plan_batches(lengths, ceilings, batch_tokens)
-            ]
-            for batch in batches:
-                computed += batch["ceiling"] * len(batch["lengths"])
-                real += len(batch["input_ids"])
-                targets += sum(batch["is_target"])
-                per_bucket[batch["ceiling"]] += 1
-            num_batches += len(batches)
-            table = pa.Table.from_pylist(batches, schema=BATCH_SCHEMA)
-            writer.write_table(table, row_group_size=ROW_GROUP_BATCHES)
-    return {
-        "num_batches": num_batches,
-        "num_tokens": real,
-        "num_targets": targets,
-        "padding_share": 1.0 - real / computed,
-        "batches_per_ceiling": {str(top): per_bucket[top] for top in ceilings},
-    }
-
-
-def _join(ceiling: int, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "ceiling": ceiling,
-        "lengths": [len(sample["input_ids"]) for sample in samples],
-        "input_ids": [token for sample in samples for token in sample["input_ids"]],
-        "is_target": [flag for sample in samples for flag in sample["is_target"]],
-    }

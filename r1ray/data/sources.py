@@ -1,9 +1,10 @@
 """Rows of text from JSONL and Parquet files, each either usable or with the reason why not.
 
-Rows hold `messages` (a list of {role, content}), or `prompt` and `completion`. A malformed row
-never stops the reading and is never dropped: it comes out with an `error` and goes to quarantine.
+`r1ray.data.schemas` says which rows are usable. A malformed row never stops the reading and is
+never dropped: it comes out with an `error` and goes to quarantine.
 
-Price: one pass over each file, in tables of a few hundred rows.
+Price: one pass over each file, in tables of a few hundred rows. A Parquet batch is read at about
+64 MiB at most, so that long rows come in smaller batches; a column that no layout uses is not read.
 """
 
 import codecs
@@ -14,9 +15,9 @@ import io
 import json
 import logging
 import os
+import reprlib
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from r1ray.data.schemas import COLUMNS, Conversation, RowError, normalize_row
 from r1ray.errors import ArtifactError, ConfigError
 
-__all__ = ["ROW_SCHEMA", "RowError", "list_files", "normalize_row", "read_file", "rows_to_table"]
+__all__ = [
+    "ROW_SCHEMA",
+    "Conversation",
+    "RowError",
+    "list_files",
+    "normalize_row",
+    "read_file",
+    "rows_to_table",
+]
 
 ROW_SCHEMA = pa.schema(
     [
         ("source", pa.string()),  # file, or family for generated rows
         ("row", pa.int64()),  # line or row number in it, from 0
-        ("messages", pa.string()),  # JSON list of {role, content}; null where error is set
+        ("messages", pa.string()),  # JSON list of clean turns; null where error is set
+        ("tools", pa.string()),  # JSON list of function definitions, or null
+        ("ignored", pa.string()),  # comma-joined names of turn fields left out, or null
         ("error", pa.string()),
         ("excerpt", pa.string()),  # the beginning of a bad row
     ]
@@ -40,23 +52,15 @@ ROW_SCHEMA = pa.schema(
 logger = logging.getLogger(__name__)
 
 MAX_ROW_BYTES = 8 << 20
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_ROLES = ("system", "user", "assistant", "tool")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _TABLE_ROWS = 256
+_TABLE_BYTES = 64 << 20
+_READ_BYTES = 1 << 18  # at once from a compressed or remote file
 _EXCERPT_CHARS = 200
+_TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
 
-
-class RowError(ValueError):
-    """A row cannot be used; the message is its reason in the quarantine file."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    source: str
-    row: int
-    messages: str | None
-    error: str | None
-    excerpt: str | None
+_Read = tuple[Any, str | None, Any]
+"""One row as read: value, error if it has none, and what to show of it should it be bad."""
 
 
 def list_files(paths: Sequence[str]) -> list[str]:
@@ -84,7 +88,7 @@ def _list_local(path: str) -> list[str]:
     found: list[str] = []
     for entry in entries:
         if entry.is_dir():
-            files = [file for file in entry.rglob("*") if file.is_file()]
+            files = list(_walk(entry))
             usable = [file for file in files if file.name.endswith(_SUFFIXES)]
             if len(usable) < len(files):
                 skipped = len(files) - len(usable)
@@ -95,6 +99,22 @@ def _list_local(path: str) -> list[str]:
         else:
             raise ConfigError(f"prepare.sources: {entry} is not one of {', '.join(_SUFFIXES)}")
     return found
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """The files below `root`, through symbolic links; every directory once, so cycles end."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        yield from (file for name in names if (file := Path(folder, name)).is_file())
 
 
 def _list_uri(uri: str) -> list[str]:
@@ -130,12 +150,14 @@ def read_file(path: str) -> Iterator[pa.Table]:
         )
         with filesystem.open_input_file(inner) as stream:
             rows = _read_parquet(stream) if path.endswith(".parquet") else _read_jsonl(path, stream)
-            batch: list[_Row] = []
-            for number, (value, error, excerpt) in enumerate(rows):
-                batch.append(_check_row(path, number, value, error, excerpt))
-                if len(batch) == _TABLE_ROWS:
+            batch: list[dict[str, Any]] = []
+            num_bytes = 0
+            for number, read in enumerate(rows):
+                batch.append({"source": path, "row": number, **_check_row(*read)})
+                num_bytes += sum(len(batch[-1].get(name) or "") for name in ("messages", "tools"))
+                if len(batch) == _TABLE_ROWS or num_bytes > _TABLE_BYTES:
                     yield rows_to_table(batch)
-                    batch = []
+                    batch, num_bytes = [], 0
             if batch:
                 yield rows_to_table(batch)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
@@ -143,97 +165,130 @@ def read_file(path: str) -> Iterator[pa.Table]:
 
 
 def rows_to_table(rows: Sequence[Any]) -> pa.Table:
-    """A table of `ROW_SCHEMA` from objects or mappings with its fields."""
+    """A table of `ROW_SCHEMA` from objects or mappings with its fields; missing ones are null."""
     values = [row if isinstance(row, dict) else vars(row) for row in rows]
     return pa.Table.from_pylist(values, schema=ROW_SCHEMA)
 
 
-def normalize_row(value: Any) -> list[dict[str, str]]:
-    """The messages of one row.
-
-    Raises:
-        RowError: it has none, or they are no conversation that ends in an assistant turn.
-    """
-    if not isinstance(value, dict):
-        raise RowError(f"row is {type(value).__name__}, not an object")
-    messages = value.get("messages")
-    if messages is None:
-        if value.get("prompt") is None or value.get("completion") is None:
-            raise RowError("neither `messages` nor `prompt` and `completion`")
-        prompt = value["prompt"]
-        turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        messages = [*turns, {"role": "assistant", "content": value["completion"]}]
-    if not isinstance(messages, list) or not messages:
-        raise RowError("`messages` is not a non-empty list")
-    clean = [_check_turn(index, turn) for index, turn in enumerate(messages)]
-    if clean[-1]["role"] != "assistant":
-        raise RowError(f"last turn is {clean[-1]['role']!r}, not 'assistant'")
-    return clean
-
-
-def _check_turn(index: int, turn: Any) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise RowError(f"turn {index} is {type(turn).__name__}, not an object")
-    role, content = turn.get("role"), turn.get("content")
-    if role not in _ROLES:
-        raise RowError(f"turn {index} has role {role!r:.80}, not one of {', '.join(_ROLES)}")
-    if not isinstance(content, str):
-        raise RowError(f"turn {index} has content of type {type(content).__name__}, not a string")
-    if not content.strip():
-        raise RowError(f"turn {index} is empty")
-    return {"role": role, "content": content}
-
-
-def _check_row(source: str, number: int, value: Any, error: str | None, excerpt: str) -> _Row:
-    messages = None
+def _check_row(value: Any, error: str | None, shown: Any) -> dict[str, str | None]:
+    """The text columns of one row."""
     if error is None:
         try:
-            messages = json.dumps(normalize_row(value), ensure_ascii=False)
-            messages.encode("utf-8")
+            found = normalize_row(value)
+            messages = _TO_JSON(found.messages)
+            tools = None if found.tools is None else _TO_JSON(found.tools)
+            (messages + (tools or "")).encode("utf-8")
         except RowError as problem:
             error = str(problem)
         except UnicodeEncodeError:
-            error, messages = "text has lone surrogates", None
-    shown = None if error is None else excerpt[:_EXCERPT_CHARS].encode("utf-8", "replace").decode()
-    return _Row(source, number, messages, error, shown)
+            error = "text has lone surrogates"
+        else:
+            return {
+                "messages": messages,
+                "tools": tools,
+                "ignored": ",".join(found.ignored) or None,
+            }
+    return {"error": error.encode("utf-8", "replace").decode(), "excerpt": _excerpt(shown)}
 
 
-def _read_jsonl(path: str, stream: Any) -> Iterator[tuple[Any, str | None, str]]:
-    """(value, error, excerpt) of each line; blank lines are errors too, so that counts agree."""
-    raw = gzip.GzipFile(fileobj=stream) if path.endswith(".gz") else stream
-    lines = io.BufferedReader(raw)  # pyarrow's own files cannot read a line of bounded length
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _EXCERPT_CHARS
+
+
+def _excerpt(shown: Any) -> str:
+    """The beginning of a line, or of a value, whose repr may be far longer."""
+    if isinstance(shown, bytes):
+        return shown[: 4 * _EXCERPT_CHARS].decode("utf-8", "replace")[:_EXCERPT_CHARS]
+    return _REPR.repr(shown)[:_EXCERPT_CHARS].encode("utf-8", "replace").decode()
+
+
+def _read_jsonl(path: str, stream: Any) -> Iterator[_Read]:
+    """Every line; blank ones are errors too, so that counts agree."""
+    raw = stream
+    if path.endswith(".gz"):
+        raw = gzip.GzipFile(fileobj=stream)
+    elif path.endswith(".zst"):
+        raw = pa.CompressedInputStream(stream, "zstd")
+    # pyarrow's own files cannot read a line of bounded length
+    lines = io.BufferedReader(raw, _READ_BYTES)
     if lines.peek(3).startswith(codecs.BOM_UTF8):
         lines.read(3)
     while line := lines.readline(MAX_ROW_BYTES + 1):
-        excerpt = line[: 4 * _EXCERPT_CHARS].decode("utf-8", "replace")
         if len(line) > MAX_ROW_BYTES:
+            begin = line[: 4 * _EXCERPT_CHARS]
             while not line.endswith(b"\n") and (line := lines.readline(MAX_ROW_BYTES)):
                 pass
-            yield None, f"row is longer than {MAX_ROW_BYTES} bytes", excerpt
+            yield None, f"row is longer than {MAX_ROW_BYTES} bytes", begin
             continue
         try:
-            yield json.loads(line.decode("utf-8")), None, excerpt
+            yield json.loads(line.decode("utf-8")), None, line
         except UnicodeDecodeError as error:
-            yield None, f"not UTF-8 ({error.reason} at byte {error.start})", excerpt
+            yield None, f"not UTF-8 ({error.reason} at byte {error.start})", line
         except (ValueError, RecursionError) as error:
-            yield None, f"not JSON ({error})", excerpt
+            yield None, f"not JSON ({error})", line
 
 
-def _read_parquet(stream: Any) -> Iterator[tuple[Any, str | None, str]]:
+def _read_parquet(stream: Any) -> Iterator[_Read]:
     file = pq.ParquetFile(stream)
     names = file.schema_arrow.names
-    wanted = [name for name in ("messages", "prompt", "completion") if name in names]
+    wanted = [name for name in COLUMNS if name in names]
     for name in wanted:
         if names.count(name) > 1:
             raise pa.ArrowInvalid(f"column {name!r} occurs {names.count(name)} times")
-    for batch in file.iter_batches(batch_size=_TABLE_ROWS, columns=wanted):
-        for index in range(batch.num_rows):
-            try:
-                value = {name: batch.column(name)[index].as_py() for name in wanted}
-            except UnicodeDecodeError as error:
-                yield None, f"not UTF-8 ({error.reason})", ""
-                continue
-            except Exception as error:  # whatever a value's type makes of it
-                yield None, f"cannot be read ({type(error).__name__}: {error})", ""
-                continue
-            yield value, None, repr(value)[:_EXCERPT_CHARS]
+    for group in range(file.num_row_groups):
+        size = _plan_batch_rows(file.metadata.row_group(group), wanted)
+        for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=wanted):
+            if "messages" in wanted and batch.column("messages").null_count == 0:
+                # This layout wins in every row: what only others use needs no Python objects.
+                batch = batch.select([name for name in ("messages", "tools") if name in wanted])
+            yield from _read_batch(batch)
+
+
+def _plan_batch_rows(group: Any, wanted: Sequence[str]) -> int:
+    """Rows of a row group to read at once."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    size_bytes = sum(
+        column.total_uncompressed_size
+        for column in columns
+        if column.path_in_schema.split(".", 1)[0] in wanted
+    )
+    row_bytes = size_bytes // max(group.num_rows, 1)
+    return max(1, min(_TABLE_ROWS, _TABLE_BYTES // max(row_bytes, 1)))
+
+
+def _read_batch(batch: pa.RecordBatch) -> Iterator[_Read]:
+    may_be_long = batch.nbytes > MAX_ROW_BYTES  # no row is longer than all of them
+    for value, error, shown in _batch_values(batch):
+        if may_be_long and error is None and _text_bytes(value) > MAX_ROW_BYTES:
+            yield None, f"row is longer than {MAX_ROW_BYTES} bytes", shown
+        else:
+            yield value, error, shown
+
+
+def _batch_values(batch: pa.RecordBatch) -> Iterator[_Read]:
+    try:
+        values = batch.to_pylist()
+    except Exception:  # some row has no Python form; the others are found one by one
+        values = None
+    if values is not None:
+        yield from ((value, None, value) for value in values)
+        return
+    for index in range(batch.num_rows):
+        try:
+            value = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+        except UnicodeDecodeError as error:
+            yield None, f"not UTF-8 ({error.reason})", b""
+        except Exception as error:  # whatever a value's type makes of it
+            yield None, f"cannot be read ({type(error).__name__}: {error})", b""
+        else:
+            yield value, None, value
+
+
+def _text_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, dict):
+        return sum(map(_text_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_text_bytes, value))
+    return len(value) if isinstance(value, bytes) else 0

@@ -1,84 +1,189 @@
-"""From messages to token ids with a mask of the tokens that the loss counts.
+"""From conversations to token ids with a mask of the tokens that the loss counts.
 
-The prompt is the chat template up to the last answer; the answer's text and the end-of-turn token
-follow as they are, so that templates which strip reasoning cannot remove it from the target. Every
-earlier assistant turn that the template renders verbatim is a target as well.
+1. The prompt is the chat template up to the last answer; the answer's text and the end-of-turn
+   token follow as they are, so that templates which strip reasoning cannot remove it from the
+   target. Only tool calls, which have no text of their own, are written by the template.
+2. Every earlier assistant turn that the template renders verbatim is a target as well.
+3. All texts of a call are encoded at once; a token is a target if it starts inside an answer.
+4. What is longer than max_tokens is refused, cut, or split into pieces that overlap by one token,
+   so that every target is predicted exactly once over all pieces.
+
+Price: one rendering a row, and one or two more for each further assistant turn. Encoding dominates:
+about 0.1 ms for a row of 60 tokens on one core.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from r1ray.data.sources import RowError
+import numpy as np
+from numpy.typing import NDArray
+
+from r1ray.data.schemas import Conversation, RowError, called_functions
 from r1ray.models.tokenizer import Tokenizer
 
-__all__ = ["Sample", "tokenize_messages"]
+__all__ = ["OverLongError", "Overflow", "Sample", "TokenizedRow", "tokenize_rows"]
+
+Overflow = Literal["reject", "truncate", "split"]
+
+
+class OverLongError(RowError):
+    """A row is longer than max_tokens and `overflow` is `reject`."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of one conversation, and for each whether it is a target of the loss."""
+    """Token ids of a conversation or a piece of one, and which of them are targets of the loss."""
 
-    input_ids: list[int]
-    is_target: list[bool]
-    was_truncated: bool = False
+    input_ids: NDArray[np.int32]
+    """[T]"""
+    is_target: NDArray[np.bool_]
+    """[T]; the first token is never predicted, whatever is said of it."""
 
 
-def tokenize_messages(
+@dataclass(frozen=True)
+class TokenizedRow:
+    """What became of one conversation."""
+
+    samples: list[Sample]
+    """One, or the pieces of a split row that have a target."""
+    was_over_long: bool
+    """Longer than max_tokens: truncated or split."""
+    num_dropped_pieces: int
+    """Pieces of a split row without any target."""
+
+
+def tokenize_rows(
     tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, str]],
+    conversations: Sequence[Conversation],
     *,
     max_tokens: int,
-    overflow: str,
-) -> Sample:
-    """The sample of one conversation that ends in an assistant turn.
+    overflow: Overflow,
+) -> list[TokenizedRow | RowError]:
+    """The samples of each conversation, in order, or the reason why it has none.
 
     Args:
-        overflow: `reject` or `truncate` what is longer than max_tokens.
-    Raises:
-        RowError: too long and rejected, truncated before any target, or not renderable.
+        max_tokens: at least 2.
+        overflow: `reject`, `truncate` or `split` what is longer than max_tokens.
     """
-    text, spans = _render(tokenizer, messages)
-    ids, starts = tokenizer.encode_with_offsets(text)
-    is_target = [False] * len(ids)
-    for begin, end in spans:
-        for index, start in enumerate(starts):
-            if begin <= start < end:
-                is_target[index] = True
-    sample = Sample(ids, is_target)
-    if len(ids) > max_tokens:
-        if overflow == "reject":
-            raise RowError(f"{len(ids)} tokens, max_tokens is {max_tokens}")
-        sample = dataclasses.replace(
-            sample,
-            input_ids=ids[:max_tokens],
-            is_target=is_target[:max_tokens],
-            was_truncated=True,
-        )
-    if not any(sample.is_target[1:]):
-        raise RowError("no answer token is left within max_tokens")
-    return sample
+    rendered = [_try_render(tokenizer, conversation) for conversation in conversations]
+    texts = [found[0] for found in rendered if not isinstance(found, RowError)]
+    encodings = iter(tokenizer.encode_batch_with_offsets(texts))
+    rows: list[TokenizedRow | RowError] = []
+    for found in rendered:
+        if isinstance(found, RowError):
+            rows.append(found)
+            continue
+        input_ids, starts = next(encodings)
+        is_target = np.zeros(len(input_ids), dtype=np.bool_)
+        for begin, end in found[1]:
+            is_target |= (starts >= begin) & (starts < end)
+        rows.append(_fit(Sample(input_ids, is_target), max_tokens, overflow))
+    return rows
 
 
-def _render(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the [begin, end) characters of the targets."""
-    spans = []
+def _fit(sample: Sample, max_tokens: int, overflow: Overflow) -> TokenizedRow | RowError:
+    """The sample as it is, or what `overflow` makes of it."""
+    num_tokens = len(sample.input_ids)
+    is_over_long = num_tokens > max_tokens
+    if is_over_long and overflow == "reject":
+        return OverLongError(f"{num_tokens} tokens, max_tokens is {max_tokens}")
+    if is_over_long and overflow == "split":
+        pieces = _split(sample, max_tokens)
+    else:
+        pieces = [Sample(sample.input_ids[:max_tokens], sample.is_target[:max_tokens])]
+    kept = [piece for piece in pieces if piece.is_target[1:].any()]
+    if not kept:
+        return RowError("no answer token is left within max_tokens")
+    return TokenizedRow(kept, is_over_long, len(pieces) - len(kept))
+
+
+def _split(sample: Sample, max_tokens: int) -> list[Sample]:
+    """Pieces that begin with the last token of the one before, there as context only."""
+    pieces = []
+    for begin in range(0, len(sample.input_ids) - 1, max_tokens - 1):
+        is_target = sample.is_target[begin : begin + max_tokens].copy()
+        if begin:
+            is_target[0] = False
+        pieces.append(Sample(sample.input_ids[begin : begin + max_tokens], is_target))
+    return pieces
+
+
+_Rendered = tuple[str, list[tuple[int, int]]]
+"""A conversation as text, and the [begin, end) characters of the targets."""
+
+
+def _try_render(tokenizer: Tokenizer, conversation: Conversation) -> _Rendered | RowError:
     try:
-        prompt = tokenizer.render_chat(messages[:-1], add_generation_prompt=True)
-        text = prompt + _without_overlap(prompt, messages[-1]["content"]) + tokenizer.eos_token
-        for index, message in enumerate(messages[:-1]):
-            if message["role"] != "assistant":
-                continue
-            before = tokenizer.render_chat(messages[:index], add_generation_prompt=True)
-            answer = message["content"] + tokenizer.eos_token
-            if text.startswith(before + answer):
-                spans.append((len(before), len(before) + len(answer)))
+        return _render(tokenizer, conversation)
+    except RowError as error:
+        return error
     except tokenizer.template_errors as error:
-        raise RowError(f"the chat template refuses it: {error}") from error
-    spans.append((len(prompt), len(text)))
+        return RowError(f"the chat template refuses it: {error}")
+
+
+def _render(tokenizer: Tokenizer, conversation: Conversation) -> _Rendered:
+    messages, tools = conversation.messages, conversation.tools
+    prompt = tokenizer.render_chat(messages[:-1], add_generation_prompt=True, tools=tools)
+    answer = _answer(tokenizer, conversation, len(messages) - 1, prompt)
+    text = prompt + answer
+    spans = [(len(prompt), len(text))]
+    for index, message in enumerate(messages[:-1]):
+        if message["role"] != "assistant":
+            continue
+        if index == 0:  # nothing to predict it from
+            before = ""
+        else:
+            before = tokenizer.render_chat(
+                messages[:index], add_generation_prompt=True, tools=tools
+            )
+        shown = prompt[len(before) :] if prompt.startswith(before) else prompt
+        _check_calls_are_in(shown, message)
+        if index == 0:
+            continue
+        try:
+            earlier = _answer(tokenizer, conversation, index, before)
+        except RowError:  # context only
+            continue
+        if text.startswith(earlier, len(before)) and text.startswith(before):
+            spans.append((len(before), len(before) + len(earlier)))
     return text, spans
+
+
+def _answer(tokenizer: Tokenizer, conversation: Conversation, index: int, prompt: str) -> str:
+    """What the model must write after `prompt` to give turn `index`, with the end of the turn."""
+    message = conversation.messages[index]
+    if "tool_calls" in message:
+        return _calls_answer(tokenizer, conversation, index, prompt)
+    text = _thought(message) + message["content"]
+    return _without_overlap(prompt, text) + tokenizer.eos_token
+
+
+def _calls_answer(tokenizer: Tokenizer, conversation: Conversation, index: int, prompt: str) -> str:
+    message = conversation.messages[index]
+    whole = tokenizer.render_chat(
+        conversation.messages[: index + 1], add_generation_prompt=False, tools=conversation.tools
+    )
+    if not whole.startswith(prompt):
+        raise RowError("the chat template does not continue its prompt with the tool_calls")
+    answer = whole[len(prompt) :].rstrip().removesuffix(tokenizer.eos_token)
+    _check_calls_are_in(answer, message)
+    if message["content"].strip() not in answer:
+        raise RowError("the chat template does not render the content beside tool_calls")
+    if message.get("reasoning_content", "").strip() not in answer:
+        answer = _thought(message) + answer
+    return answer + tokenizer.eos_token
+
+
+def _check_calls_are_in(text: str, message: dict[str, Any]) -> None:
+    if not all(name in text for name in called_functions(message)):
+        raise RowError("the chat template does not render tool_calls")
+
+
+def _thought(message: dict[str, Any]) -> str:
+    """The reasoning as the model writes it in front of its answer; empty without any."""
+    reasoning = message.get("reasoning_content")
+    return f"<think>\n{reasoning}\n</think>\n" if reasoning else ""
 
 
 def _without_overlap(prompt: str, answer: str) -> str:

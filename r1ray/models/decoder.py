@@ -10,13 +10,17 @@ Shape legend: B batch, T new tokens, S cached tokens, N query heads, K key/value
 G = N/K heads per group, H head dimension, D hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
 from r1ray.models.rope import apply_rotary, rotary_tables
+from r1ray.ops.packed_attention import Documents, packed_attention
 
 __all__ = ["Decoder"]
 
@@ -36,7 +40,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention over the new tokens, or over a cache as well."""
+    """Causal grouped-query attention over the new tokens, or their document, or a cache as well."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -57,6 +61,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         positions_BT: Tensor,
         cache: CacheSlice | None,
+        documents: Documents | None = None,
     ) -> Tensor:
         batch, tokens, _ = x_BTD.shape
         heads = (batch, tokens, -1, self.config.head_dim)
@@ -70,7 +75,9 @@ class Attention(nn.Module):
         k_BKSH, v_BKSH = k_BKTH, v_BKTH
         if cache is not None:
             k_BKSH, v_BKSH = cache.write(self.layer, k_BKTH, v_BKTH, positions_BT)
-        if cache is None or cache.max_start == 0:
+        if documents is not None:
+            out_BNTH = packed_attention(q_BNTH, k_BKTH, v_BKTH, documents)
+        elif cache is None or cache.max_start == 0:
             out_BNTH = F.scaled_dot_product_attention(
                 q_BNTH, k_BKTH, v_BKTH, is_causal=tokens > 1, enable_gqa=True
             )
@@ -125,8 +132,10 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         positions_BT: Tensor,
         cache: CacheSlice | None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, positions_BT, cache)
+        normed_BTD = self.input_layernorm(x_BTD)
+        x_BTD = x_BTD + self.self_attn(normed_BTD, rotary, positions_BT, cache, documents)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -151,23 +160,68 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.get_parameter("weight")
 
-    def hidden(self, input_ids_BT: Tensor, cache: CacheSlice | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids_BT: Tensor,
+        cache: CacheSlice | None = None,
+        document_lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """Final-norm hidden states [B, T, D].
 
         Args:
             input_ids_BT: int64; rows are padded on the right, where causality hides the padding.
             cache: rows to continue; the new keys and values are written there, but not yet counted
                 (`CacheSlice.advance`). Each row starts at its own stored length.
+            document_lengths: of the documents packed into the one row (B = 1), in its order and
+                with a sum of T; padding counts as the last. Each document has the states that it
+                has alone: positions restart, and attention stays inside it.
+        Raises:
+            ShapeError: `document_lengths` does not fit the row, or comes with a cache.
         """
-        positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
-        if cache is not None:
-            positions_BT = cache.starts_R[:, None] + positions_BT
-        rotary = rotary_tables(self.config, positions_BT)
+        documents = None
+        if document_lengths is not None:
+            documents = _build_documents(input_ids_BT, cache, document_lengths)
+            positions_BT = documents.positions_1T
+            rotary = rotary_tables(self.config, positions_BT, documents.lengths)
+        else:
+            positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
+            if cache is not None:
+                positions_BT = cache.starts_R[:, None] + positions_BT
+            rotary = rotary_tables(self.config, positions_BT)
         x_BTD = self.model.embed_tokens(input_ids_BT)
         for block in self.model.layers:
-            x_BTD = block(x_BTD, rotary, positions_BT, cache)
+            x_BTD = block(x_BTD, rotary, positions_BT, cache, documents)
         return self.model.norm(x_BTD)
 
-    def forward(self, input_ids_BT: Tensor, cache: CacheSlice | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        cache: CacheSlice | None = None,
+        document_lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """Logits [B, T, V] of the token after each position; arguments as in `hidden`."""
-        return self.lm_head(self.hidden(input_ids_BT, cache))
+        return self.lm_head(self.hidden(input_ids_BT, cache, document_lengths))
+
+
+def _build_documents(
+    input_ids_BT: Tensor, cache: CacheSlice | None, lengths: Sequence[int]
+) -> Documents:
+    """The documents of the one packed row `input_ids_BT`.
+
+    Raises:
+        ShapeError: as `Decoder.hidden` has it.
+    """
+    if cache is not None:
+        raise ShapeError("document_lengths is for packed rows without a cache; pass one of the two")
+    batch, tokens = input_ids_BT.shape
+    if batch != 1:
+        raise ShapeError(
+            f"document_lengths needs one packed row, got a batch of {batch}; pack the rows into one"
+        )
+    documents = Documents(lengths, input_ids_BT.device)
+    if documents.num_tokens != tokens:
+        raise ShapeError(
+            f"document_lengths {list(documents.lengths)} sum to {documents.num_tokens}, but the "
+            f"row has {tokens} tokens; count its padding as the last document"
+        )
+    return documents

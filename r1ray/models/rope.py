@@ -12,6 +12,7 @@ Shape legend: B batch, T tokens, N heads, H head dimension.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -92,13 +93,25 @@ def _yarn_attention_factor(config: ModelConfig, factor: float) -> float:
     return mscale(1.0)
 
 
-def rotary_tables(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each float32 [B, 1, T, H], at int64 positions [B, T]."""
+def rotary_tables(
+    config: ModelConfig, positions_BT: Tensor, document_lengths: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each float32 [B, 1, T, H], at int64 positions [B, T].
+
+    Args:
+        document_lengths: of the documents that the one row (B = 1) is made of; without it, each
+            row is a sequence of its own.
+    """
     frequencies, factor = inverse_frequencies(config, seq_len=0)
-    if config.rope.depends_on_length:  # each row by its own length, whoever it is batched with
-        last_B = positions_BT.max(dim=1).values.tolist()
-        rows = [inverse_frequencies(config, last + 1)[0] for last in last_B]
-        frequencies = torch.stack(rows)[:, None]
+    if config.rope.depends_on_length:  # each by its own length, whoever it is batched with
+        if document_lengths is None:
+            last_B = positions_BT.max(dim=1).values.tolist()
+            rows = [inverse_frequencies(config, last + 1)[0] for last in last_B]
+            frequencies = torch.stack(rows)[:, None]
+        else:
+            rows = [inverse_frequencies(config, length)[0] for length in document_lengths]
+            repeats = torch.tensor(document_lengths)
+            frequencies = torch.stack(rows).repeat_interleave(repeats, dim=0)[None]
     angles = positions_BT[:, :, None].float() * frequencies.to(positions_BT.device)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos() * factor, angles.sin() * factor

@@ -1,15 +1,19 @@
 """The tokenizer of a model directory: text to ids and back, chat messages to a prompt."""
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+from numpy.typing import NDArray
 
 from r1ray.errors import ArtifactError
 
 __all__ = ["StreamDecoder", "Tokenizer"]
 
+_BATCH_CHARS = 1 << 22  # encoded at once: a token takes some hundred bytes on the way
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -65,21 +69,67 @@ class Tokenizer:
         encoded = self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
 
+    def encode_batch_with_offsets(
+        self, texts: Sequence[str]
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """`encode_with_offsets` of each text as int32 arrays [T]; the texts share the cores.
+
+        Raises:
+            ArtifactError: the tokenizer is not one of the `tokenizers` library.
+        """
+        backend = getattr(self._inner, "backend_tokenizer", None)
+        if backend is None:
+            raise ArtifactError(f"{self._inner.name_or_path}: no fast tokenizer (tokenizer.json)")
+        backend.no_truncation()  # a tokenizer.json may come with either
+        backend.no_padding()
+        first = operator.itemgetter(0)
+        return [
+            (
+                np.array(encoding.ids, dtype=np.int32),
+                np.fromiter(map(first, encoding.offsets), np.int32, len(encoding)),
+            )
+            for group in _group_texts(texts)
+            for encoding in backend.encode_batch(group, add_special_tokens=False)
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without control tokens."""
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The chat template applied to `messages`; with the header of an answer if asked."""
+        """The chat template applied to `messages`; with the header of an answer if asked.
+
+        Args:
+            tools: definitions of the functions that the template tells the model of.
+        """
         return str(
             self._inner.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
         )
+
+
+def _group_texts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """`texts` in order, in lists of at most _BATCH_CHARS or one text."""
+    group: list[str] = []
+    num_chars = 0
+    for text in texts:
+        if group and num_chars + len(text) > _BATCH_CHARS:
+            yield group
+            group, num_chars = [], 0
+        group.append(text)
+        num_chars += len(text)
+    if group:
+        yield group
 
 
 class StreamDecoder:

@@ -22,6 +22,7 @@ def summed_loss(model: Decoder, batch: MicroBatch) -> Tensor:
     that accumulation and bucketing leave the gradient that of one big batch.
     """
     is_target_BT = batch.labels_BT != IGNORED
-    hidden_PD = model.hidden(batch.input_ids_BT)[is_target_BT]
+    hidden_BTD = model.hidden(batch.input_ids_BT, document_lengths=batch.document_lengths)
+    hidden_PD = hidden_BTD[is_target_BT]
     logits_PV = model.lm_head(hidden_PD).float()
     return F.cross_entropy(logits_PV, batch.labels_BT[is_target_BT], reduction="sum")

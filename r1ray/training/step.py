@@ -6,6 +6,7 @@
    for nothing: weights, optimizer and schedule stay as they were, only the data goes on.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterable
@@ -88,6 +89,8 @@ class TrainState:
     def run_step(self, batches: Iterable[MicroBatch]) -> StepRecord:
         """One step over this worker's micro-batches; every worker calls it equally often.
 
+        Args:
+            batches: each is used up before the next one is asked for: they may share memory.
         Raises:
             ExchangeError: the workers could not be brought together, or the gradient was not finite
                 for several steps in a row.
@@ -131,11 +134,10 @@ class TrainState:
     def _accumulate(self, batches: Iterable[MicroBatch]) -> StepTotals:
         loss_sum, num_targets, num_tokens = 0.0, 0, 0
         for batch in batches:
-            moved = MicroBatch(
-                batch.input_ids_BT.to(self._device),
-                batch.labels_BT.to(self._device),
-                batch.num_tokens,
-                batch.num_targets,
+            moved = dataclasses.replace(
+                batch,
+                input_ids_BT=batch.input_ids_BT.to(self._device),
+                labels_BT=batch.labels_BT.to(self._device),
             )
             with autocast(self._precision, self._device):
                 loss = summed_loss(self.model, moved)

@@ -15,7 +15,7 @@ import torch
 
 from r1ray.artifacts import ArtifactStore
 from r1ray.config.schema import TrainConfig
-from r1ray.data.batch_set import BatchSet, MicroBatch, plan_order
+from r1ray.data.batch_set import BatchSet, plan_order
 from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
 from r1ray.models.checkpoint import load_model
 from r1ray.observability.logging import setup_logging
@@ -56,6 +56,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     if rank == 0:
         job.board.start.remote(state.step)
     per_step = job.config.batches_per_step
+    buffers = batches.build_buffers()
     order = plan_order(
         len(batches),
         seed=job.seed,
@@ -65,7 +66,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     )
     while state.step < job.config.num_steps:
         indices = [index for _, index in itertools.islice(order, per_step // world_size)]
-        record = state.run_step(_load(batches, indices))
+        record = state.run_step(batches.read(index, buffers) for index in indices)
         history.append(record)
         if rank == 0:
             job.board.post.remote(asdict(record))
@@ -93,10 +94,6 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
         with checkpoint.as_directory() as directory:
             history = load_checkpoint(Path(directory), state, world_size)
     return state, BatchSet(prepared.local_dir), history
-
-
-def _load(batches: BatchSet, indices: list[int]) -> list[MicroBatch]:
-    return [batches[index] for index in indices]
 
 
 def _report(state: TrainState, history: list[StepRecord], rank: int, world_size: int) -> None:

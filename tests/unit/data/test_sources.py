@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from r1ray.data import sources
-from r1ray.data.sources import ROW_SCHEMA, RowError, list_files, normalize_row, read_file
+from r1ray.data.sources import ROW_SCHEMA, list_files, read_file, rows_to_table
 from r1ray.errors import ArtifactError, ConfigError
 
 GOOD = {"prompt": "What is 1 + 1?", "completion": "2"}
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+JSONL_SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst"]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -26,50 +27,31 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _write_lines(path: Path, lines: list[bytes]) -> Path:
     data = b"\n".join(lines) + b"\n"
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    compress = {".gz": gzip.compress, ".zst": _zstd}.get(path.suffix, bytes)
+    path.write_bytes(compress(data))
     return path
+
+
+def _zstd(data: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(data, asbytes=True))
 
 
 def _line(**row: Any) -> bytes:
     return json.dumps(row).encode()
 
 
-def test_prompt_and_completion_become_two_turns() -> None:
-    assert normalize_row(GOOD) == [
-        {"role": "user", "content": "What is 1 + 1?"},
-        {"role": "assistant", "content": "2"},
-    ]
-    assert normalize_row({"prompt": TURNS[:1], "completion": "Hello"}) == TURNS
-
-
-def test_messages_are_taken_as_they_are_without_further_fields() -> None:
-    system = {"role": "system", "content": "Be brief."}
-    row = {"messages": [system, {**TURNS[0], "name": "x"}, TURNS[1]], "id": 7}
-    assert normalize_row(row) == [system, *TURNS]
-
-
+CALL = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud800"}'}]}
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "not an object": ([1], "row is list, not an object"),
-    "null": (None, "row is NoneType, not an object"),
     "no fields": ({"text": "x"}, "neither `messages` nor `prompt` and `completion`"),
-    "no completion": ({"prompt": "x"}, "neither `messages`"),
-    "null completion": ({"prompt": "x", "completion": None}, "neither `messages`"),
-    "no turns": ({"messages": []}, "not a non-empty list"),
-    "messages is text": ({"messages": "hi"}, "not a non-empty list"),
-    "turn is text": ({"messages": ["hi"]}, "turn 0 is str, not an object"),
-    "wrong role": ({"messages": [{"role": "bot", "content": "x"}]}, "turn 0 has role 'bot'"),
-    "role is a list": ({"messages": [{"role": [], "content": "x"}]}, "turn 0 has role []"),
-    "no role": ({"messages": [{"content": "x"}]}, "turn 0 has role None"),
     "empty turn": ({"messages": [{"role": "user", "content": " \n"}, TURNS[1]]}, "turn 0 is empty"),
-    "empty prompt": ({"prompt": "", "completion": "x"}, "turn 0 is empty"),
-    "content is a number": ({"prompt": 3, "completion": "x"}, "content of type int, not a string"),
-    "content is missing": ({"messages": [{"role": "user"}]}, "content of type NoneType"),
-    "ends in a user turn": ({"messages": TURNS[:1]}, "last turn is 'user', not 'assistant'"),
     "lone surrogate": ({"prompt": "\ud800", "completion": "x"}, "lone surrogates"),
+    "lone surrogate in tools": ({**GOOD, "tools": [{"\ud800": 1}]}, "lone surrogates"),
+    "lone surrogate in arguments": ({"messages": [TURNS[0], CALL]}, "lone surrogates"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("suffix", JSONL_SUFFIXES)
 def test_every_bad_row_comes_out_with_its_reason(suffix: str, tmp_path: Path) -> None:
     rows = [_line(**GOOD)]
     rows += [json.dumps(value).encode() for value, _ in BAD_ROWS.values()]
@@ -120,7 +102,7 @@ def test_a_byte_order_mark_does_not_cost_the_first_row(tmp_path: Path) -> None:
     assert [row["error"] for row in _read(tmp_path / "a.jsonl")] == [None]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("suffix", JSONL_SUFFIXES)
 def test_a_row_that_is_too_long_is_skipped_as_a_whole(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,9 +125,70 @@ def test_rows_beyond_one_table_keep_their_order_and_number(tmp_path: Path) -> No
     assert [row["row"] for row in found] == list(range(700))
 
 
-def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"")
-    assert _read(tmp_path / "a.jsonl") == []
+@pytest.mark.parametrize("suffix", JSONL_SUFFIXES)
+def test_an_empty_file_has_no_rows(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(b"")
+    assert _read(tmp_path / f"a{suffix}") == []
+
+
+def test_all_frames_of_a_zstd_file_are_read(tmp_path: Path) -> None:
+    line = _line(**GOOD) + b"\n"
+    skippable = bytes.fromhex("502a4d18") + (5).to_bytes(4, "little") + b"hello"
+    data = skippable + _zstd(line * 300) + _zstd(b"") + _zstd(line[:9]) + skippable
+    (tmp_path / "a.jsonl.zst").write_bytes(data + _zstd(line[9:]))
+    assert [row["error"] for row in _read(tmp_path / "a.jsonl.zst")] == [None] * 301
+
+
+@pytest.mark.parametrize("num_left", [1, 4, 20, -1])
+def test_a_zstd_file_cut_within_any_frame_is_named(num_left: int, tmp_path: Path) -> None:
+    whole = _zstd(b"".join(_line(prompt=str(n**9), completion="x") + b"\n" for n in range(50)))
+    for frames in (b"", whole):
+        (tmp_path / "a.jsonl.zst").write_bytes(frames + whole[:num_left])
+        with pytest.raises(ArtifactError, match=r"a\.jsonl\.zst: cannot be read \(Truncated"):
+            _read(tmp_path / "a.jsonl.zst")
+
+
+def test_tools_and_ignored_fields_come_along(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    turns = [{**TURNS[0], "weight": 0, "id": "x"}, TURNS[1]]
+    lines = [_line(messages=turns, tools=tools), _line(**GOOD, tools=json.dumps(tools))]
+    first, second = _read(_write_lines(tmp_path / "a.jsonl", lines))
+    assert json.loads(first["messages"]) == TURNS
+    assert json.loads(first["tools"]) == json.loads(second["tools"]) == tools
+    assert (first["ignored"], second["ignored"]) == ("turn.id,turn.weight", None)
+
+
+@pytest.mark.parametrize("suffix", [*JSONL_SUFFIXES, ".parquet"])
+def test_a_row_of_ten_megabytes_is_quarantined_and_one_of_seven_is_kept(
+    suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    texts = ["short", "x" * (10 << 20), "y" * (7 << 20), "\u4e00" * (3 << 20), "short"]
+    if suffix == ".parquet":
+        _write_parquet(path, {"prompt": texts, "completion": ["z"] * len(texts)})
+    else:
+        lines = [json.dumps({"prompt": t, "completion": "z"}, ensure_ascii=False) for t in texts]
+        _write_lines(path, [line.encode() for line in lines])
+    found = _read(path)
+    too_long = "row is longer than 8388608 bytes"
+    assert [row["error"] for row in found] == [None, too_long, None, too_long, None]
+    assert len(found[1]["excerpt"]) <= 200
+    assert "xxx" in found[1]["excerpt"]
+
+
+def test_tables_of_long_rows_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_TABLE_BYTES", 1000)
+    lines = [_line(prompt="x" * 400, completion="y") for _ in range(9)]
+    sizes = [table.num_rows for table in read_file(str(_write_lines(tmp_path / "a.jsonl", lines)))]
+    assert sizes == [3, 3, 3]
+
+
+def test_missing_fields_of_a_table_are_null() -> None:
+    table = rows_to_table([{"source": "x", "row": 3, "messages": "[]"}])
+    assert table.schema == ROW_SCHEMA
+    assert table.to_pylist() == [
+        dict.fromkeys(ROW_SCHEMA.names) | {"source": "x", "row": 3, "messages": "[]"}
+    ]
 
 
 def _write_parquet(path: Path, columns: Mapping[str, Any]) -> Path:
@@ -179,13 +222,60 @@ def test_parquet_text_that_is_no_utf8_is_a_row_with_an_error(tmp_path: Path) -> 
     assert "not UTF-8" in found[1]["error"]
 
 
+def test_parquet_rows_of_one_file_may_have_different_layouts(tmp_path: Path) -> None:
+    calls = [{"function": {"name": "add", "arguments": '{"a": 1}'}, "id": None}]
+    turns = [
+        {"role": "user", "content": "Hi", "name": "Ann", "weight": 1.0, "tool_calls": None},
+        {"role": "assistant", "content": None, "name": None, "weight": None, "tool_calls": calls},
+    ]
+    path = _write_parquet(
+        tmp_path / "a.parquet",
+        {
+            "messages": pa.array([turns, None, None]),
+            "problem": [None, "1 + 1?", "2 + 2?"],
+            "generations": pa.array([None, ["3", "2"], ["5"]]),
+            "correctness_math_verify": pa.array([None, [False, True], [False]]),
+            "solution": [None, "no", "no"],
+        },
+    )
+    found = _read(path)
+    assert json.loads(found[0]["messages"]) == [
+        {"role": "user", "content": "Hi", "name": "Ann"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}],
+        },
+    ]
+    assert found[0]["ignored"] == "turn.weight"
+    assert json.loads(found[1]["messages"])[1]["content"] == "2"
+    assert found[2]["error"] == "no generation is complete and correct"
+    assert "2 + 2?" in found[2]["excerpt"]
+
+
+def test_a_batch_of_long_parquet_rows_is_small_and_never_empty(tmp_path: Path) -> None:
+    texts = ["x" * 40_000 + str(number) for number in range(8)]
+    table = pa.table({"prompt": texts, "unused": texts, "completion": ["y"] * 8})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4, use_dictionary=False)
+    group = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
+    wanted = ["prompt", "completion"]
+    assert sources._plan_batch_rows(group, wanted) == sources._TABLE_ROWS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_TABLE_BYTES", 85_000)
+        assert sources._plan_batch_rows(group, wanted) == 2
+        patch.setattr(sources, "_TABLE_BYTES", 10)
+        assert sources._plan_batch_rows(group, wanted) == 1
+        found = _read(tmp_path / "a.parquet")
+    assert [json.loads(row["messages"])[0]["content"] for row in found] == texts
+
+
 def test_parquet_without_the_wanted_columns_reports_every_row(tmp_path: Path) -> None:
     found = _read(_write_parquet(tmp_path / "a.parquet", {"text": ["a", "b", "c"]}))
     assert [row["row"] for row in found] == [0, 1, 2]
     assert all("neither `messages`" in row["error"] for row in found)
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.jsonl.zst"])
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "flipped"])
 def test_a_damaged_file_is_named(name: str, damage: str, tmp_path: Path) -> None:
     path = tmp_path / name
@@ -202,7 +292,7 @@ def test_a_damaged_file_is_named(name: str, damage: str, tmp_path: Path) -> None
     else:
         data[40:80] = bytes(byte ^ 0xFF for byte in data[40:80])
     path.write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"a\.(parquet|jsonl\.gz): cannot be read"):
+    with pytest.raises(ArtifactError, match=r"a\.(parquet|jsonl\.(gz|zst)): cannot be read"):
         _read(path)
 
 
@@ -223,40 +313,32 @@ def test_any_bytes_as_jsonl_give_rows_and_never_an_exception(data: bytes, tmp_pa
     assert all((row["error"] is None) == (row["messages"] is not None) for row in found)
 
 
-_VALUES = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["messages", "role", "content", "prompt", "completion"]),
-            inner,
-            max_size=3,
-        )
-    ),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(value=_VALUES)
-def test_any_json_value_is_a_conversation_or_a_row_error(value: Any) -> None:
-    try:
-        messages = normalize_row(value)
-    except RowError:
-        return
-    assert messages[-1]["role"] == "assistant"
-    assert all(turn["content"].strip() for turn in messages)
-
-
 def test_files_directories_and_globs_are_listed_once_and_sorted(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    for name in ("b.jsonl", "a.parquet", "deep/c.jsonl.gz", "notes.txt"):
+    for name in ("b.jsonl", "a.parquet", "deep/c.jsonl.gz", "d.jsonl.zst", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
-    everything = [str(tmp_path / name) for name in ("a.parquet", "b.jsonl", "deep/c.jsonl.gz")]
+    names = ("a.parquet", "b.jsonl", "d.jsonl.zst", "deep/c.jsonl.gz")
+    everything = [str(tmp_path / name) for name in names]
     assert list_files([str(tmp_path)]) == everything
     assert list_files([str(tmp_path / "*.jsonl"), str(tmp_path / "b.jsonl")]) == everything[1:2]
-    assert list_files([f"{tmp_path}/**/*.gz"]) == everything[2:]
+    assert list_files([f"{tmp_path}/**/*.gz"]) == everything[3:]
     assert list_files([str(tmp_path / "deep"), str(tmp_path)]) == everything
+
+
+def test_linked_directories_are_followed_and_cycles_end(tmp_path: Path) -> None:
+    data, other = tmp_path / "data", tmp_path / "other"
+    (data / "sub").mkdir(parents=True)
+    (other / "deep").mkdir(parents=True)
+    (data / "a.jsonl").write_bytes(b"")
+    (other / "deep" / "b.jsonl").write_bytes(b"")
+    (data / "linked").symlink_to(other)
+    (other / "deep" / "back").symlink_to(data)
+    (data / "sub" / "self").symlink_to(data / "sub")
+    (data / "gone.jsonl").symlink_to(tmp_path / "absent")
+    everything = [str(data / "a.jsonl"), str(other / "deep" / "b.jsonl")]
+    assert list_files([str(data)]) == everything
+    (tmp_path / "link").symlink_to(data)
+    assert list_files([str(tmp_path / "link"), str(other)]) == everything
 
 
 def test_uris_are_listed_like_paths(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The bodies of `jobs.bench_*`: what is measured, one module a figure."""

@@ -1,0 +1,144 @@
+"""The ways of making batches that are compared, as shapes: who is padded to what.
+
+Every arm keeps the same memory bound: rows x columns never exceed `batch_tokens`. The two that take
+a fixed number of rows (random, group_by_length) take as many as fit when all are of the longest
+length. Peers pad to the longest row of the batch; r1ray pads to the ceilings that it preallocates.
+
+Lengths come in the order of the data set, and every arm shuffles or sorts them itself.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from r1ray.config.schema import BucketsConfig, PackingConfig, PrepareConfig, TaskSourceConfig
+from r1ray.data.length_sketch import LengthSketch
+from r1ray.data.planners import BatchPlanner, FixedBuckets, PackingPlanner, fit_ceilings
+
+__all__ = ["ARMS", "PEERS", "R1RAY", "Shape", "padding_share", "plan_arm"]
+
+PEERS = ("group_by_length", "lhotse")
+R1RAY = ("r1ray_buckets", "r1ray_packing")
+ARMS = ("random", *PEERS, *R1RAY)
+_WINDOW_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One batch: the lengths of its rows, or of the documents of its only row, and its columns."""
+
+    lengths: tuple[int, ...]
+    columns: int
+    is_packed: bool = False
+
+    @property
+    def computed(self) -> int:
+        return self.columns * (1 if self.is_packed else len(self.lengths))
+
+    @property
+    def real(self) -> int:
+        return sum(self.lengths)
+
+
+def plan_arm(arm: str, lengths: NDArray[np.int64], batch_tokens: int, seed: int) -> list[Shape]:
+    """Every batch of one epoch over `lengths`."""
+    rows_per_batch = batch_tokens // int(lengths.max())
+    if arm == "random":
+        order = list(range(len(lengths)))
+        random.Random(seed).shuffle(order)
+        return _cut(lengths, order, rows_per_batch)
+    if arm == "group_by_length":
+        return _cut(lengths, _group_by_length(lengths, rows_per_batch, seed), rows_per_batch)
+    if arm == "lhotse":
+        return _lhotse(lengths, batch_tokens, seed)
+    return _r1ray(arm, lengths, batch_tokens)
+
+
+def padding_share(shapes: list[Shape]) -> float:
+    """1 - real / computed tokens."""
+    return 1.0 - sum(shape.real for shape in shapes) / sum(shape.computed for shape in shapes)
+
+
+def _cut(lengths: NDArray[np.int64], order: list[int], rows_per_batch: int) -> list[Shape]:
+    batches = [
+        lengths[order[start : start + rows_per_batch]].tolist()
+        for start in range(0, len(order), rows_per_batch)
+    ]
+    return [Shape(tuple(batch), max(batch)) for batch in batches]
+
+
+def _group_by_length(lengths: NDArray[np.int64], batch_size: int, seed: int) -> list[int]:
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    generator = torch.Generator().manual_seed(seed)
+    return list(LengthGroupedSampler(batch_size, lengths=lengths.tolist(), generator=generator))
+
+
+def _lhotse(lengths: NDArray[np.int64], batch_tokens: int, seed: int) -> list[Shape]:
+    """Lhotse's sampler with as many buckets as r1ray uses; a second stands for a token."""
+    from lhotse import CutSet, MonoCut
+    from lhotse.dataset import DynamicBucketingSampler
+
+    num_buckets = len(_fit(lengths, batch_tokens))
+    cuts = CutSet.from_cuts(
+        MonoCut(id=str(row), start=0, duration=float(length), channel=0)
+        for row, length in enumerate(lengths.tolist())
+    )
+    sampler = DynamicBucketingSampler(
+        cuts,
+        max_duration=float(batch_tokens),
+        num_buckets=num_buckets,
+        shuffle=True,
+        seed=seed,
+        num_cuts_for_bins_estimate=len(lengths),
+        buffer_size=len(lengths),
+        rank=0,
+        world_size=1,
+    )
+    batches = [tuple(round(cut.duration) for cut in batch) for batch in sampler]
+    return [Shape(batch, max(batch)) for batch in batches]
+
+
+def _r1ray(arm: str, lengths: NDArray[np.int64], batch_tokens: int) -> list[Shape]:
+    """As `prepare` does it: window by window, with what is left over carried on."""
+    is_packed = arm == "r1ray_packing"
+    planner: BatchPlanner
+    if is_packed:
+        planner = PackingPlanner(_config(lengths, batch_tokens, is_packed=True))
+    else:
+        config = _config(lengths, batch_tokens, is_packed=False)
+        planner = FixedBuckets(config, _fit(lengths, batch_tokens))
+    shapes, left = [], np.array([], dtype=np.int64)
+    for start in range(0, len(lengths), _WINDOW_ROWS):
+        new = np.arange(start, min(start + _WINDOW_ROWS, len(lengths)))
+        window = np.concatenate([left, new])
+        is_last = start + _WINDOW_ROWS >= len(lengths)
+        batches, leftover = planner.plan(lengths[window], len(new), is_last=is_last)
+        left = window[leftover]
+        shapes += [
+            Shape(tuple(lengths[window[batch.rows]].tolist()), batch.ceiling, is_packed)
+            for batch in batches
+        ]
+    return shapes
+
+
+def _fit(lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:
+    sketch = LengthSketch(bits=None)
+    sketch.add(lengths)
+    config = _config(lengths, batch_tokens, is_packed=False)
+    assert isinstance(config.batching, BucketsConfig)
+    return fit_ceilings(config, config.batching, sketch)
+
+
+def _config(lengths: NDArray[np.int64], batch_tokens: int, *, is_packed: bool) -> PrepareConfig:
+    """The defaults of `prepare` for these lengths."""
+    batching = PackingConfig(type="packing") if is_packed else BucketsConfig(type="buckets")
+    return PrepareConfig(
+        sources=[TaskSourceConfig(type="tasks", num_samples=1)],
+        max_tokens=int(lengths.max()),
+        batch_tokens=batch_tokens,
+        batching=batching,
+    )

@@ -1,0 +1,97 @@
+"""What comes out of the tokenizing tasks, counted; samples go on, bad rows into quarantine."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from r1ray.config.schema import BucketsConfig, PrepareConfig
+from r1ray.data.length_sketch import LengthSketch
+from r1ray.data.tokenize_table import SAMPLE_SCHEMA
+from r1ray.errors import ArtifactError
+
+__all__ = ["QUARANTINE_NAME", "SampleCollector"]
+
+logger = logging.getLogger(__name__)
+
+QUARANTINE_NAME = "quarantine.jsonl"
+
+
+class SampleCollector:
+    """Iterates over the usable samples, table by table; counts them and files the bad rows.
+
+    Args:
+        results: tables of `tokenize_table.RESULT_SCHEMA`.
+
+    Attributes:
+        counts, ignored, sketch: complete once the iteration is over.
+    """
+
+    def __init__(
+        self,
+        results: Iterable[pa.Table],
+        out_dir: Path,
+        config: PrepareConfig,
+        on_rows: Callable[[int], None],
+    ) -> None:
+        self._results, self._out_dir = results, out_dir
+        self._max_quarantined_share = config.max_quarantined_share
+        self._on_rows = on_rows
+        self.counts = Counter(
+            num_rows=0, num_samples=0, num_quarantined=0, num_over_long=0, num_dropped_pieces=0
+        )
+        self.ignored: Counter[str] = Counter()
+        batching = config.batching
+        is_exact = isinstance(batching, BucketsConfig) and batching.fit_rows is None
+        self.sketch = LengthSketch(bits=None if is_exact else 8)
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        """Tables of SAMPLE_SCHEMA.
+
+        Raises:
+            ArtifactError: too large a share of the rows had to be quarantined, or none is left.
+        """
+        with (self._out_dir / QUARANTINE_NAME).open("w", encoding="utf-8") as quarantine:
+            for table in self._results:
+                if table.num_rows == 0:
+                    continue
+                for row in table.filter(pc.is_valid(table["error"])).to_pylist():
+                    line = {name: row[name] for name in ("source", "row", "error", "excerpt")}
+                    quarantine.write(json.dumps(line, ensure_ascii=False) + "\n")
+                good = table.filter(pc.is_null(table["error"]))
+                self._count(table, good)
+                self._on_rows(self.counts["num_rows"])
+                if good.num_rows:
+                    yield good.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
+        _check_counts(self.counts, self._max_quarantined_share, self._out_dir)
+
+    def _count(self, table: pa.Table, good: pa.Table) -> None:
+        self.counts.update(
+            num_rows=pc.sum(pc.equal(table["piece"], 0)).as_py(),
+            num_samples=good.num_rows,
+            num_quarantined=table.num_rows - good.num_rows,
+            num_over_long=pc.sum(table["was_over_long"]).as_py(),
+            num_dropped_pieces=pc.sum(table["num_dropped_pieces"]).as_py() or 0,
+        )
+        for names in table["ignored"].drop_null().to_pylist():
+            self.ignored.update(names.split(","))
+        if good.num_rows:
+            self.sketch.add(pc.list_value_length(good["input_ids"]).to_numpy())
+
+
+def _check_counts(counts: Counter[str], max_quarantined_share: float, out_dir: Path) -> None:
+    bad, rows = counts["num_quarantined"], counts["num_rows"]
+    where = f"reasons are in {out_dir / QUARANTINE_NAME}"
+    if bad:
+        logger.warning("%d of %d rows quarantined; %s", bad, rows, where)
+    if counts["num_samples"] == 0:
+        raise ArtifactError(f"prepare: none of {rows} rows is usable; {where}")
+    if bad > max_quarantined_share * rows:
+        raise ArtifactError(
+            f"prepare: {bad} of {rows} rows quarantined, above prepare.max_quarantined_share "
+            f"({max_quarantined_share}); {where}"
+        )
