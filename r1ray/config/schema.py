@@ -112,7 +112,7 @@ class BucketsConfig:
     """One sample a row."""
     num_buckets: Annotated[int, Field(ge=1, le=256)] = 64
     """The most length buckets; their ceilings are chosen for the least padding."""
-    max_padding_share: Annotated[float, Field(gt=0, lt=1)] | None = 0.03
+    max_padding_share: Annotated[float, Field(gt=0, lt=1)] | None = 0.02
     """Use no more buckets than this share of padding needs; null uses all of them."""
     fit_rows: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Fit the ceilings to the first rows only, and again when lengths drift; null fits to all."""

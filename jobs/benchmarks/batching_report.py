@@ -1,0 +1,179 @@
+"""The rows of docs/benchmarks/batching.json, with their bars, and the plot beside them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from jobs.benchmarks.batching_arms import ARMS, PEERS, R1RAY
+from jobs.benchmarks.batching_data import SETS
+from jobs.benchmarks.batching_throughput import ArmTimes
+from r1ray.evaluation.record import Row
+
+__all__ = ["padding_rows", "plot_batching", "preallocation_rows", "scale_rows", "throughput_rows"]
+
+_SEED = 0
+_LARGE_SETS = SETS[:2]  # 20,000 rows each; the demo's traces are reported beside them
+_COLORS = ("#8c96a3", "#b8a15a", "#c98b6b", "#2b6cb0", "#1a365d")
+
+
+def padding_rows(shares: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """From set -> arm -> padded share. The headline is the worst of all sets."""
+    rows = []
+    for arm, name, bar in (
+        ("r1ray_packing", "packed", "<= 0.01"),
+        ("r1ray_buckets", "bucketed", "<= 0.05"),
+    ):
+        worst = max(shares, key=lambda key: shares[key][arm])
+        rows.append(_padding_row(f"batching.{name}_padding_share", shares[worst], arm, bar))
+        rows += [
+            _padding_row(f"batching.{name}_padding_share.{key}", shares[key], arm, bar)
+            for key in shares
+        ]
+    rows += [
+        Row(f"batching.padding_share.{arm}.{key}", shares[key][arm], "share")
+        for arm in ("random", *PEERS)
+        for key in shares
+    ]
+    return rows
+
+
+def _padding_row(name: str, shares: Mapping[str, float], arm: str, bar: str) -> Row:
+    baseline = "random batches of 8"
+    return Row(name, shares[arm], "share", None, baseline, shares["random"], bar)
+
+
+def throughput_rows(times: Mapping[str, Mapping[str, ArmTimes]]) -> list[Row]:
+    """From set -> arm -> timed steps. The headline is the worst of the two large sets."""
+    rows = [
+        Row(f"batching.tokens_per_s.{arm}.{key}", times[key][arm].tokens_per_s, "tokens/s")
+        for key in times
+        for arm in ARMS
+    ]
+    for name, bar, rivals in (
+        ("tokens_per_s_vs_random", ">= 1.5", ("random",)),
+        ("tokens_per_s_vs_best_peer", ">= 1.0", PEERS),
+    ):
+        ratios = {key: _ratio(f"batching.{name}.{key}", times[key], rivals, bar) for key in times}
+        worst = min(
+            (ratios[key] for key in _LARGE_SETS if key in ratios), key=lambda row: row.value
+        )
+        rows.append(Row(**{**worst.__dict__, "id": f"batching.{name}"}))
+        rows += ratios.values()
+    return rows
+
+
+def _ratio(name: str, times: Mapping[str, ArmTimes], rivals: Sequence[str], bar: str) -> Row:
+    """The faster of r1ray's two arms over the fastest rival, with a bootstrap interval."""
+    ours = max(R1RAY, key=lambda arm: times[arm].tokens_per_s)
+    rival = max(rivals, key=lambda arm: times[arm].tokens_per_s)
+    rng = np.random.default_rng(_SEED)
+    ratios = times[ours].bootstrap(rng) / times[rival].bootstrap(rng)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Row(
+        name,
+        times[ours].tokens_per_s / times[rival].tokens_per_s,
+        f"x ({ours})",
+        (float(low), float(high)),
+        f"{rival}, tokens/s",
+        times[rival].tokens_per_s,
+        bar,
+    )
+
+
+def scale_rows(small: Mapping[str, Any], large: Mapping[str, Any]) -> list[Row]:
+    """Growth of memory from the small to the large number of rows: of driver and largest worker."""
+    growth = {
+        role: large[f"{role}_bytes"] / small[f"{role}_bytes"] for role in ("driver", "worker")
+    }
+    baseline = f"{small['num_rows']:,} rows, MB of the same"
+    worst = max(growth, key=lambda role: growth[role])
+    row = "batching.peak_memory_growth_10x_rows"
+    rows = [Row(row, growth[worst], f"x ({worst})", None, *_mb(small, worst), "<= 1.2")]
+    rows += [
+        Row(
+            f"{row}.{role}",
+            growth[role],
+            "x",
+            None,
+            baseline,
+            small[f"{role}_bytes"] / 1e6,
+            "<= 1.2",
+        )
+        for role in growth
+    ]
+    for part in (small, large):
+        rows += [
+            Row(f"batching.prepare_rows_per_s.{part['num_rows']}", part["rows_per_s"], "rows/s"),
+            Row(
+                f"batching.prepare_tokens_per_s.{part['num_rows']}",
+                part["tokens_per_s"],
+                "tokens/s",
+            ),
+            Row(f"batching.prepare_shared_mb.{part['num_rows']}", part["shared_bytes"] / 1e6, "MB"),
+        ]
+    return rows
+
+
+def _mb(part: Mapping[str, Any], role: str) -> tuple[str, float]:
+    return f"{part['num_rows']:,} rows, MB of the {role}", part[f"{role}_bytes"] / 1e6
+
+
+def preallocation_rows(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
+    """From mode -> repetitions, taken in turn: time of `fresh` over that of `reused`."""
+
+    def values(mode: str, name: str) -> NDArray[np.float64]:
+        return np.array([run[name] for run in runs[mode]])
+
+    ratios = values("fresh", "seconds") / values("reused", "seconds")
+    peaks = values("reused", "peak_bytes") / values("fresh", "peak_bytes")
+    return [
+        Row(
+            "batching.preallocation_gain",
+            float(np.median(ratios)),
+            "x step time",
+            (float(ratios.min()), float(ratios.max())),
+            "allocating per batch, s",
+            float(np.median(values("fresh", "seconds"))),
+        ),
+        Row(
+            "batching.preallocation_peak_memory",
+            float(np.median(peaks)),
+            "x peak memory",
+            (float(peaks.min()), float(peaks.max())),
+            "allocating per batch, MB",
+            float(np.median(values("fresh", "peak_bytes")) / 1e6),
+        ),
+    ]
+
+
+def plot_batching(
+    shares: Mapping[str, Mapping[str, float]],
+    times: Mapping[str, Mapping[str, ArmTimes]],
+    path: Path,
+) -> None:
+    """Padded share and throughput of every arm on every set."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    width = 0.8 / len(ARMS)
+    for index, (arm, color) in enumerate(zip(ARMS, _COLORS, strict=True)):
+        places = [place + (index - 2) * width for place in range(len(SETS))]
+        padding = [100 * shares[key][arm] for key in SETS]
+        bars = left.bar(places, padding, width, color=color, label=arm.replace("_", " "))
+        left.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+        speed = [times[key][arm].tokens_per_s / times[key]["random"].tokens_per_s for key in SETS]
+        bars = right.bar(places, speed, width, color=color)
+        right.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+    left.set(title="Padding", ylabel="% of the computed tokens")
+    right.set(title="Real tokens per second in training steps", ylabel="x random batches")
+    left.legend(frameon=False)
+    for axes in (left, right):
+        axes.set_xticks(range(len(SETS)), [key.replace("_", " ") for key in SETS])
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
