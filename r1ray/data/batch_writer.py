@@ -108,7 +108,9 @@ class BatchWriter:
         samples = window.take(order).combine_chunks()
         lengths = lengths[order]
         row_offsets = _offsets([len(batch.rows) for batch in batches])
-        token_offsets = _offsets(lengths)[row_offsets]
+        sample_offsets = _offsets(lengths)
+        token_offsets = sample_offsets[row_offsets]
+        firsts = sample_offsets[:-1]  # nothing predicts the first token of a sample
         input_ids, is_target = (
             samples[name].chunk(0).flatten() for name in ("input_ids", "is_target")
         )
@@ -127,7 +129,7 @@ class BatchWriter:
         self._counts.update(
             num_batches=len(batches),
             num_tokens=int(token_offsets[-1]),
-            num_targets=pc.sum(is_target).as_py(),
+            num_targets=pc.sum(is_target).as_py() - pc.sum(is_target.take(firsts)).as_py(),
             computed=int(shapes.sum()),
         )
         self._largest = max(self._largest, int(shapes.max()))

@@ -72,7 +72,7 @@ class LengthSketch:
         if self.bits is None:
             return values
         exponent = np.frexp(values.astype(np.float64))[1]  # 2^(exponent-1) <= value < 2^exponent
-        width = np.left_shift(1, np.maximum(exponent - 1 - self.bits, 0))
+        width = np.left_shift(np.int64(1), np.maximum(exponent.astype(np.int64) - 1 - self.bits, 0))
         return values | (width - 1)
 
 

@@ -41,7 +41,9 @@ def pack_best_fit(lengths: ArrayLike, capacity: int) -> list[list[int]]:
         ShapeError: a length is below 1 or above the capacity.
     """
     values = np.asarray(lengths, dtype=np.int64)
-    if len(values) and not 1 <= values.min() <= values.max() <= capacity:
+    if len(values) == 0:
+        return []
+    if not 1 <= values.min() <= values.max() <= capacity:
         raise ShapeError(
             f"packing needs lengths between 1 and the capacity {capacity}, got lengths from "
             f"{values.min()} to {values.max()}; raise the capacity or cut the documents"

@@ -8,8 +8,8 @@
 4. A planner cuts windows of samples into batches (`data.planners`, `data.batch_writer`).
 
 Price: tokens pass through the driver once, in arrow arrays (4 bytes each, 13 million a second on
-one core); its memory is bounded by two windows. The tasks read the tokenizer from `model_dir`, which
-every node must see.
+one core); its memory is bounded by two windows. The tasks read the tokenizer from `model_dir`,
+which every node must see.
 """
 
 import functools

@@ -28,7 +28,7 @@ Overflow = Literal["reject", "truncate", "split"]
 
 
 class OverLongError(RowError):
-    """A row is longer than max_tokens and `overflow` is `reject`."""
+    """A row is longer than max_tokens, and `overflow` leaves nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def _fit(sample: Sample, max_tokens: int, overflow: Overflow) -> TokenizedRow | 
         pieces = [Sample(sample.input_ids[:max_tokens], sample.is_target[:max_tokens])]
     kept = [piece for piece in pieces if piece.is_target[1:].any()]
     if not kept:
-        return RowError("no answer token is left within max_tokens")
+        error = OverLongError if is_over_long else RowError
+        return error("no answer token is left within max_tokens")
     return TokenizedRow(kept, is_over_long, len(pieces) - len(kept))
 
 

@@ -1,15 +1,23 @@
 """The `prepare` stage on a local Ray: files in, batches and quarantine out."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
+from r1ray.artifacts import Artifact
 from r1ray.config import PipelineConfig, load_config
+from r1ray.config.schema import BucketsConfig, PackingConfig
+from r1ray.data import batch_writer, pipeline, planners
 from r1ray.data.batch_set import IGNORED, BatchSet
 from r1ray.data.reasoning import draw_heldout
+from r1ray.data.tokenize_table import tokenize_table
 from r1ray.errors import ArtifactError
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.pipeline import Pipeline
@@ -104,6 +112,86 @@ def test_changed_source_files_are_another_run(config: PipelineConfig, tmp_path: 
     assert changed.manifest.metrics["num_rows"] == 71
 
 
-def _base_id(prepared: object) -> str:
-    root = prepared.local_dir.parents[1] / "base"  # type: ignore[attr-defined]
+def _with_prepare(config: PipelineConfig, **changes: Any) -> PipelineConfig:
+    return dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, **changes))
+
+
+def test_split_rows_are_packed_and_the_artifact_shows_what_was_made(config: PipelineConfig) -> None:
+    config = _with_prepare(
+        config,
+        batching=PackingConfig(type="packing"),
+        overflow="split",
+        max_tokens=96,
+        batch_tokens=400,
+    )
+    prepared = Pipeline(config).prepare()
+    metrics = prepared.manifest.metrics
+    tokenizer = Tokenizer(prepared.local_dir.parents[1] / "base" / _base_id(prepared))
+    batches = BatchSet(prepared.local_dir)
+    texts: list[str] = []
+    for index in range(len(batches)):
+        batch = batches[index]
+        assert batch.input_ids_BT.shape[0] == 1
+        assert batch.input_ids_BT.shape[1] <= 400
+        for labels in batch.labels_BT[0].split(batch.document_lengths):
+            targets = labels[labels != IGNORED].tolist()
+            if targets:  # padding has none
+                assert len(labels) <= 96
+                texts.append(tokenizer.decode(targets))
+    assert len(texts) == metrics["num_samples"]
+    numbers = [int(match[1]) for text in texts if (match := re.match(r"answer (\d+) ", text))]
+    assert sorted(numbers) == [n for n in range(60) if n not in (7, 9, 11)]
+    assert sum(text.count("so") for text in texts) == sum(numbers)
+    assert metrics["num_over_long"] > 0
+    assert metrics["num_samples"] > metrics["num_rows"] - metrics["num_quarantined"] == 67
+    assert metrics["padding_share"] < 0.05
+
+    summary = (prepared.local_dir / "summary.md").read_text()
+    assert f"| {metrics['num_over_long']:,} |" in re.sub(" +", " ", summary)
+    assert (prepared.local_dir / "summary.png").read_bytes().startswith(b"\x89PNG")
+    outputs = {output.path for output in prepared.manifest.outputs}
+    assert outputs >= {"summary.md", "summary.png", "summary.json"}
+
+
+def test_drifting_files_are_fitted_anew_and_tokenized_by_several_tasks(
+    config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, log = tmp_path / "drifting", tmp_path / "tasks"
+    for directory in (data, log):
+        directory.mkdir()
+    for name, repeats in (("a.jsonl", 2), ("b.jsonl", 60)):
+        rows = [
+            {"prompt": name, "completion": f"{name} {n} " + "so " * (repeats + n % 10)}
+            for n in range(300)
+        ]
+        (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def logged(table: pa.Table, **options: Any) -> pa.Table:
+        task = ray.get_runtime_context().get_task_id()
+        (log / f"{task} {table.num_rows}").touch()
+        return tokenize_table(table, **options)
+
+    monkeypatch.setattr(pipeline, "tokenize_table", logged)
+    monkeypatch.setattr(pipeline, "_TASK_ROWS", 50)
+    monkeypatch.setattr(batch_writer, "_WINDOW_SAMPLES", 100)
+    monkeypatch.setattr(planners, "DRIFT_ROWS", 100)
+    batching = BucketsConfig(type="buckets", num_buckets=4, fit_rows=100)
+    sources = [dataclasses.replace(config.prepare.sources[0], paths=[str(data)])]
+    prepared = Pipeline(_with_prepare(config, batching=batching, sources=sources)).prepare()
+
+    tasks = [path.name.split() for path in log.iterdir()]
+    assert len({task for task, _ in tasks}) >= 6  # more than one for each of the two files
+    assert sum(int(num_rows) for _, num_rows in tasks) == 600
+    first, second = prepared.manifest.metrics["fits"]
+    assert (first["row"], second["row"]) == (0, 300)
+    assert second["distance"] == 1.0  # not one length in common
+    assert first["ceilings"][-1] == second["ceilings"][-1] == config.prepare.max_tokens
+    assert first["ceilings"][-2] < second["ceilings"][0]
+    batches = BatchSet(prepared.local_dir)
+    rows_read = sum(len(batches[index].input_ids_BT) for index in range(len(batches)))
+    assert rows_read == prepared.manifest.metrics["num_samples"] == 600
+
+
+def _base_id(prepared: Artifact) -> str:
+    root = prepared.local_dir.parents[1] / "base"
     return next(root.glob("*/manifest.json")).parent.name

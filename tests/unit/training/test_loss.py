@@ -58,3 +58,40 @@ def test_no_targets_give_a_loss_of_zero_that_can_be_differentiated() -> None:
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_packed_batch_has_the_summed_loss_and_gradient_of_its_documents() -> None:
+    documents = [random_batch(1, length, seed=length) for length in (12, 5, 3, 9)]
+    padding = torch.zeros(1, 6, dtype=torch.long)
+    packed = MicroBatch(
+        torch.cat([*(document.input_ids_BT for document in documents), padding], dim=1),
+        torch.cat([*(document.labels_BT for document in documents), padding + IGNORED], dim=1),
+        sum(document.num_tokens for document in documents),
+        sum(document.num_targets for document in documents),
+        document_lengths=(12, 5, 3, 9, 6),
+    )
+    together, apart = tiny_model(), tiny_model()
+    loss = summed_loss(together, packed)
+    loss.backward()
+    total = 0.0
+    for document in documents:
+        alone = summed_loss(apart, document)
+        alone.backward()
+        total += alone.item()
+    # float32 sums in another order, over some fifteen targets.
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    for one, many in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, many.grad, atol=1e-4, rtol=1e-5)
+
+
+def test_a_document_of_a_packed_batch_does_not_see_its_neighbours() -> None:
+    batch = random_batch(1, 20, seed=4)
+    labels = torch.full_like(batch.labels_BT, IGNORED)
+    labels[0, 9:18] = batch.input_ids_BT[0, 10:19]  # targets in the second of three documents
+    changed = batch.input_ids_BT.clone()
+    changed[0, :8], changed[0, 19:] = 7, 9  # the others
+    losses = [
+        summed_loss(tiny_model(), MicroBatch(ids, labels, 20, 9, document_lengths=(8, 11, 1)))
+        for ids in (batch.input_ids_BT, changed)
+    ]
+    assert losses[0].item() == losses[1].item()

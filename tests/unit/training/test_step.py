@@ -1,14 +1,26 @@
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
 
-from r1ray.config.schema import TrainConfig
-from r1ray.data.batch_set import MicroBatch
+from r1ray.config.schema import (
+    BucketsConfig,
+    FileSourceConfig,
+    PackingConfig,
+    PrepareConfig,
+    TrainConfig,
+)
+from r1ray.data.batch_set import SUMMARY_NAME, BatchSet, MicroBatch
+from r1ray.data.batch_writer import BatchWriter
+from r1ray.data.planners import BatchPlanner, FixedBuckets, PackingPlanner
+from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 from r1ray.errors import ArtifactError, ExchangeError
 from r1ray.exchange import LocalTransport, StepTotals
 from r1ray.exchange.base import Verdict
@@ -74,6 +86,80 @@ def test_four_micro_batches_give_the_gradient_of_one_big_batch() -> None:
     assert parts_record.grad_norm == pytest.approx(whole_record.grad_norm, rel=1e-4)
     assert parts_record.num_targets == whole_record.num_targets == batch.num_targets
     assert parts_record.num_tokens == whole_record.num_tokens == batch.num_tokens
+
+
+def _samples(seed: int) -> pa.Table:
+    """Forty samples of 2 to 40 tokens; about half of each one's tokens are targets."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 41, size=40)
+    is_target = [rng.random(length) < 0.5 for length in lengths]
+    for flags in is_target:
+        flags[0], flags[-1] = False, True
+    columns = {
+        "input_ids": [rng.integers(3, 300, length) for length in lengths],
+        "is_target": is_target,
+    }
+    return pa.table(columns).cast(SAMPLE_SCHEMA)
+
+
+def _prepare(directory: Path, samples: pa.Table, *, arm: str) -> BatchSet:
+    """`samples` in one padded batch, in bucketed batches, or in packed ones."""
+    config = PrepareConfig(
+        sources=[FileSourceConfig(type="files", paths=["rows.jsonl"])],
+        max_tokens=40,
+        batch_tokens=40 * samples.num_rows if arm == "whole" else 150,
+        batching=PackingConfig(type="packing")
+        if arm == "packed"
+        else BucketsConfig(type="buckets"),
+    )
+    planner: BatchPlanner = PackingPlanner(config)
+    if arm != "packed":
+        planner = FixedBuckets(config, [40] if arm == "whole" else [10, 20, 30, 40])
+    directory.mkdir()
+    with BatchWriter(
+        directory, planner, is_packed=arm == "packed", batch_tokens=config.batch_tokens
+    ) as writer:
+        writer.add(samples)
+    (directory / SUMMARY_NAME).write_text(json.dumps(writer.summarize()))
+    return BatchSet(directory)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_padded_bucketed_and_packed_batches_give_the_gradient_of_the_same_samples(
+    seed: int, tmp_path: Path
+) -> None:
+    samples = _samples(seed)
+    sets = {
+        arm: _prepare(tmp_path / arm, samples, arm=arm) for arm in ("whole", "buckets", "packed")
+    }
+    assert len(sets["whole"]) == 1
+    assert len(sets["buckets"]) > len(sets["packed"]) >= 5
+    states = {arm: _state() for arm in sets}
+    records = {}
+    for arm, batches in sets.items():
+        buffers = batches.build_buffers()
+        records[arm] = states[arm].run_step(
+            batches.read(index, buffers) for index in range(len(batches))
+        )
+    for arm in ("buckets", "packed"):
+        assert records[arm].num_targets == records["whole"].num_targets
+        assert records[arm].num_tokens == records["whole"].num_tokens
+        # float32 sums in another order; the gradient's norm is of order 1.
+        assert records[arm].loss == pytest.approx(records["whole"].loss, rel=1e-5)
+        for one, many in zip(
+            states["whole"].exchange.gradients, states[arm].exchange.gradients, strict=True
+        ):
+            torch.testing.assert_close(one, many, atol=1e-5, rtol=0)
+
+
+def test_batches_that_share_memory_count_as_if_each_had_its_own(tmp_path: Path) -> None:
+    batches = _prepare(tmp_path / "packed", _samples(0), arm="packed")
+    shared, separate = _state(), _state()
+    buffers = batches.build_buffers()
+    indices = range(len(batches))
+    shared.run_step(batches.read(index, buffers) for index in indices)
+    separate.run_step([batches.read(index) for index in indices])
+    assert _is_equal(shared.exchange.gradients, separate.exchange.gradients)
 
 
 def test_training_lowers_the_loss_of_what_it_trains_on() -> None:
