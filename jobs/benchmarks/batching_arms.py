@@ -8,6 +8,7 @@ Lengths come in the order of the data set, and every arm shuffles or sorts them 
 """
 
 import random
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,17 +88,19 @@ def _lhotse(lengths: NDArray[np.int64], batch_tokens: int, seed: int) -> list[Sh
         MonoCut(id=str(row), start=0, duration=float(length), channel=0)
         for row, length in enumerate(lengths.tolist())
     )
-    sampler = DynamicBucketingSampler(
-        cuts,
-        max_duration=float(batch_tokens),
-        num_buckets=num_buckets,
-        shuffle=True,
-        seed=seed,
-        num_cuts_for_bins_estimate=len(lengths),
-        buffer_size=len(lengths),
-        rank=0,
-        world_size=1,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are using DynamicBucketingSampler with an eagerly")
+        sampler = DynamicBucketingSampler(
+            cuts,
+            max_duration=float(batch_tokens),
+            num_buckets=num_buckets,
+            shuffle=True,
+            seed=seed,
+            num_cuts_for_bins_estimate=len(lengths),
+            buffer_size=len(lengths),
+            rank=0,
+            world_size=1,
+        )
     batches = [tuple(round(cut.duration) for cut in batch) for batch in sampler]
     return [Shape(batch, max(batch)) for batch in batches]
 

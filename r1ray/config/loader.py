@@ -115,9 +115,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _describe(item: Mapping[str, Any]) -> str:
-    path = ".".join(str(part) for part in item["loc"]) or "(top level)"
+    parts = _drop_tags(item["loc"])
+    path = ".".join(str(part) for part in parts) or "(top level)"
     if item["type"] == "unexpected_keyword_argument":
-        return f"{path}: unknown key{_suggest(item['loc'])}"
+        return f"{path}: unknown key{_suggest(parts)}"
     if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path}: required key is missing"
     if item["type"] in ("dataclass_type", "dataclass_exact_type"):
@@ -133,7 +134,30 @@ def _suggest(location: Sequence[Any]) -> str:
     sections = {path.rsplit(".", 1)[0] for path in known if "." in path}
     path = ".".join(str(part) for part in location if not isinstance(part, int))
     close = difflib.get_close_matches(path, [*known, *sections], n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close and close[0] != path else ""
+
+
+def _drop_tags(location: Sequence[Any]) -> list[Any]:
+    """The keys of `location`, without the variant's tag that pydantic puts after a union's key."""
+    kinds: list[Any] = [PipelineConfig]
+    parts = []
+    for part in location:
+        if chosen := [kind for kind in kinds if _tag(kind) == part]:
+            kinds = chosen
+            continue
+        parts.append(part)
+        if isinstance(part, str):
+            types_of = [
+                field.type for kind in kinds for field in fields(kind) if field.name == part
+            ]
+            kinds = [kind for item in types_of for kind in _flatten(item) if is_dataclass(kind)]
+    return parts
+
+
+def _tag(kind: Any) -> str | None:
+    """The value of `type` that selects this variant."""
+    literals = [field.type for field in fields(kind) if field.name == "type"]
+    return typing.get_args(literals[0])[0] if literals else None
 
 
 def _shorten(value: Any) -> str:

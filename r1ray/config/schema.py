@@ -114,8 +114,8 @@ class BucketsConfig:
     """The most length buckets; their ceilings are chosen for the least padding."""
     max_padding_share: Annotated[float, Field(gt=0, lt=1)] | None = 0.02
     """Use no more buckets than this share of padding needs; null uses all of them."""
-    fit_rows: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    """Fit the ceilings to the first rows only, and again when lengths drift; null fits to all."""
+    fit_rows: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Fit ceilings to so many first rows, held in memory, and again on drift; null fits to all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

@@ -42,6 +42,7 @@ __all__ = [
 
 BATCHES_NAME = "batches.parquet"
 SUMMARY_NAME = "summary.json"
+SIZE_KEY = "max_batch_tokens"  # in the summary: rows x columns of the largest batch
 IGNORED = -100  # label of a position that the loss leaves out
 _CACHED_GROUPS = 16
 
@@ -107,6 +108,10 @@ class BatchSet:
             )
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ArtifactError(f"{path}: no readable BatchSet ({error})") from error
+        if self._file.schema_arrow.names != BATCH_SCHEMA.names or SIZE_KEY not in self.summary:
+            raise ArtifactError(
+                f"{path}: written by another version of r1ray; remove it and prepare again"
+            )
         metadata = self._file.metadata
         self._group_starts = [0]
         for group in range(metadata.num_row_groups):
@@ -121,7 +126,7 @@ class BatchSet:
 
     def build_buffers(self) -> BatchBuffers:
         """Buffers that hold the largest batch of this set."""
-        return BatchBuffers(self.summary["max_batch_tokens"])
+        return BatchBuffers(self.summary[SIZE_KEY])
 
     def read(self, index: int, buffers: BatchBuffers | None = None) -> MicroBatch:
         """Batch `index`, in `buffers` (where the next read overwrites it) or in new memory."""

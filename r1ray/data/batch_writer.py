@@ -4,8 +4,8 @@
 2. The planner says which of them make batches; the others stay for the next window.
 3. One `take` brings the samples into batch order; offsets alone make them rows of `BATCH_SCHEMA`.
 
-Price: two copies of the window's tokens. Memory is bounded by two windows, whatever the number of
-rows.
+Price: two copies of the window's tokens. Memory is bounded by two windows and the samples that a
+planner holds back, whatever the number of rows.
 """
 
 from collections import Counter

@@ -10,7 +10,7 @@
 3. `plan_packs` does both for one window of a stream, and leaves the documents of bins that are
    still loose for the next.
 
-Price: about 1 µs a document, and at most half a second a window where step 2 is at work. The
+Price: about 1 µs a document, and at most about a second a window where step 2 is at work. The
 padding is what the last bin of a stream lacks, plus the rounding of every batch to a multiple of 64
 tokens.
 
@@ -29,7 +29,7 @@ __all__ = ["PACK_MULTIPLE", "pack_best_fit", "plan_packs"]
 
 PACK_MULTIPLE = 64  # tokens; a packed batch is padded to a multiple of it
 _LOOSE_SHARE = 0.002  # of the capacity: a bin with more room than this is loose
-_MAX_REFILL_WORK = 2e8  # machine words; more distinct lengths or wider bins are left as they are
+_MAX_REFILL_WORK, _MAX_REFILL_WORDS = 1e8, 4e6  # machine words, in all and held for one bin
 
 
 def pack_best_fit(lengths: ArrayLike, capacity: int) -> list[list[int]]:
@@ -118,14 +118,18 @@ def plan_packs(
 def _refill_loose(
     costs: NDArray[np.int64], bins: list[list[int]], capacity: int
 ) -> list[list[int]]:
-    """`bins` with the documents of loose ones packed anew, if that takes fewer of them."""
+    """`bins` with the documents of loose ones packed anew, unless that takes more of them.
+
+    Many distinct lengths or wide bins are left as they are: best-fit does well there.
+    """
     tight = (1.0 - _LOOSE_SHARE) * capacity
     is_loose = [costs[rows].sum() < tight for rows in bins]
     loose = [rows for rows, flag in zip(bins, is_loose, strict=True) if flag]
     waiting: dict[int, list[int]] = {}  # length -> documents, lengths descending
     for row in sorted((row for rows in loose for row in rows), key=lambda row: -costs[row]):
         waiting.setdefault(int(costs[row]), []).append(row)
-    if len(loose) < 2 or len(waiting) * len(loose) * capacity / 64 > _MAX_REFILL_WORK:
+    words = len(waiting) * capacity / 64
+    if len(loose) < 2 or words > _MAX_REFILL_WORDS or words * len(loose) > _MAX_REFILL_WORK:
         return bins
     refilled = []
     while waiting:

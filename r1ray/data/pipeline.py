@@ -15,6 +15,7 @@ which every node must see.
 import functools
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,20 @@ def prepare_batches(
         "ignored_fields": dict(sorted(collector.ignored.items())),
         "batching": config.batching.type,
         **written,
-        "lengths": {str(top): count for top, count in sorted(collector.sketch.counts.items())},
+        "lengths": _describe_lengths(collector, config.max_tokens),
     }
     (out_dir / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (out_dir / "summary.md").write_text(render_summary(summary), encoding="utf-8")
     plot_summary(summary, out_dir / "summary.png")
     return {name: value for name, value in summary.items() if name != "lengths"}
+
+
+def _describe_lengths(collector: SampleCollector, max_tokens: int) -> dict[str, int]:
+    """Samples by length; where the sketch rounds up, not beyond the longest there can be."""
+    lengths: Counter[int] = Counter()
+    for top, count in collector.sketch.counts.items():
+        lengths[min(top, max_tokens)] += count
+    return {str(top): lengths[top] for top in sorted(lengths)}
 
 
 def _write_batches(

@@ -5,11 +5,13 @@ next window; with `is_last` it leaves nothing.
 
 `LearnedBuckets` is for data that is not seen twice: it holds the first `fit_rows` rows back, fits
 the ceilings to a sketch of their lengths, and compares every further `DRIFT_ROWS` rows with that
-sketch. Where the Kolmogorov-Smirnov distance exceeds `DRIFT_LIMIT` it fits anew, to those rows. Two
-samples of 4,096 rows from one distribution differ by more than 0.06 once in ten thousand times.
+sketch. It fits anew, to those rows, where the Kolmogorov-Smirnov distance exceeds `drift_limit`:
+`DRIFT_LIMIT`, and what chance alone exceeds once in a thousand times for so few rows. A shift in
+the middle of such a block is thus met twice: by its mixture first, then as it is.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,13 +31,15 @@ __all__ = [
     "FixedBuckets",
     "LearnedBuckets",
     "PackingPlanner",
+    "drift_limit",
     "fit_ceilings",
 ]
 
 logger = logging.getLogger(__name__)
 
-DRIFT_LIMIT = 0.1
+DRIFT_LIMIT = 0.06
 DRIFT_ROWS = 4096
+_CHANCE = 1.95  # Kolmogorov's distribution exceeds it once in a thousand times
 
 Plan = tuple[list[PlannedBatch], NDArray[np.int64]]  # batches, rows left over
 
@@ -116,11 +120,12 @@ class LearnedBuckets:
         if not self.fits:
             if self._num_rows < self._fit_rows and not is_last:
                 return [], np.arange(len(lengths))
-            self._fit(row=0, distance=None)
+            self._fit(row=0)
         elif self._recent.num_rows >= DRIFT_ROWS:
             distance = self._recent.distance(self._fitted)
-            if distance > DRIFT_LIMIT:
-                self._fit(row=self._num_rows - num_new, distance=distance)
+            limit = drift_limit(self._fitted.num_rows, self._recent.num_rows)
+            if distance > limit:
+                self._fit(row=self._num_rows - num_new, distance=distance, limit=limit)
             self._recent = LengthSketch()
         return plan_batches(
             lengths,
@@ -130,7 +135,7 @@ class LearnedBuckets:
             keep_partial=is_last,
         )
 
-    def _fit(self, *, row: int, distance: float | None) -> None:
+    def _fit(self, *, row: int, distance: float | None = None, limit: float = 0.0) -> None:
         """Fit to the recent rows; the last ceiling holds whatever may come."""
         self._fitted, self._recent = self._recent, LengthSketch()
         longest = self._config.max_tokens
@@ -141,8 +146,13 @@ class LearnedBuckets:
             logger.info(
                 "lengths drifted by %.2f (Kolmogorov-Smirnov, limit %.2f) at row %d: %d new "
                 "ceilings from %d to %d tokens",
-                *(distance, DRIFT_LIMIT, row, len(ceilings), ceilings[0], ceilings[-1]),
+                *(distance, limit, row, len(ceilings), ceilings[0], ceilings[-1]),
             )
+
+
+def drift_limit(num_fitted: int, num_recent: int) -> float:
+    """The Kolmogorov-Smirnov distance beyond which samples of these sizes count as drifted."""
+    return DRIFT_LIMIT + _CHANCE * math.sqrt(1 / num_fitted + 1 / num_recent)
 
 
 def fit_ceilings(config: PrepareConfig, batching: BucketsConfig, sketch: LengthSketch) -> list[int]:

@@ -202,14 +202,13 @@ def test_values_of_batching_are_bounded(batching: str, complaint: str) -> None:
     assert complaint in _refuse(f"prepare.batching={batching}")
 
 
-# BUG in r1ray/config/loader.py: the variant's tag, which pydantic puts into the location of an
-# error, is shown as if it were a key: prepare.batching.buckets.num_bucket.
 @pytest.mark.parametrize(
     ("section", "key"),
     [
         ("prepare.batching={type: buckets, num_bucket: 8}", "prepare.batching.num_bucket"),
         ("prepare.batching={type: packing, num_buckets: 8}", "prepare.batching.num_buckets"),
         ("train.exchange={type: dense, dtypes: fp32}", "train.exchange.dtypes"),
+        ("prepare.sources=[{type: files, path: [a]}]", "prepare.sources.0.path"),
     ],
 )
 def test_an_unknown_key_of_a_variant_is_named_with_its_dotted_path(section: str, key: str) -> None:

@@ -222,3 +222,11 @@ def test_every_epoch_is_another_permutation() -> None:
 def test_the_seed_decides_the_order() -> None:
     assert _take(30, 1, 0, 1, 0, 30) == _take(30, 1, 0, 1, 0, 30)
     assert _take(30, 1, 0, 1, 0, 30) != _take(30, 2, 0, 1, 0, 30)
+
+
+def test_a_batch_set_of_another_version_says_what_to_do(tmp_path: Path) -> None:
+    _write(tmp_path, [_row(4, ([1, 2], [False, True]))])
+    summary = tmp_path / SUMMARY_NAME
+    summary.write_text(json.dumps({"num_batches": 1}))
+    with pytest.raises(ArtifactError, match=r"another version of r1ray; remove it and prepare"):
+        BatchSet(tmp_path)

@@ -210,9 +210,6 @@ def test_no_samples_make_an_empty_file_and_a_summary_without_padding(tmp_path: P
     assert batches.summary["num_tokens"] == batches.summary["padding_share"] == 0
 
 
-# BUG in r1ray/data/batch_writer.py: `num_targets` counts a sample's first token as a target,
-# which nothing predicts: the batches' own num_targets leave it out. Texts from a chat template
-# begin with the prompt, so that it takes a template without one to come to this.
 @pytest.mark.parametrize("kind", ["fixed", "packing"])
 def test_a_target_that_nothing_predicts_is_not_counted(kind: Kind, tmp_path: Path) -> None:
     samples: list[_Sample] = [((5, 6, 7), (True, True, False)), ((8, 9), (True, True))]

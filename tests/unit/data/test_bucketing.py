@@ -125,7 +125,7 @@ def test_hundreds_of_distinct_lengths_are_fitted_as_the_plain_program_does(seed:
 
 def test_a_hundred_thousand_distinct_lengths_take_seconds() -> None:
     shapes = {
-        "even": {length: 1 for length in range(1, 100_001)},
+        "even": dict.fromkeys(range(1, 100001), 1),
         "waves": {
             length: int(10 ** (6 * abs(math.sin(length / 300)))) for length in range(1, 10**5)
         },

@@ -223,3 +223,13 @@ def test_fewer_rows_than_a_comparison_needs_are_not_compared() -> None:
     windows = [_draw(0, 100, 40), *_cut(_draw(1, DRIFT_ROWS - 1, 300), 1000)]
     list(_stream(planner, windows))
     assert len(planner.fits) == 1
+
+
+@pytest.mark.parametrize("fit_rows", [20, 50, 300])
+def test_few_rows_to_fit_to_are_not_mistaken_for_a_drift(fit_rows: int) -> None:
+    for seed in range(10):
+        lengths = np.random.default_rng(seed).integers(10, 400, 3 * DRIFT_ROWS)
+        planner = _learned(fit_rows)
+        for window in _cut(lengths, fit_rows):
+            planner.plan(window, len(window), is_last=False)
+        assert len(planner.fits) == 1, seed

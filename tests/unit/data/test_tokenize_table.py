@@ -111,8 +111,6 @@ def test_an_over_long_row_is_marked_once_whatever_is_done_with_it(
     assert overflow != "split" or num_samples > 4
 
 
-# BUG in r1ray/data/tokenize.py or tokenize_table.py: a row that `truncate` leaves without an answer
-# is longer than max_tokens and not counted so, as it comes out as a plain RowError.
 def test_a_row_that_is_cut_before_its_answer_is_over_long_as_well(model_dir: Path) -> None:
     [found] = _tokenize(model_dir, [_row(0, LONG, "end")], overflow="truncate")
     assert found["error"] == "no answer token is left within max_tokens"
