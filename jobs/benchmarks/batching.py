@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmarks.batching_arms import ARMS, padding_share, plan_arm
+from jobs.benchmarks.batching_arms import ARMS, LHOTSE_BUCKETS, padding_share, plan_arm
 from jobs.benchmarks.batching_data import ROWS_PER_BATCH, SCALED_BY, SETS, load_lengths
 from jobs.benchmarks.batching_preallocation import MODES, measure_preallocation
 from jobs.benchmarks.batching_report import (
@@ -21,6 +21,7 @@ from jobs.benchmarks.batching_report import (
 from jobs.benchmarks.batching_scale import measure_scale
 from jobs.benchmarks.batching_throughput import ArmTimes, time_steps
 from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
+from r1ray.manifest import read_commit
 from r1ray.models.base import import_base, resolve_source
 
 __all__ = ["BatchingBenchmark"]
@@ -35,6 +36,7 @@ class BatchingBenchmark:
     def __init__(self, work: Path, num_batches: int, num_repetitions: int) -> None:
         self._work = work
         self._num_batches, self._num_repetitions = num_batches, num_repetitions
+        self._commits: dict[str, str | None] = {}  # of the code that measured each part
 
     def padding(self) -> dict[str, dict[str, float]]:
         """From set -> arm -> padded share, on all rows at their full lengths."""
@@ -56,6 +58,7 @@ class BatchingBenchmark:
         times = {}
         for key in SETS:
             lengths = np.maximum(load_lengths(key, self._base_dir()) // SCALED_BY[key], 2)
+            self._once(f"steps_{key}", lambda: None)  # the commit that began them
             times[key] = time_steps(
                 lengths,
                 num_batches=self._num_batches,
@@ -91,7 +94,7 @@ class BatchingBenchmark:
             *preallocation_rows(self.preallocation()),
         ]
         _TARGET.mkdir(parents=True, exist_ok=True)
-        circumstances = self._once("circumstances", describe_circumstances)
+        circumstances = {**describe_circumstances(), "commits_of_parts": self._commits}
         write_json(
             _TARGET / "batching.json", build_record("batching", command, rows, circumstances)
         )
@@ -101,7 +104,8 @@ class BatchingBenchmark:
         text = (
             f"# Batching\n\n`{command}` on {hardware['cores']} cores of {hardware['cpu']} "
             f"({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, "
-            f"commit {circumstances['commit']}, {circumstances['date']}.\n\n"
+            f"commits {', '.join(sorted({str(commit) for commit in self._commits.values()}))}, "
+            f"{circumstances['date']}.\n\n"
             f"![Padding and throughput](batching.png)\n\n{table}\n{_NOTES}"
         )
         (_TARGET / "batching.md").write_text(text, encoding="utf-8")
@@ -115,14 +119,16 @@ class BatchingBenchmark:
         return path
 
     def _once(self, name: str, measure: Callable[..., Any], *arguments: Any) -> Any:
-        """The stored result `name`, or that of `measure(*arguments)`, stored."""
+        """The stored result `name`, or that of `measure(*arguments)`, stored with its commit."""
         path = self._work / f"{name}.json"
         if not path.exists():
-            result = measure(*arguments)
+            result = {"commit": read_commit(), "result": measure(*arguments)}
             partial = path.with_suffix(".tmp")
             partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
             partial.rename(path)
-        return json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        self._commits[name] = stored["commit"]
+        return stored["result"]
 
 
 def _show(key: str, note: str) -> None:
@@ -134,8 +140,8 @@ _NOTES = f"""
   16,384 and 4,096); `demo_traces` are the demo's 1,200 rows.
 - Memory: rows x columns of a batch never exceed {ROWS_PER_BATCH} x the longest length, in every
   arm. Random batches and group_by_length (transformers) take {ROWS_PER_BATCH} rows, padded to the
-  longest of the batch; Lhotse's DynamicBucketingSampler takes that budget, and as many buckets as
-  r1ray (its own default, 10, pads far more).
+  longest of the batch; Lhotse's DynamicBucketingSampler takes that budget, and of
+  {", ".join(map(str, LHOTSE_BUCKETS))} buckets the number that pads least.
 - Padded share: 1 - real / computed tokens of all batches of an epoch, ceilings and the rounding of
   packed rows to 64 included. Ids without a set are the worst set's.
 - Throughput: optimizer steps of a 4-layer decoder of the demo's family (width 256) on lengths
@@ -143,8 +149,9 @@ _NOTES = f"""
   `vs_random` and `vs_best_peer` compare the faster of r1ray's two arms with the fastest rival; ids
   without a set are the worse of the two large sets. The demo's traces differ in length by less than
   3x: padding costs random batches a quarter there, so no way of batching can gain 1.5x on them.
-- Memory growth: anonymous memory of the driver and of the largest Ray worker from 200,000 to 2
-  million rows through `prepare`; pages of Ray's object store, whose size is fixed, apart.
+- Memory growth: the driver and the largest Ray worker from 200,000 to 2 million rows through
+  `prepare`, each by what it holds alone (anonymous pages) and by all that is resident in it, mapped
+  pages of Ray's object store included.
 - Preallocation: steps of SmolLM2-135M on the demo's traces, new tensors for each batch and freed
   memory given back, against one buffer and freed memory kept; intervals are the extremes.
 """

@@ -15,15 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r1ray.config.schema import BucketsConfig, PackingConfig, PrepareConfig, TaskSourceConfig
+from r1ray.data.batch_writer import WINDOW_SAMPLES, WINDOW_TOKENS
 from r1ray.data.length_sketch import LengthSketch
 from r1ray.data.planners import BatchPlanner, FixedBuckets, PackingPlanner, fit_ceilings
 
-__all__ = ["ARMS", "PEERS", "R1RAY", "Shape", "padding_share", "plan_arm"]
+__all__ = ["ARMS", "LHOTSE_BUCKETS", "PEERS", "R1RAY", "Shape", "padding_share", "plan_arm"]
 
 PEERS = ("group_by_length", "lhotse")
 R1RAY = ("r1ray_buckets", "r1ray_packing")
 ARMS = ("random", *PEERS, *R1RAY)
-_WINDOW_ROWS = 8192
+LHOTSE_BUCKETS = (10, 30, 64, 128)  # tried in turn; 10 is its default
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,23 @@ def _group_by_length(lengths: NDArray[np.int64], batch_size: int, seed: int) -> 
 
 
 def _lhotse(lengths: NDArray[np.int64], batch_tokens: int, seed: int) -> list[Shape]:
-    """Lhotse's sampler with as many buckets as r1ray uses; a second stands for a token."""
+    """Lhotse's sampler with the number of buckets that pads least; a second stands for a token."""
+    tried = [_lhotse_with(count, lengths, batch_tokens, seed) for count in LHOTSE_BUCKETS]
+    return min(tried, key=padding_share)
+
+
+def _lhotse_with(
+    num_buckets: int, lengths: NDArray[np.int64], batch_tokens: int, seed: int
+) -> list[Shape]:
     from lhotse import CutSet, MonoCut
     from lhotse.dataset import DynamicBucketingSampler
 
-    num_buckets = len(_fit(lengths, batch_tokens))
     cuts = CutSet.from_cuts(
         MonoCut(id=str(row), start=0, duration=float(length), channel=0)
         for row, length in enumerate(lengths.tolist())
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You are using DynamicBucketingSampler with an eagerly")
+    with warnings.catch_warnings():  # about sets that are small or held in memory
+        warnings.filterwarnings("ignore", category=UserWarning, module="lhotse")
         sampler = DynamicBucketingSampler(
             cuts,
             max_duration=float(batch_tokens),
@@ -101,7 +108,7 @@ def _lhotse(lengths: NDArray[np.int64], batch_tokens: int, seed: int) -> list[Sh
             rank=0,
             world_size=1,
         )
-    batches = [tuple(round(cut.duration) for cut in batch) for batch in sampler]
+        batches = [tuple(round(cut.duration) for cut in batch) for batch in sampler]
     return [Shape(batch, max(batch)) for batch in batches]
 
 
@@ -115,10 +122,10 @@ def _r1ray(arm: str, lengths: NDArray[np.int64], batch_tokens: int) -> list[Shap
         config = _config(lengths, batch_tokens, is_packed=False)
         planner = FixedBuckets(config, _fit(lengths, batch_tokens))
     shapes, left = [], np.array([], dtype=np.int64)
-    for start in range(0, len(lengths), _WINDOW_ROWS):
-        new = np.arange(start, min(start + _WINDOW_ROWS, len(lengths)))
+    windows = _windows(lengths)
+    for number, new in enumerate(windows):
         window = np.concatenate([left, new])
-        is_last = start + _WINDOW_ROWS >= len(lengths)
+        is_last = number == len(windows) - 1
         batches, leftover = planner.plan(lengths[window], len(new), is_last=is_last)
         left = window[leftover]
         shapes += [
@@ -126,6 +133,17 @@ def _r1ray(arm: str, lengths: NDArray[np.int64], batch_tokens: int) -> list[Shap
             for batch in batches
         ]
     return shapes
+
+
+def _windows(lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Rows of each window that `BatchWriter` would cut."""
+    windows, begin, tokens = [], 0, 0
+    for row, length in enumerate(lengths.tolist()):
+        tokens += length
+        if row + 1 - begin == WINDOW_SAMPLES or tokens >= WINDOW_TOKENS:
+            windows.append(np.arange(begin, row + 1))
+            begin, tokens = row + 1, 0
+    return [*windows, np.arange(begin, len(lengths))]
 
 
 def _fit(lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:

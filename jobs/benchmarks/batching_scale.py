@@ -7,6 +7,7 @@ tokenized, planned and written like any other data set.
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,10 @@ def measure_scale(num_rows: int, work: Path) -> dict[str, Any]:
     shutil.rmtree(work / name)
     shutil.rmtree(rows_dir)
     return {
+        **asdict(peaks),
         "num_rows": num_rows,
-        "seconds": peaks.seconds,
         "rows_per_s": num_rows / peaks.seconds,
         "tokens_per_s": summary["num_tokens"] / peaks.seconds,
-        "driver_bytes": peaks.driver_bytes,
-        "worker_bytes": peaks.worker_bytes,
-        "shared_bytes": peaks.shared_bytes,
         "num_batches": summary["num_batches"],
         "padding_share": summary["padding_share"],
     }

@@ -49,10 +49,17 @@ class ArmTimes:
         return float(self.real.sum() / self.seconds.sum())
 
     def bootstrap(self, rng: np.random.Generator) -> NDArray[np.float64]:
-        """Tokens a second of `_DRAWS` resamples, each pair of neighbours drawn from itself."""
+        """Tokens a second of `_DRAWS` resamples: one of each pair of neighbours, counted twice.
+
+        Drawing both members anew would halve the variance: a stratum of two has one degree of
+        freedom.
+        """
         count = len(self.real)
-        pairs = np.arange(count) // 2 * 2
-        chosen = np.minimum(pairs + rng.integers(0, 2, (_DRAWS, count)), count - 1)
+        chosen = (
+            np.arange(count) // 2 * 2
+            + rng.integers(0, 2, (_DRAWS, -(-count // 2))).repeat(2, axis=1)[:, :count]
+        )
+        chosen = np.minimum(chosen, count - 1)
         rates: NDArray[np.float64] = self.real[chosen].sum(1) / self.seconds[chosen].sum(1)
         return rates
 
@@ -143,4 +150,6 @@ def _collect(done: dict[tuple[str, int], dict[str, Any]], arm: str, count: int) 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):  # the last one may have been cut off by a kill
+                yield json.loads(line)

@@ -1,7 +1,7 @@
 """Peak memory of a process and of all that it starts, by role, while a command runs.
 
-What a process holds alone (anonymous pages) is told apart from what it maps of Ray's object store,
-which all of them share and whose size is fixed when Ray starts.
+What a process holds alone (anonymous pages) is told apart from all that is resident in it, which
+counts the pages of Ray's object store that it has mapped, and that all processes share.
 """
 
 import subprocess
@@ -21,18 +21,18 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class MemoryPeaks:
-    """What a command took.
+    """What a command took: the command's own process (the driver), and the largest Ray worker.
 
     Attributes:
-        driver_bytes: largest anonymous memory of the command's own process.
-        worker_bytes: the same of the largest Ray worker.
-        shared_bytes: most pages of the object store that one process had mapped.
+        driver_bytes, worker_bytes: most anonymous memory.
+        driver_resident_bytes, worker_resident_bytes: most resident memory, shared pages included.
     """
 
     seconds: float
     driver_bytes: int
     worker_bytes: int
-    shared_bytes: int
+    driver_resident_bytes: int
+    worker_resident_bytes: int
 
 
 def run_measured(command: Sequence[str], *, timeout_s: float) -> MemoryPeaks:
@@ -44,18 +44,18 @@ def run_measured(command: Sequence[str], *, timeout_s: float) -> MemoryPeaks:
     """
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=sys.stderr)
-    peaks: dict[int, int] = defaultdict(int)
+    private: dict[int, int] = defaultdict(int)
+    resident: dict[int, int] = defaultdict(int)
     workers: set[int] = set()
-    shared = 0
     try:
         root = psutil.Process(process.pid)
         while process.poll() is None:
             if time.monotonic() - started > timeout_s:
                 raise subprocess.TimeoutExpired(command, timeout_s)
             for child in [root, *_children(root)]:
-                anonymous, mapped = _read_status(child.pid)
-                peaks[child.pid] = max(peaks[child.pid], anonymous)
-                shared = max(shared, mapped)
+                anonymous, everything = _read_status(child.pid)
+                private[child.pid] = max(private[child.pid], anonymous)
+                resident[child.pid] = max(resident[child.pid], everything)
                 if child.pid not in workers and _is_worker(child.pid):
                     workers.add(child.pid)
             time.sleep(_POLL_S)
@@ -66,9 +66,10 @@ def run_measured(command: Sequence[str], *, timeout_s: float) -> MemoryPeaks:
         raise subprocess.CalledProcessError(process.returncode, command)
     return MemoryPeaks(
         seconds=time.monotonic() - started,
-        driver_bytes=peaks[process.pid],
-        worker_bytes=max((peaks[pid] for pid in workers), default=0),
-        shared_bytes=shared,
+        driver_bytes=private[process.pid],
+        worker_bytes=max((private[pid] for pid in workers), default=0),
+        driver_resident_bytes=resident[process.pid],
+        worker_resident_bytes=max((resident[pid] for pid in workers), default=0),
     )
 
 
@@ -87,7 +88,7 @@ def _is_worker(pid: int) -> bool:
 
 
 def _read_status(pid: int) -> tuple[int, int]:
-    """(anonymous, shared) resident bytes of a process; zeros once it is gone."""
+    """(anonymous, all) resident bytes of a process; zeros once it is gone."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -95,6 +96,6 @@ def _read_status(pid: int) -> tuple[int, int]:
     values = {
         name: int(value.split()[0]) * 1024
         for name, value in (line.split(":", 1) for line in text.splitlines() if ":" in line)
-        if name in ("RssAnon", "RssShmem")
+        if name in ("RssAnon", "VmRSS")
     }
-    return values.get("RssAnon", 0), values.get("RssShmem", 0)
+    return values.get("RssAnon", 0), values.get("VmRSS", 0)

@@ -24,10 +24,10 @@ from r1ray.data.bucketing import PlannedBatch
 from r1ray.data.planners import BatchPlanner
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 
-__all__ = ["BatchWriter"]
+__all__ = ["WINDOW_SAMPLES", "WINDOW_TOKENS", "BatchWriter"]
 
-_WINDOW_SAMPLES = 8192
-_WINDOW_TOKENS = 16 << 20
+WINDOW_SAMPLES = 8192
+WINDOW_TOKENS = 16 << 20
 _GROUP_TOKENS = 256 << 10  # of a row group: what reading one batch decodes
 
 
@@ -61,16 +61,18 @@ class BatchWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self._cut(is_last=True)
-        self._file.close()
+        try:
+            if error is None:
+                self._cut(is_last=True)
+        finally:
+            self._file.close()
 
     def add(self, samples: pa.Table) -> None:
         """Take in samples, a table of `SAMPLE_SCHEMA`."""
         self._new.append(samples)
         self._num_new += samples.num_rows
         self._new_tokens += pc.sum(pc.list_value_length(samples["input_ids"])).as_py() or 0
-        if self._num_new >= _WINDOW_SAMPLES or self._new_tokens >= _WINDOW_TOKENS:
+        if self._num_new >= WINDOW_SAMPLES or self._new_tokens >= WINDOW_TOKENS:
             self._cut(is_last=False)
 
     def summarize(self) -> dict[str, Any]:

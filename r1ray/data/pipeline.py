@@ -52,7 +52,8 @@ __all__ = ["prepare_batches"]
 TRACES_NAME = "traces.jsonl"
 _SAMPLES_NAME = "samples.arrow.tmp"
 _TASK_ROWS = 1024  # rows that one tokenizing task takes
-_BLOCK_BYTES = 16 << 20  # of a block in flight: bounds the memory of tasks and driver
+_BLOCK_BYTES = 4 << 20  # of a block in flight: bounds the memory of a task
+_BLOCKS_PER_CPU, _SPARE_BLOCKS = 4, 8  # in the object store at once
 
 
 def prepare_batches(
@@ -173,6 +174,10 @@ def _read_sources(
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True  # an ArtifactError stays one
     context.target_max_block_size = _BLOCK_BYTES
+    num_blocks = _BLOCKS_PER_CPU * ray.cluster_resources().get("CPU", 1) + _SPARE_BLOCKS
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=num_blocks * _BLOCK_BYTES
+    )
     parts: list[ray.data.Dataset] = []
     for source in config.sources:
         if isinstance(source, TaskSourceConfig):

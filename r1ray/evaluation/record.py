@@ -36,6 +36,7 @@ class Row:
         id: dotted name, stable over time.
         interval: 95% interval or (min, max), where there is one.
         bar: such as ">= 30"; None for a figure without one. It is fixed before the run.
+        min_interval_low: what the interval's lower end must reach besides, where the bar asks it.
     """
 
     id: str
@@ -45,12 +46,16 @@ class Row:
     baseline: str | None = None
     baseline_value: float | None = None
     bar: str | None = None
+    min_interval_low: float | None = None
 
     @property
     def met(self) -> bool | None:
-        """Whether the value meets the bar; None without a bar."""
+        """Whether the value meets the bar, and the interval its own; None without a bar."""
         if self.bar is None:
             return None
+        low = -math.inf if self.interval is None else self.interval[0]
+        if self.min_interval_low is not None and low < self.min_interval_low:
+            return False
         sign, limit = self.bar.split()
         return bool(_COMPARISONS[sign](self.value, float(limit)))
 

@@ -108,9 +108,9 @@ def small_windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Windows of about 60 samples, whichever of the two bounds comes first; tiny row groups."""
     monkeypatch.setattr(batch_writer, "_GROUP_TOKENS", 4 * BATCH_TOKENS)
     if request.param == "samples":
-        monkeypatch.setattr(batch_writer, "_WINDOW_SAMPLES", 60)
+        monkeypatch.setattr(batch_writer, "WINDOW_SAMPLES", 60)
     else:
-        monkeypatch.setattr(batch_writer, "_WINDOW_TOKENS", 1500)
+        monkeypatch.setattr(batch_writer, "WINDOW_TOKENS", 1500)
 
 
 SIZES = [1, 40, 3, 100, 7, 7, 130, 12]
@@ -165,7 +165,7 @@ def test_windows_change_which_rows_meet_but_neither_rows_nor_tokens(
     samples = _samples(200)
     summaries: list[dict[str, Any]] = []
     for window in (10, 70, 1000):
-        monkeypatch.setattr(batch_writer, "_WINDOW_SAMPLES", window)
+        monkeypatch.setattr(batch_writer, "WINDOW_SAMPLES", window)
         directory = tmp_path / str(window)
         directory.mkdir()
         summaries.append(_write(directory, kind, _tables(samples, [5] * 40)).summary)
