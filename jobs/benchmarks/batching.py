@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from jobs.benchmarks.batching_arms import ARMS, LHOTSE_BUCKETS, padding_share, plan_arm
-from jobs.benchmarks.batching_data import ROWS_PER_BATCH, SCALED_BY, SETS, load_lengths
+from jobs.benchmarks.batching_data import (
+    ROWS_PER_BATCH,
+    SCALED_BY,
+    SETS,
+    STEP_TOKENS,
+    load_lengths,
+)
 from jobs.benchmarks.batching_preallocation import MODES, measure_preallocation
 from jobs.benchmarks.batching_report import (
     padding_rows,
@@ -68,10 +74,11 @@ class BatchingBenchmark:
         return times
 
     def preallocation(self) -> dict[str, list[dict[str, Any]]]:
-        """From mode -> its repetitions, the modes in turn."""
+        """From mode -> its repetitions; the modes take turns at going first."""
         runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
         for repetition in range(self._num_repetitions):
-            for mode in MODES:
+            turn = repetition % len(MODES)
+            for mode in MODES[turn:] + MODES[:turn]:
                 name = f"preallocation_{mode}_{repetition}"
                 run = self._once(name, measure_preallocation, mode, self._base_dir())
                 print(f"  {mode}: {run['seconds']:.1f} s", flush=True)
@@ -145,13 +152,17 @@ _NOTES = f"""
 - Padded share: 1 - real / computed tokens of all batches of an epoch, ceilings and the rounding of
   packed rows to 64 included. Ids without a set are the worst set's.
 - Throughput: optimizer steps of a 4-layer decoder of the demo's family (width 256) on lengths
-  scaled by 1/8 (the traces as they are), dense exchange, all threads; intervals are 95%.
-  `vs_random` and `vs_best_peer` compare the faster of r1ray's two arms with the fastest rival; ids
+  scaled by 1/8 (the traces as they are), dense exchange, all threads; intervals are 95%. Of the
+  memory that all arms may use, those that take a token budget (Lhotse, r1ray) use {STEP_TOKENS}
+  tokens a batch: on a CPU larger ones are slower. Arms of 8 short rows take more optimizer steps
+  for the same tokens, a few percent of the time on `chat_like`.
+- `vs_random` and `vs_best_peer` compare the faster of r1ray's two arms with the fastest rival; ids
   without a set are the worse of the two large sets. The demo's traces differ in length by less than
   3x: padding costs random batches a quarter there, so no way of batching can gain 1.5x on them.
 - Memory growth: the driver and the largest Ray worker from 200,000 to 2 million rows through
   `prepare`, each by what it holds alone (anonymous pages) and by all that is resident in it, mapped
   pages of Ray's object store included.
-- Preallocation: steps of SmolLM2-135M on the demo's traces, new tensors for each batch and freed
-  memory given back, against one buffer and freed memory kept; intervals are the extremes.
+- Preallocation: steps of SmolLM2-135M on the demo's traces and batches. The baseline makes new
+  tensors for each batch and gives freed memory back to the system; `buffers` reads into one buffer
+  at the ceilings; the headline also keeps freed memory for the next step. Medians, extremes.
 """

@@ -19,11 +19,21 @@ from r1ray.data.batch_writer import WINDOW_SAMPLES, WINDOW_TOKENS
 from r1ray.data.length_sketch import LengthSketch
 from r1ray.data.planners import BatchPlanner, FixedBuckets, PackingPlanner, fit_ceilings
 
-__all__ = ["ARMS", "LHOTSE_BUCKETS", "PEERS", "R1RAY", "Shape", "padding_share", "plan_arm"]
+__all__ = [
+    "ARMS",
+    "BY_ROWS",
+    "LHOTSE_BUCKETS",
+    "PEERS",
+    "R1RAY",
+    "Shape",
+    "padding_share",
+    "plan_arm",
+]
 
 PEERS = ("group_by_length", "lhotse")
 R1RAY = ("r1ray_buckets", "r1ray_packing")
 ARMS = ("random", *PEERS, *R1RAY)
+BY_ROWS = ("random", "group_by_length")  # take a number of rows; the others take tokens
 LHOTSE_BUCKETS = (10, 30, 64, 128)  # tried in turn; 10 is its default
 
 

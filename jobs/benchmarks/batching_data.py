@@ -9,11 +9,19 @@ from numpy.typing import NDArray
 from jobs.benchmarks.batching_arms import Shape
 from r1ray.data.batch_set import IGNORED, MicroBatch
 
-__all__ = ["ROWS_PER_BATCH", "SCALED_BY", "SETS", "build_micro_batch", "load_lengths"]
+__all__ = [
+    "ROWS_PER_BATCH",
+    "SCALED_BY",
+    "SETS",
+    "STEP_TOKENS",
+    "build_micro_batch",
+    "load_lengths",
+]
 
 SETS = ("r1_like", "chat_like", "demo_traces")
 ROWS_PER_BATCH = 8  # of the longest length: what fits the memory that all arms are given
 SCALED_BY = {"r1_like": 8, "chat_like": 8, "demo_traces": 1}  # for the timed steps
+STEP_TOKENS = 4096  # of a timed batch, in the arms that take tokens: on a CPU more is slower
 _NUM_ROWS = 20_000
 _LOG_NORMAL = {  # median, sigma and longest, in tokens
     "r1_like": (2300, 0.85, 16_384),

@@ -1,14 +1,17 @@
-"""What it saves to allocate once: two child processes take the same training steps.
+"""What it saves to allocate once: child processes take the same training steps in three modes.
 
-`fresh` makes new tensors for every batch, as long as its longest row, and gives freed memory back
-to the system (the C library's default). `reused` reads into one buffer at the bucket's ceiling, and
-keeps freed memory for the next step (`training.memory`), as r1ray's workers do.
+- `fresh`: new tensors for every batch, as long as its longest row; freed memory goes back to the
+  system (the C library's default).
+- `buffers`: every batch in one buffer, at its bucket's ceiling.
+- `reused`: the same, and freed memory is kept for the next step (`training.memory`), as in r1ray's
+  workers.
 
-The model is the demo's own, SmolLM2-135M, on the demo's traces; the children run one after the
-other, in turn, each a few steps of two batches.
+The model is the demo's own, SmolLM2-135M, on the demo's traces and batches; the children run one
+after the other, in an order that rotates.
 """
 
 import json
+import os
 import random
 import resource
 import subprocess
@@ -25,33 +28,36 @@ from r1ray.config.schema import DenseExchangeConfig, TrainConfig
 from r1ray.data.batch_set import IGNORED, BatchBuffers, MicroBatch
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import load_model
-from r1ray.training.memory import keep_freed_memory
+from r1ray.training.memory import KEEP_FREED_MEMORY
 from r1ray.training.step import TrainState
 
 __all__ = ["MODES", "measure_preallocation"]
 
-MODES = ("fresh", "reused")
-_NUM_STEPS = 6
+MODES = ("fresh", "buffers", "reused")
+_NUM_STEPS = 4
 _WARMUP_STEPS = 1
 _BATCHES_PER_STEP = 2
-_BATCH_TOKENS = 944
+_BATCH_TOKENS = 384  # the demo's
 _TIMEOUT_S = 600
 
 
 def measure_preallocation(mode: str, base_dir: Path) -> dict[str, Any]:
     """Seconds of the timed steps and peak memory of one child process."""
     command = [sys.executable, "-m", "jobs.benchmarks.batching_preallocation", mode, str(base_dir)]
+    environment = {**os.environ, **(KEEP_FREED_MEMORY if mode == "reused" else {})}
     finished = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, timeout=_TIMEOUT_S
+        command,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=_TIMEOUT_S,
+        env=environment,
     )
     return dict(json.loads(finished.stdout.splitlines()[-1]))
 
 
 def run_steps(mode: str, base_dir: Path) -> dict[str, Any]:
     """The child: time the steps of one mode."""
-    is_reused = mode == "reused"
-    if is_reused:
-        keep_freed_memory()
     model = load_model(base_dir, dtype=torch.float32)
     shapes = plan_arm("r1ray_buckets", load_lengths("demo_traces", base_dir), _BATCH_TOKENS, seed=0)
     random.Random(0).shuffle(shapes)
@@ -65,7 +71,7 @@ def run_steps(mode: str, base_dir: Path) -> dict[str, Any]:
         build_exchange(DenseExchangeConfig(type="dense")),
         LocalTransport(),
     )
-    buffers = BatchBuffers(_BATCH_TOKENS) if is_reused else None
+    buffers = None if mode == "fresh" else BatchBuffers(_BATCH_TOKENS)
     started = time.perf_counter()
     for step in range(_NUM_STEPS + _WARMUP_STEPS):
         if step == _WARMUP_STEPS:

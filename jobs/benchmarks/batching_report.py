@@ -7,7 +7,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from numpy.typing import NDArray
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -117,30 +116,28 @@ def scale_rows(small: Mapping[str, Any], large: Mapping[str, Any]) -> list[Row]:
 
 
 def preallocation_rows(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
-    """From mode -> repetitions, taken in turn: time of `fresh` over that of `reused`."""
+    """From mode -> repetitions, taken in turn: time and peak memory against `fresh`."""
 
-    def values(mode: str, name: str) -> NDArray[np.float64]:
-        return np.array([run[name] for run in runs[mode]])
-
-    ratios = values("fresh", "seconds") / values("reused", "seconds")
-    peaks = values("reused", "peak_bytes") / values("fresh", "peak_bytes")
-    return [
-        Row(
-            "batching.preallocation_gain",
+    def compare(row_id: str, mode: str, name: str, unit: str, baseline: str, scale: float) -> Row:
+        fresh = np.array([run[name] for run in runs["fresh"]])
+        other = np.array([run[name] for run in runs[mode]])
+        ratios = fresh / other if name == "seconds" else other / fresh
+        return Row(
+            row_id,
             float(np.median(ratios)),
-            "x step time",
+            unit,
             (float(ratios.min()), float(ratios.max())),
-            "allocating per batch, s",
-            float(np.median(values("fresh", "seconds"))),
-        ),
-        Row(
-            "batching.preallocation_peak_memory",
-            float(np.median(peaks)),
-            "x peak memory",
-            (float(peaks.min()), float(peaks.max())),
-            "allocating per batch, MB",
-            float(np.median(values("fresh", "peak_bytes")) / 1e6),
-        ),
+            f"allocating per batch, {baseline}",
+            float(np.median(fresh)) * scale,
+        )
+
+    gain, peak = "batching.preallocation_gain", "batching.preallocation_peak_memory"
+    return [
+        compare(gain, "reused", "seconds", "x faster steps", "s", 1.0),
+        compare(f"{gain}.buffers", "buffers", "seconds", "x faster steps", "s", 1.0),
+        compare(peak, "reused", "peak_bytes", "x peak memory", "MB", 1e-6),
+        compare(f"{peak}.buffers", "buffers", "peak_bytes", "x peak memory", "MB", 1e-6),
+        compare("batching.preallocation_page_faults", "reused", "page_faults", "x", "faults", 1.0),
     ]
 
 

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jobs.benchmarks.batching_arms import ARMS, Shape, plan_arm
-from jobs.benchmarks.batching_data import ROWS_PER_BATCH, build_micro_batch
+from jobs.benchmarks.batching_arms import ARMS, BY_ROWS, Shape, plan_arm
+from jobs.benchmarks.batching_data import ROWS_PER_BATCH, STEP_TOKENS, build_micro_batch
 from r1ray.config.schema import DenseExchangeConfig, TrainConfig
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import Decoder, ModelConfig
 from r1ray.models.config import RopeConfig
-from r1ray.training.memory import keep_freed_memory
 from r1ray.training.step import TrainState
 
 __all__ = ["ArmTimes", "build_state", "sample_shapes", "time_steps"]
@@ -109,12 +108,11 @@ def time_steps(
     on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, ArmTimes]:
     """Time `num_batches` steps of every arm; finished ones are read back from `path` (JSONL)."""
-    keep_freed_memory()
-    batch_tokens = ROWS_PER_BATCH * int(lengths.max())
-    samples = {
-        arm: sample_shapes(plan_arm(arm, lengths, batch_tokens, seed=0), num_batches, seed=0)
-        for arm in ARMS
-    }
+    memory = ROWS_PER_BATCH * int(lengths.max())
+    samples = {}
+    for arm in ARMS:
+        budget = memory if arm in BY_ROWS else min(memory, STEP_TOKENS)
+        samples[arm] = sample_shapes(plan_arm(arm, lengths, budget, seed=0), num_batches, seed=0)
     done = {(row["arm"], row["index"]): row for row in _read_lines(path)}
     todo = [(arm, index) for arm in ARMS for index in range(len(samples[arm]))]
     random.Random(0).shuffle(todo)

@@ -5,8 +5,8 @@ and every rank takes the same number of steps. Tokens are stored unpadded. A buc
 padded to its bucket's ceiling, one sample a row; a packed batch is one row, its samples one after
 the other.
 
-Reading one batch costs its row group (256 thousand tokens), of which the latest 16 are kept
-decoded: in a shuffled BatchSet of more than that nearly every read decodes one.
+Reading one batch costs its row group (256 thousand tokens, or one batch where that is more), of
+which the latest 16 are kept decoded: in a larger, shuffled BatchSet nearly every read decodes one.
 
 Shape legend: B rows of a batch, T tokens (the ceiling).
 """
@@ -81,11 +81,13 @@ class BatchBuffers:
     """Memory for one batch of any shape up to `max_tokens`, allocated once and reused.
 
     Every ceiling is a view of the same memory, so a batch read into it is valid until the next one
-    is read. On a machine with CUDA it is pinned, for copies by DMA.
+    is read.
+
+    Args:
+        pinned: page-locked, for copies to a GPU by DMA.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        pinned = torch.cuda.is_available()
+    def __init__(self, max_tokens: int, *, pinned: bool = False) -> None:
         self._input_ids = torch.zeros(max_tokens, dtype=torch.long, pin_memory=pinned)
         self._labels = torch.zeros(max_tokens, dtype=torch.long, pin_memory=pinned)
 
@@ -126,7 +128,7 @@ class BatchSet:
 
     def build_buffers(self) -> BatchBuffers:
         """Buffers that hold the largest batch of this set."""
-        return BatchBuffers(self.summary[SIZE_KEY])
+        return BatchBuffers(self.summary[SIZE_KEY], pinned=torch.cuda.is_available())
 
     def read(self, index: int, buffers: BatchBuffers | None = None) -> MicroBatch:
         """Batch `index`, in `buffers` (where the next read overwrites it) or in new memory."""

@@ -87,7 +87,11 @@ class BatchWriter:
                 str(top): self._per_ceiling[top] for top in sorted(self._per_ceiling)
             },
             "fits": [
-                {"row": fit.row, "ceilings": list(fit.ceilings), "distance": fit.distance}
+                {
+                    "first_sample": fit.first_sample,
+                    "ceilings": list(fit.ceilings),
+                    "distance": fit.distance,
+                }
                 for fit in self._planner.fits
             ],
         }

@@ -19,6 +19,7 @@ __all__ = ["QUARANTINE_NAME", "SampleCollector"]
 logger = logging.getLogger(__name__)
 
 QUARANTINE_NAME = "quarantine.jsonl"
+_MAX_IGNORED_NAMES = 100  # names come from the data; more are counted together
 
 
 class SampleCollector:
@@ -77,8 +78,9 @@ class SampleCollector:
             num_over_long=pc.sum(table["was_over_long"]).as_py(),
             num_dropped_pieces=pc.sum(table["num_dropped_pieces"]).as_py() or 0,
         )
-        for names in table["ignored"].drop_null().to_pylist():
-            self.ignored.update(names.split(","))
+        for name in table["ignored"].drop_null().combine_chunks().flatten().to_pylist():
+            is_known = name in self.ignored or len(self.ignored) < _MAX_IGNORED_NAMES
+            self.ignored[name if is_known else "others"] += 1
         if good.num_rows:
             self.sketch.add(pc.list_value_length(good["input_ids"]).to_numpy())
 

@@ -1,8 +1,7 @@
 """A sketch of a length distribution: counts in bins of bounded relative width.
 
 Lengths below 2^bits are counted exactly; above, a bin spans 2^-bits of its value. A bin goes by its
-largest length, so that a ceiling taken from the sketch holds every row that it counted. Sketches of
-parts add up to the sketch of the whole.
+largest length, so that a ceiling taken from the sketch holds every row that it counted.
 
 Price: at most about 2^bits bins per doubling of the length: 3,600 for a million tokens at 8 bits.
 
@@ -21,7 +20,7 @@ __all__ = ["LengthSketch"]
 
 
 class LengthSketch:
-    """Counts of lengths, mergeable, of bounded size.
+    """Counts of lengths, of bounded size.
 
     Args:
         bits: precision; None counts every length exactly.
@@ -42,12 +41,6 @@ class LengthSketch:
         bins, counts = np.unique(self._round_up(values), return_counts=True)
         for length, count in zip(bins.tolist(), counts.tolist(), strict=True):
             self.counts[length] += count
-
-    def merge(self, other: "LengthSketch") -> None:
-        """Add the counts of `other`, a sketch of the same precision."""
-        if other.bits != self.bits:
-            raise ShapeError(f"sketches of {self.bits} and {other.bits} bits do not add up")
-        self.counts.update(other.counts)
 
     @property
     def num_rows(self) -> int:

@@ -91,8 +91,8 @@ def plan_packs(
 
     Args:
         batch_tokens: bound on the summed cost of a batch's documents (`bucketing.cost_of_length`).
-        keep_partial: make a batch of every bin. Without it the documents of loose bins, at most
-            half of all, are left over, for a caller that has more rows to come.
+        keep_partial: make a batch of every bin. Without it the documents of loose bins are left
+            over, for a caller that has more rows to come: at most half of them, and of their cost.
     Raises:
         ShapeError: a document costs more than the budget.
     """
@@ -101,13 +101,14 @@ def plan_packs(
     bins = _refill_loose(costs, pack_best_fit(costs, batch_tokens), batch_tokens)
     left: list[int] = []
     if not keep_partial:
-        loose_first = sorted(bins, key=lambda rows: int(costs[rows].sum()))
+        bins.sort(key=lambda rows: -int(costs[rows].sum()))
         tight = (1.0 - _LOOSE_SHARE) * batch_tokens
-        while loose_first and costs[loose_first[0]].sum() < tight:
-            if len(left) + len(loose_first[0]) > len(values) // 2:
+        while bins and costs[bins[-1]].sum() < tight:
+            grown = left + bins[-1]
+            if 2 * len(grown) > len(costs) or 2 * costs[grown].sum() > costs.sum():
                 break
-            left += loose_first.pop(0)
-        bins = loose_first
+            left = grown
+            bins.pop()
     batches = [
         PlannedBatch(_round_up(int(values[rows].sum()), batch_tokens), np.array(rows, np.int64))
         for rows in bins

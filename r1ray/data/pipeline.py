@@ -1,6 +1,6 @@
 """The `prepare` stage: from rows of text to a BatchSet, on Ray Data.
 
-1. Ray Data reads the sources, one task per file, and tokenizes blocks of rows in parallel tasks;
+1. Ray Data reads the sources, one task per file, and tokenizes blocks of 4 MiB in parallel tasks;
    rows keep their order. Generated task traces enter as rows like any other.
 2. The driver is the single writer: it counts, and writes bad rows into `quarantine.jsonl`.
 3. Where ceilings are fitted to all rows it first streams the samples into a temporary file, so that
@@ -8,8 +8,9 @@
 4. A planner cuts windows of samples into batches (`data.planners`, `data.batch_writer`).
 
 Price: tokens pass through the driver once, in arrow arrays (4 bytes each, 13 million a second on
-one core); its memory is bounded by two windows. The tasks read the tokenizer from `model_dir`,
-which every node must see.
+one core: docs/experiments.md). Its memory is bounded by a window and what the planner holds back
+for the next; that of tasks and of the object store by blocks of 4 MiB. The tasks read the tokenizer
+from `model_dir`, which every node must see.
 """
 
 import functools
@@ -51,7 +52,7 @@ __all__ = ["prepare_batches"]
 
 TRACES_NAME = "traces.jsonl"
 _SAMPLES_NAME = "samples.arrow.tmp"
-_TASK_ROWS = 1024  # rows that one tokenizing task takes
+_TRACES_PER_BLOCK = 1024
 _BLOCK_BYTES = 4 << 20  # of a block in flight: bounds the memory of a task
 _BLOCKS_PER_CPU, _SPARE_BLOCKS = 4, 8  # in the object store at once
 
@@ -84,12 +85,12 @@ def prepare_batches(
     )
     tokenized: Iterable[Any] = (
         _read_sources(config, tasks, heldout, out_dir)
-        .repartition(target_num_rows_per_block=_TASK_ROWS)
         .map_batches(
             tokenize,
             batch_format="pyarrow",
-            batch_size=_TASK_ROWS,
+            batch_size=None,
             num_cpus=config.resources.num_cpus_per_task,
+            scheduling_strategy="DEFAULT",
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )
@@ -182,12 +183,19 @@ def _read_sources(
     for source in config.sources:
         if isinstance(source, TaskSourceConfig):
             problems = draw_training(tasks, source.num_samples, heldout)
-            parts.append(ray.data.from_arrow(_write_traces(problems, tasks.system_prompt, out_dir)))
+            table = _write_traces(problems, tasks.system_prompt, out_dir)
+            starts = range(0, table.num_rows, _TRACES_PER_BLOCK)
+            blocks = [table.slice(start, _TRACES_PER_BLOCK) for start in starts]
+            parts.append(ray.data.from_arrow(blocks))
         else:
             files = [{"path": path} for path in list_files(source.paths)]
             parts.append(
                 ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
-                    _read_files, batch_size=1, num_cpus=config.resources.num_cpus_per_task
+                    _read_files,
+                    batch_size=1,
+                    num_cpus=config.resources.num_cpus_per_task,
+                    # Unlike the tokenizing tasks', or Ray makes one task of both: a core a file.
+                    scheduling_strategy="SPREAD",
                 )
             )
     return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]

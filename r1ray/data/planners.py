@@ -10,6 +10,7 @@ sketch. It fits anew, to those rows, where the Kolmogorov-Smirnov distance excee
 the middle of such a block is thus met twice: by its mixture first, then as it is.
 """
 
+import dataclasses
 import logging
 import math
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 DRIFT_LIMIT = 0.06
 DRIFT_ROWS = 4096
+_MAX_HELD_TOKENS = 64 << 20  # before the first fit: `fit_rows` long rows may be more than memory
 _CHANCE = 1.95  # Kolmogorov's distribution exceeds it once in a thousand times
 
 Plan = tuple[list[PlannedBatch], NDArray[np.int64]]  # batches, rows left over
@@ -46,9 +48,9 @@ Plan = tuple[list[PlannedBatch], NDArray[np.int64]]  # batches, rows left over
 
 @dataclass(frozen=True)
 class Fit:
-    """Ceilings, from which row of the stream on they hold, and how far lengths had drifted then."""
+    """Ceilings, from which sample on they hold, and how far lengths had drifted then."""
 
-    row: int
+    first_sample: int
     ceilings: tuple[int, ...]
     distance: float | None = None
 
@@ -111,21 +113,22 @@ class LearnedBuckets:
         self._fit_rows = batching.fit_rows
         self._fitted = LengthSketch()
         self._recent = LengthSketch()
-        self._num_rows = 0
+        self._num_samples = 0
         self.fits: list[Fit] = []
 
     def plan(self, lengths: NDArray[np.int64], num_new: int, *, is_last: bool) -> Plan:
         self._recent.add(lengths[len(lengths) - num_new :])
-        self._num_rows += num_new
+        self._num_samples += num_new
         if not self.fits:
-            if self._num_rows < self._fit_rows and not is_last:
+            is_enough = self._num_samples >= self._fit_rows or lengths.sum() >= _MAX_HELD_TOKENS
+            if not (is_enough or is_last):
                 return [], np.arange(len(lengths))
-            self._fit(row=0)
+            self._fit(0)
         elif self._recent.num_rows >= DRIFT_ROWS:
             distance = self._recent.distance(self._fitted)
             limit = drift_limit(self._fitted.num_rows, self._recent.num_rows)
             if distance > limit:
-                self._fit(row=self._num_rows - num_new, distance=distance, limit=limit)
+                self._fit(self._num_samples - num_new, distance=distance, limit=limit)
             self._recent = LengthSketch()
         return plan_batches(
             lengths,
@@ -135,18 +138,22 @@ class LearnedBuckets:
             keep_partial=is_last,
         )
 
-    def _fit(self, *, row: int, distance: float | None = None, limit: float = 0.0) -> None:
+    def _fit(self, first_sample: int, *, distance: float | None = None, limit: float = 0.0) -> None:
         """Fit to the recent rows; the last ceiling holds whatever may come."""
         self._fitted, self._recent = self._recent, LengthSketch()
         longest = self._config.max_tokens
-        fitted = fit_ceilings(self._config, self._batching, self._fitted)
+        num_others = self._batching.num_buckets - 1
+        fitted = []
+        if num_others:
+            batching = dataclasses.replace(self._batching, num_buckets=num_others)
+            fitted = fit_ceilings(self._config, batching, self._fitted)
         ceilings = sorted({min(top, longest) for top in fitted} | {longest})
-        self.fits.append(Fit(row, tuple(ceilings), distance))
+        self.fits.append(Fit(first_sample, tuple(ceilings), distance))
         if distance is not None:
             logger.info(
-                "lengths drifted by %.2f (Kolmogorov-Smirnov, limit %.2f) at row %d: %d new "
+                "lengths drifted by %.2f (Kolmogorov-Smirnov, limit %.2f) at sample %d: %d new "
                 "ceilings from %d to %d tokens",
-                *(distance, limit, row, len(ceilings), ceilings[0], ceilings[-1]),
+                *(distance, limit, first_sample, len(ceilings), ceilings[0], ceilings[-1]),
             )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["COLUMNS", "Conversation", "RowError", "called_functions", "normalize_row"]
+__all__ = ["COLUMNS", "MAX_TURNS", "Conversation", "RowError", "called_functions", "normalize_row"]
 
 _PAIRS = (
     ("prompt", "completion"),
@@ -46,6 +46,7 @@ _ROLES = {
     "thinking": "reasoning",
 }
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+MAX_TURNS = 512  # each answer is rendered with all turns before it
 _MAX_DEPTH = 64  # of tools and tool calls; keeps every later recursion within Python's limit
 _MAX_NAME_CHARS = 40
 
@@ -94,7 +95,9 @@ def _find_turns(row: dict[str, Any]) -> list[Any]:
             continue
         if not isinstance(turns, list) or not turns:
             raise RowError(f"`{layout}` is not a non-empty list")
-        return turns if layout == "messages" else _add_system(row, map(_from_sharegpt, turns))
+        if len(turns) > MAX_TURNS:
+            raise RowError(f"{len(turns)} turns, the most is {MAX_TURNS}")
+        return _add_system(row, turns if layout == "messages" else map(_from_sharegpt, turns))
     for question, answer in _PAIRS:
         if row.get(question) is not None and row.get(answer) is not None:
             return _add_system(row, _pair_turns(row, question, answer))
@@ -147,8 +150,16 @@ def _pick_generation(row: dict[str, Any]) -> Any:
 
 
 def _add_system(row: dict[str, Any], turns: Any) -> list[Any]:
-    system = _optional_text(row, "system")
-    return [{"role": "system", "content": system}, *turns] if system else list(turns)
+    """The `system` column's text in front, where the turns have none of their own."""
+    system, turns = _optional_text(row, "system"), list(turns)
+    if not system or (turns and isinstance(turns[0], dict) and _is_system(turns[0])):
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
+def _is_system(turn: dict[str, Any]) -> bool:
+    role = turn.get("role")
+    return isinstance(role, str) and _ROLES.get(role) == "system"
 
 
 def _optional_text(row: dict[str, Any], column: str) -> str:

@@ -25,15 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from r1ray.data.schemas import COLUMNS, Conversation, RowError, normalize_row
+from r1ray.data.schemas import COLUMNS, RowError, normalize_row
 from r1ray.errors import ArtifactError, ConfigError
 
 __all__ = [
     "ROW_SCHEMA",
-    "Conversation",
-    "RowError",
     "list_files",
-    "normalize_row",
     "read_file",
     "rows_to_table",
 ]
@@ -44,7 +41,7 @@ ROW_SCHEMA = pa.schema(
         ("row", pa.int64()),  # line or row number in it, from 0
         ("messages", pa.string()),  # JSON list of clean turns; null where error is set
         ("tools", pa.string()),  # JSON list of function definitions, or null
-        ("ignored", pa.string()),  # comma-joined names of turn fields left out, or null
+        ("ignored", pa.list_(pa.string())),  # names of fields left out, or null
         ("error", pa.string()),
         ("excerpt", pa.string()),  # the beginning of a bad row
     ]
@@ -118,6 +115,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _list_uri(uri: str) -> list[str]:
+    uri = uri.rstrip("/")
     filesystem, path = fs.FileSystem.from_uri(uri)
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.File:
@@ -128,9 +126,10 @@ def _list_uri(uri: str) -> list[str]:
         raise ConfigError(f"prepare.sources: {uri!r} is escaped; name its files one by one")
     root = path if info.type == fs.FileType.Directory else path.split("*", 1)[0].rpartition("/")[0]
     pattern = "*" if info.type == fs.FileType.Directory else path
+    scheme, _, rest = uri.partition("://")
     selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
     return [
-        uri.replace(path, entry.path, 1)  # keeps scheme, host and query
+        f"{scheme}://{rest.replace(path, entry.path, 1)}"  # keeps host and query
         for entry in filesystem.get_file_info(selector)
         if entry.type == fs.FileType.File
         and entry.path.endswith(_SUFFIXES)
@@ -164,13 +163,12 @@ def read_file(path: str) -> Iterator[pa.Table]:
         raise ArtifactError(f"{path}: cannot be read ({error})") from error
 
 
-def rows_to_table(rows: Sequence[Any]) -> pa.Table:
-    """A table of `ROW_SCHEMA` from objects or mappings with its fields; missing ones are null."""
-    values = [row if isinstance(row, dict) else vars(row) for row in rows]
-    return pa.Table.from_pylist(values, schema=ROW_SCHEMA)
+def rows_to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """A table of `ROW_SCHEMA` from mappings with its fields; missing ones are null."""
+    return pa.Table.from_pylist(list(rows), schema=ROW_SCHEMA)
 
 
-def _check_row(value: Any, error: str | None, shown: Any) -> dict[str, str | None]:
+def _check_row(value: Any, error: str | None, shown: Any) -> dict[str, Any]:
     """The text columns of one row."""
     if error is None:
         try:
@@ -186,7 +184,7 @@ def _check_row(value: Any, error: str | None, shown: Any) -> dict[str, str | Non
             return {
                 "messages": messages,
                 "tools": tools,
-                "ignored": ",".join(found.ignored) or None,
+                "ignored": list(found.ignored) or None,
             }
     return {"error": error.encode("utf-8", "replace").decode(), "excerpt": _excerpt(shown)}
 
@@ -240,7 +238,9 @@ def _read_parquet(stream: Any) -> Iterator[_Read]:
         for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=wanted):
             if "messages" in wanted and batch.column("messages").null_count == 0:
                 # This layout wins in every row: what only others use needs no Python objects.
-                batch = batch.select([name for name in ("messages", "tools") if name in wanted])
+                batch = batch.select(
+                    [name for name in ("messages", "system", "tools") if name in wanted]
+                )
             yield from _read_batch(batch)
 
 

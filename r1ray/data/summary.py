@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from r1ray.data.length_sketch import LengthSketch
+
 __all__ = ["plot_summary", "render_summary"]
 
 _MAX_CEILINGS = 24  # rows of the table of ceilings; more are thinned out
@@ -13,7 +15,8 @@ _MAX_CEILINGS = 24  # rows of the table of ceilings; more are thinned out
 
 def render_summary(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown tables: rows, tokens and padding; batches by ceiling."""
-    lengths, counts = _histogram(summary)
+    sketch = LengthSketch(bits=None)
+    sketch.counts.update(dict(zip(*_histogram(summary), strict=True)))
     pairs = [
         ("rows read", f"{summary['num_rows']:,}"),
         ("quarantined", f"{summary['num_quarantined']:,}"),
@@ -24,7 +27,7 @@ def render_summary(summary: Mapping[str, Any]) -> str:
         ("targets among them", f"{summary['num_targets'] / summary['num_tokens']:.1%}"),
         (
             "length: median, 90%, longest",
-            ", ".join(f"{_quantile(lengths, counts, share):,}" for share in (0.5, 0.9, 1.0)),
+            ", ".join(f"{sketch.quantile(share):,}" for share in (0.5, 0.9, 1.0)),
         ),
         ("batches", f"{summary['num_batches']:,} ({summary['batching']})"),
         ("largest batch", f"{summary['max_batch_tokens']:,} tokens"),
@@ -33,7 +36,7 @@ def render_summary(summary: Mapping[str, Any]) -> str:
     if len(summary["fits"]) > 1:
         pairs.append(("ceilings fitted anew", f"{len(summary['fits']) - 1} times"))
     pairs += [
-        (f"ignored field {name}", f"{count:,} rows")
+        (f"ignored field {name}".replace("|", "\\|"), f"{count:,} rows")
         for name, count in summary["ignored_fields"].items()
     ]
     table = _table(("", "value"), pairs)
@@ -88,11 +91,6 @@ def plot_summary(summary: Mapping[str, Any], path: Path) -> None:
 def _histogram(summary: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     lengths = [int(length) for length in summary["lengths"]]
     return lengths, list(summary["lengths"].values())
-
-
-def _quantile(lengths: list[int], counts: list[int], share: float) -> int:
-    cumulative = np.cumsum(counts)
-    return lengths[int(np.searchsorted(cumulative, share * cumulative[-1] - 1e-9))]
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:

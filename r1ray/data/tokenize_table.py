@@ -24,7 +24,7 @@ RESULT_SCHEMA = pa.schema(
         ("piece", pa.int32()),  # number of a sample within its row
         ("was_over_long", pa.bool_()),
         ("num_dropped_pieces", pa.int32()),
-        ("ignored", pa.string()),
+        ("ignored", pa.list_(pa.string())),
         ("source", pa.string()),
         ("row", pa.int64()),
         ("error", pa.string()),

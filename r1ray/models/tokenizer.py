@@ -64,15 +64,10 @@ class Tokenizer:
         """Token ids of `text`; control tokens inside it are read as such, none are added."""
         return list(self._inner.encode(text, add_special_tokens=False, verbose=False))
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
-        """(token ids, first character of each token) of `text`."""
-        encoded = self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
-
     def encode_batch_with_offsets(
         self, texts: Sequence[str]
     ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-        """`encode_with_offsets` of each text as int32 arrays [T]; the texts share the cores.
+        """(token ids, first character of each token) of each text, int32 [T].
 
         Raises:
             ArtifactError: the tokenizer is not one of the `tokenizers` library.

@@ -13,8 +13,8 @@ A packed row holds documents one after the other; padding, where there is any, i
 Price: 4·Σ(length²)·N·H FLOP per layer instead of 4·T²·N·H, the triangle above the diagonal skipped
 in both. On CPU also a copy of the output and of each gradient, and one call per document, about
 60 µs with its backward: batching documents of equal length would pay below some 64 tokens only. On
-CUDA the block mask is made from a boolean [T, T], T² bytes for a moment, once per forward; a second
-row length compiles once more, with T left open, so rows of one length are best.
+CUDA the block mask takes (T/128)² numbers, once per forward; a second row length compiles once
+more, with T left open, so rows of one length are best.
 
 Shape legend: T tokens of the row, N query heads, K key/value heads, H head dimension; the batch
 is 1.
@@ -27,11 +27,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from r1ray.errors import ShapeError
 
 __all__ = ["Documents", "packed_attention"]
+
+_BLOCK = 128  # tokens: FlexAttention's
 
 
 class Documents:
@@ -61,15 +63,30 @@ class Documents:
 
     @functools.cached_property
     def block_mask(self) -> BlockMask:
-        """FlexAttention's mask of this row, made when a layer first asks for it."""
+        """FlexAttention's mask of this row, made when a layer first asks for it.
+
+        A block of queries needs the blocks of keys from the beginning of its first token's document
+        to itself; which of their tokens, the mask function says.
+        """
         lengths = torch.tensor(self.lengths)
-        indices_T = torch.arange(len(lengths)).repeat_interleave(lengths).to(self.device)
+        starts = lengths.cumsum(0) - lengths
+        indices_T = torch.arange(len(lengths)).repeat_interleave(lengths)
+        on_device_T = indices_T.to(self.device)
 
         def may_attend(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (indices_T[query] == indices_T[key])
+            return (query >= key) & (on_device_T[query] == on_device_T[key])
 
-        size = self.num_tokens
-        return create_block_mask(may_attend, None, None, size, size, device=self.device)
+        queries = torch.arange(-(-self.num_tokens // _BLOCK))
+        first_keys = starts[indices_T[queries * _BLOCK]] // _BLOCK
+        counts = (queries - first_keys + 1).to(self.device, torch.int32)
+        keys = (first_keys[:, None] + queries).clamp(max=len(queries) - 1)
+        return BlockMask.from_kv_blocks(
+            counts[None, None],
+            keys.to(self.device, torch.int32)[None, None],
+            BLOCK_SIZE=_BLOCK,
+            mask_mod=may_attend,
+            seq_lengths=(self.num_tokens, self.num_tokens),
+        )
 
 
 def packed_attention(

@@ -24,6 +24,7 @@ from r1ray.config.schema import TrainConfig
 from r1ray.errors import ExchangeError, R1RayError
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.training.checkpoint import HISTORY_NAME, load_history
+from r1ray.training.memory import KEEP_FREED_MEMORY
 from r1ray.training.step import StepRecord
 from r1ray.training.worker import WorkerJob, run_worker
 
@@ -96,6 +97,8 @@ def train_model(
             storage_filesystem=store.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            # mypy sees the RunConfig of Ray Train's first version.
+            worker_runtime_env={} if resources.use_gpu else {"env_vars": KEEP_FREED_MEMORY},  # type: ignore[call-arg]
         ),
         torch_config=TorchConfig(
             backend="nccl" if resources.use_gpu else "gloo", timeout_s=int(resources.timeout_s)

@@ -20,7 +20,6 @@ from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
 from r1ray.models.checkpoint import load_model
 from r1ray.observability.logging import setup_logging
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
-from r1ray.training.memory import keep_freed_memory
 from r1ray.training.step import StepRecord, TrainState
 
 __all__ = ["WorkerJob", "run_worker"]
@@ -53,7 +52,6 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if not job.config.resources.use_gpu:
         torch.set_num_threads(max(1, int(job.config.resources.num_cpus_per_worker)))
-        keep_freed_memory()
     state, batches, history = _build(job, world_size)
     if rank == 0:
         job.board.start.remote(state.step)

@@ -173,18 +173,18 @@ def test_drifting_files_are_fitted_anew_and_tokenized_by_several_tasks(
         return tokenize_table(table, **options)
 
     monkeypatch.setattr(pipeline, "tokenize_table", logged)
-    monkeypatch.setattr(pipeline, "_TASK_ROWS", 50)
-    monkeypatch.setattr(batch_writer, "_WINDOW_SAMPLES", 100)
+    monkeypatch.setattr(pipeline, "_BLOCK_BYTES", 16_384)
+    monkeypatch.setattr(batch_writer, "WINDOW_SAMPLES", 100)
     monkeypatch.setattr(planners, "DRIFT_ROWS", 100)
     batching = BucketsConfig(type="buckets", num_buckets=4, fit_rows=100)
     sources = [dataclasses.replace(config.prepare.sources[0], paths=[str(data)])]
     prepared = Pipeline(_with_prepare(config, batching=batching, sources=sources)).prepare()
 
     tasks = [path.name.split() for path in log.iterdir()]
-    assert len({task for task, _ in tasks}) == 12  # six for each of the two files
+    assert len({task for task, _ in tasks}) > 2  # a file is more than one task's work
     assert sum(int(num_rows) for _, num_rows in tasks) == 600
     first, second = prepared.manifest.metrics["fits"]
-    assert (first["row"], second["row"]) == (0, 300)
+    assert (first["first_sample"], second["first_sample"]) == (0, 300)
     assert second["distance"] == 1.0  # not one length in common
     assert first["ceilings"][-1] == second["ceilings"][-1] == config.prepare.max_tokens
     assert first["ceilings"][-2] < second["ceilings"][0]

@@ -61,7 +61,7 @@ def test_a_sample_spreads_over_the_lengths() -> None:
 
 
 def test_steps_are_timed_for_every_arm_and_found_again(tmp_path: Path) -> None:
-    lengths, path = np.clip(_lengths(120), 2, 24), tmp_path / "steps.jsonl"
+    lengths, path = np.clip(_lengths(200), 2, 24), tmp_path / "steps.jsonl"
     times = time_steps(lengths, num_batches=2, path=path)
     assert set(times) == set(ARMS)
     for arm in ARMS:

@@ -154,7 +154,7 @@ def test_the_summary_is_what_a_recount_of_the_batches_gives(kind: Kind, tmp_path
         },
     }
     assert batches.summary["max_batch_tokens"] <= BATCH_TOKENS
-    assert [fit["row"] for fit in fits] == ([] if kind == "packing" else [0])
+    assert [fit["first_sample"] for fit in fits] == ([] if kind == "packing" else [0])
     assert [fit["ceilings"][-1] for fit in fits] == [MAX_TOKENS] * len(fits)
 
 

@@ -54,20 +54,13 @@ def test_bins_keep_the_order_of_lengths(lengths: list[int]) -> None:
     parts=st.lists(st.lists(_LENGTHS, max_size=20), min_size=1, max_size=5),
     bits=st.none() | st.integers(2, 10),
 )
-def test_the_sketches_of_parts_add_up_to_that_of_the_whole(
-    parts: list[list[int]], bits: int | None
-) -> None:
-    merged = LengthSketch(bits)
+def test_it_counts_parts_as_it_counts_the_whole(parts: list[list[int]], bits: int | None) -> None:
+    grown = LengthSketch(bits)
     for part in parts:
-        merged.merge(_sketch(part, bits))
+        grown.add(part)
     whole = _sketch([length for part in parts for length in part], bits)
-    assert merged.counts == whole.counts
-    assert merged.num_rows == sum(map(len, parts))
-
-
-def test_sketches_of_different_precision_do_not_add_up() -> None:
-    with pytest.raises(ShapeError, match="sketches of 8 and None bits do not add up"):
-        LengthSketch(8).merge(LengthSketch(None))
+    assert grown.counts == whole.counts
+    assert grown.num_rows == sum(map(len, parts))
 
 
 @settings(max_examples=150, deadline=None)

@@ -123,7 +123,9 @@ def test_planners_without_learned_ceilings_say_what_they_use() -> None:
     packing = PackingPlanner(_config(PackingConfig(type="packing")))
     list(_stream(fixed, [_draw(0, 50, 60)] * 2))
     list(_stream(packing, [_draw(0, 50, 60)] * 2))
-    assert [(fit.row, fit.ceilings, fit.distance) for fit in fixed.fits] == [(0, (100, 400), None)]
+    assert [(fit.first_sample, fit.ceilings, fit.distance) for fit in fixed.fits] == [
+        (0, (100, 400), None)
+    ]
     assert packing.fits == []
 
 
@@ -140,7 +142,7 @@ def test_learned_buckets_hold_rows_back_until_there_are_enough_to_fit() -> None:
     batches, left = planner.plan(lengths, 40, is_last=False)
     assert len(batches) == 1  # 68 rows of 30 tokens fill one
     assert sum(len(batch.rows) for batch in batches) + len(left) == 120
-    assert [fit.row for fit in planner.fits] == [0]
+    assert [fit.first_sample for fit in planner.fits] == [0]
 
 
 def test_a_stream_that_ends_before_there_are_enough_rows_is_fitted_to_what_there_is() -> None:
@@ -169,7 +171,7 @@ def test_no_ceiling_is_above_the_longest_sample_allowed() -> None:
 def test_lengths_that_stay_as_they_were_are_fitted_once(seed: int) -> None:
     planner = _learned(fit_rows=DRIFT_ROWS)
     list(_stream(planner, _cut(_draw(seed, 12 * DRIFT_ROWS, 60), DRIFT_ROWS // 2)))
-    assert [(fit.row, fit.distance) for fit in planner.fits] == [(0, None)]
+    assert [(fit.first_sample, fit.distance) for fit in planner.fits] == [(0, None)]
 
 
 @pytest.mark.parametrize("window", [DRIFT_ROWS // 4, DRIFT_ROWS // 2, DRIFT_ROWS])
@@ -181,20 +183,20 @@ def test_lengths_that_shift_are_fitted_once_more_and_padded_less(
     with caplog.at_level(logging.INFO, logger="r1ray.data.planners"):
         batches = list(_stream(planner, _cut(np.concatenate([before, after]), window)))
     first, second = planner.fits
-    assert len(before) <= second.row <= len(before) + 2 * DRIFT_ROWS
+    assert len(before) <= second.first_sample <= len(before) + 2 * DRIFT_ROWS
     assert second.distance is not None
     assert second.distance > DRIFT_LIMIT
 
     [record] = caplog.records
     assert record.getMessage() == (
-        f"lengths drifted by {second.distance:.2f} (Kolmogorov-Smirnov, limit 0.10) at row "
-        f"{second.row}: {len(second.ceilings)} new ceilings from {second.ceilings[0]} to "
+        f"lengths drifted by {second.distance:.2f} (Kolmogorov-Smirnov, limit 0.10) at sample "
+        f"{second.first_sample}: {len(second.ceilings)} new ceilings from {second.ceilings[0]} to "
         f"{MAX_TOKENS} tokens"
     )
 
     kept = FixedBuckets(planner._config, list(first.ceilings))
     with_old = list(_stream(kept, _cut(np.concatenate([before, after]), window)))
-    since = second.row + window
+    since = second.first_sample + window
     learned, fixed = (
         _padding_share([batch for batch in found if batch[1].min() >= since])
         for found in (batches, with_old)
@@ -210,7 +212,7 @@ def test_a_shift_in_the_middle_of_a_comparison_is_settled_by_two_fits_at_most() 
         planner = _learned(fit_rows=DRIFT_ROWS)
         list(_stream(planner, _cut(np.concatenate([before, after]), DRIFT_ROWS // 4)))
         assert 2 <= len(planner.fits) <= 3
-        assert planner.fits[-1].row <= num_before + 2 * DRIFT_ROWS
+        assert planner.fits[-1].first_sample <= num_before + 2 * DRIFT_ROWS
         clean = _learned(fit_rows=DRIFT_ROWS)
         list(_stream(clean, _cut(after, DRIFT_ROWS // 4)))
         # Both fits see 4,096 rows or more of the same distribution: the ceilings lie close.

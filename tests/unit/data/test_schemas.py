@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1ray.data.schemas import COLUMNS, Conversation, RowError, called_functions, normalize_row
+from r1ray.data.schemas import (
+    COLUMNS,
+    MAX_TURNS,
+    Conversation,
+    RowError,
+    called_functions,
+    normalize_row,
+)
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -363,3 +370,19 @@ def test_any_json_value_is_a_conversation_or_a_row_error(value: Any) -> None:
         assert turn["role"] in ("system", "user", "assistant", "tool")
     assert list(found.ignored) == sorted(set(found.ignored))
     json.dumps([found.messages, found.tools])
+
+
+def test_a_system_column_goes_in_front_of_messages_that_have_no_system_turn() -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    found = normalize_row({"messages": turns, "system": "Be brief."}).messages
+    assert found == [{"role": "system", "content": "Be brief."}, *turns]
+    own = [{"role": "developer", "content": "Mine."}, *turns]
+    found = normalize_row({"messages": own, "system": "Be brief."}).messages
+    assert [turn["content"] for turn in found] == ["Mine.", "hi", "hello"]
+
+
+def test_a_conversation_without_end_is_refused() -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    assert len(normalize_row({"messages": turns * (MAX_TURNS // 2)}).messages) == MAX_TURNS
+    with pytest.raises(RowError, match="514 turns, the most is 512"):
+        normalize_row({"messages": turns * (MAX_TURNS // 2 + 1)})

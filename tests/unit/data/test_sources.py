@@ -347,6 +347,7 @@ def test_uris_are_listed_like_paths(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(_line(**GOOD) + b"\n" if name == "b.jsonl" else b"")
     root = f"file://{tmp_path}"
     assert list_files([root]) == [f"{root}/b.jsonl", f"{root}/deep/c.jsonl.gz"]
+    assert list_files([f"{root}/"]) == list_files([root])
     assert list_files([f"{root}/*.jsonl"]) == [f"{root}/b.jsonl"]
     [table] = read_file(f"{root}/b.jsonl")
     assert table.num_rows == 1

@@ -24,7 +24,7 @@ def _summary(**changes: Any) -> dict[str, Any]:
         "padding_share": 0.0234,
         "max_batch_tokens": 4_096,
         "batches_per_ceiling": {"64": 50, "256": 600, "2048": 400},
-        "fits": [{"row": 0, "ceilings": [64, 256, 2048], "distance": None}],
+        "fits": [{"first_sample": 0, "ceilings": [64, 256, 2048], "distance": None}],
         "lengths": {"10": 6_000, "200": 5_000, "1100": 1_399, "2048": 1},
     }
     return {**summary, **changes}
@@ -68,7 +68,7 @@ def test_the_tables_show_the_figures() -> None:
 
 
 def test_refitted_ceilings_are_mentioned() -> None:
-    fits = [{"row": row, "ceilings": [64], "distance": None} for row in (0, 4_096, 9_000)]
+    fits = [{"first_sample": row, "ceilings": [64], "distance": None} for row in (0, 4_096, 9_000)]
     figures, _ = _tables(render_summary(_summary(fits=fits)))
     assert figures["ceilings fitted anew"] == "2 times"
 

@@ -245,9 +245,11 @@ def test_batched_encoding_is_the_encoding_of_each_text(
 ) -> None:
     texts = [*texts, f"{EOS} the sum<|im_start|>\u00e9", "the other " * 300]
     found = tokenizer.encode_batch_with_offsets(texts)
-    assert [(ids.tolist(), starts.tolist()) for ids, starts in found] == [
-        tokenizer.encode_with_offsets(text) for text in texts
-    ]
+    assert [ids.tolist() for ids, _ in found] == [tokenizer.encode(text) for text in texts]
+    inner = tokenizer._inner
+    for text, (_, starts) in zip(texts, found, strict=True):
+        offsets = inner(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert starts.tolist() == [start for start, _ in offsets["offset_mapping"]]
 
 
 def test_long_texts_are_encoded_in_groups(
