@@ -1,17 +1,13 @@
 """The batching benchmark: its parts, each stored when it has been measured, and the record."""
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jobs.benchmarks.batching_arms import ARMS, LHOTSE_BUCKETS, padding_share, plan_arm
 from jobs.benchmarks.batching_data import (
     ROWS_PER_BATCH,
-    SCALED_BY,
     SETS,
     STEP_TOKENS,
     load_lengths,
@@ -25,7 +21,7 @@ from jobs.benchmarks.batching_report import (
     throughput_rows,
 )
 from jobs.benchmarks.batching_scale import measure_scale
-from jobs.benchmarks.batching_throughput import ArmTimes, time_steps
+from jobs.benchmarks.batching_throughput import ArmTimes, measure_steps
 from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
 from r1ray.manifest import read_commit
 from r1ray.models.base import import_base, resolve_source
@@ -63,14 +59,9 @@ class BatchingBenchmark:
         """From set -> arm -> timed training steps, at lengths scaled by `SCALED_BY`."""
         times = {}
         for key in SETS:
-            lengths = np.maximum(load_lengths(key, self._base_dir()) // SCALED_BY[key], 2)
             self._once(f"steps_{key}", lambda: None)  # the commit that began them
-            times[key] = time_steps(
-                lengths,
-                num_batches=self._num_batches,
-                path=self._work / f"steps_{key}_{self._num_batches}.jsonl",
-                on_step=functools.partial(_show, key),
-            )
+            path = self._work / f"steps_{key}_{self._num_batches}.jsonl"
+            times[key] = measure_steps(key, self._num_batches, path, self._base_dir())
         return times
 
     def preallocation(self) -> dict[str, list[dict[str, Any]]]:
@@ -138,10 +129,6 @@ class BatchingBenchmark:
         return stored["result"]
 
 
-def _show(key: str, note: str) -> None:
-    print(f"  {key}: {note}", flush=True)
-
-
 _NOTES = f"""
 - Sets: `r1_like` and `chat_like` are 20,000 log-normal lengths each (median 2,300 and 300, longest
   16,384 and 4,096); `demo_traces` are the demo's 1,200 rows.
@@ -150,13 +137,14 @@ _NOTES = f"""
   longest of the batch; Lhotse's DynamicBucketingSampler takes that budget, and of
   {", ".join(map(str, LHOTSE_BUCKETS))} buckets the number that pads least.
 - Padded share: 1 - real / computed tokens of all batches of an epoch, ceilings and the rounding of
-  packed rows to 64 included. Ids without a set are the worst set's.
+  packed rows to 64 included; `bucketed` pads to ceilings, `r1ray_buckets` to the longest sample of
+  the batch (the default). Ids without a set are the worst set's.
 - Throughput: optimizer steps of a 4-layer decoder of the demo's family (width 256) on lengths
   scaled by 1/8 (the traces as they are), dense exchange, all threads; intervals are 95%. Of the
   memory that all arms may use, those that take a token budget (Lhotse, r1ray) use {STEP_TOKENS}
   tokens a batch: on a CPU larger ones are slower. Arms of 8 short rows take more optimizer steps
   for the same tokens, a few percent of the time on `chat_like`.
-- `vs_random` and `vs_best_peer` compare the faster of r1ray's two arms with the fastest rival; ids
+- `vs_random` and `vs_best_peer` compare the fastest of r1ray's arms with the fastest rival; ids
   without a set are the worse of the two large sets. The demo's traces differ in length by less than
   3x: padding costs random batches a quarter there, so no way of batching can gain 1.5x on them.
 - Memory growth: the driver and the largest Ray worker from 200,000 to 2 million rows through

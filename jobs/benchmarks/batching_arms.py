@@ -2,7 +2,8 @@
 
 Every arm keeps the same memory bound: rows x columns never exceed `batch_tokens`. The two that take
 a fixed number of rows (random, group_by_length) take as many as fit when all are of the longest
-length. Peers pad to the longest row of the batch; r1ray pads to the ceilings that it preallocates.
+length. A batch is as long as its longest row; with `r1ray_ceilings` (`pad_to: ceiling`) as its
+bucket's ceiling, for few shapes.
 
 Lengths come in the order of the data set, and every arm shuffles or sorts them itself.
 """
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 PEERS = ("group_by_length", "lhotse")
-R1RAY = ("r1ray_buckets", "r1ray_packing")
+R1RAY = ("r1ray_ceilings", "r1ray_buckets", "r1ray_packing")
 ARMS = ("random", *PEERS, *R1RAY)
 BY_ROWS = ("random", "group_by_length")  # take a number of rows; the others take tokens
 LHOTSE_BUCKETS = (10, 30, 64, 128)  # tried in turn; 10 is its default
@@ -138,10 +139,10 @@ def _r1ray(arm: str, lengths: NDArray[np.int64], batch_tokens: int) -> list[Shap
         is_last = number == len(windows) - 1
         batches, leftover = planner.plan(lengths[window], len(new), is_last=is_last)
         left = window[leftover]
-        shapes += [
-            Shape(tuple(lengths[window[batch.rows]].tolist()), batch.ceiling, is_packed)
-            for batch in batches
-        ]
+        for batch in batches:
+            rows = tuple(lengths[window[batch.rows]].tolist())
+            columns = max(rows) if arm == "r1ray_buckets" else batch.ceiling
+            shapes.append(Shape(rows, columns, is_packed))
     return shapes
 
 

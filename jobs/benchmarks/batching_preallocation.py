@@ -59,7 +59,9 @@ def measure_preallocation(mode: str, base_dir: Path) -> dict[str, Any]:
 def run_steps(mode: str, base_dir: Path) -> dict[str, Any]:
     """The child: time the steps of one mode."""
     model = load_model(base_dir, dtype=torch.float32)
-    shapes = plan_arm("r1ray_buckets", load_lengths("demo_traces", base_dir), _BATCH_TOKENS, seed=0)
+    shapes = plan_arm(
+        "r1ray_ceilings", load_lengths("demo_traces", base_dir), _BATCH_TOKENS, seed=0
+    )
     random.Random(0).shuffle(shapes)
     batches = [
         build_micro_batch(shape, model.config.vocab_size, seed=0)

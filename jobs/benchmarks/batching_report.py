@@ -20,7 +20,7 @@ __all__ = ["padding_rows", "plot_batching", "preallocation_rows", "scale_rows", 
 
 _SEED = 0
 _LARGE_SETS = SETS[:2]  # 20,000 rows each; the demo's traces are reported beside them
-_COLORS = ("#8c96a3", "#b8a15a", "#c98b6b", "#2b6cb0", "#1a365d")
+_COLORS = ("#8c96a3", "#b8a15a", "#c98b6b", "#90b4e0", "#2b6cb0", "#1a365d")
 
 
 def padding_rows(shares: Mapping[str, Mapping[str, float]]) -> list[Row]:
@@ -28,7 +28,7 @@ def padding_rows(shares: Mapping[str, Mapping[str, float]]) -> list[Row]:
     rows = []
     for arm, name, bar in (
         ("r1ray_packing", "packed", "<= 0.01"),
-        ("r1ray_buckets", "bucketed", "<= 0.05"),
+        ("r1ray_ceilings", "bucketed", "<= 0.05"),
     ):
         worst = max(shares, key=lambda key: shares[key][arm])
         rows.append(_padding_row(f"batching.{name}_padding_share", shares[worst], arm, bar))
@@ -38,7 +38,7 @@ def padding_rows(shares: Mapping[str, Mapping[str, float]]) -> list[Row]:
         ]
     rows += [
         Row(f"batching.padding_share.{arm}.{key}", shares[key][arm], "share")
-        for arm in ("random", *PEERS)
+        for arm in ("random", *PEERS, "r1ray_buckets")
         for key in shares
     ]
     return rows
@@ -77,7 +77,7 @@ def throughput_rows(times: Mapping[str, Mapping[str, ArmTimes]]) -> list[Row]:
 
 
 def _ratio(name: str, times: Mapping[str, ArmTimes], rivals: Sequence[str]) -> Row:
-    """The faster of r1ray's two arms over the fastest rival, with a bootstrap interval."""
+    """The fastest of r1ray's arms over the fastest rival, with a bootstrap interval."""
     ours = max(R1RAY, key=lambda arm: times[arm].tokens_per_s)
     rival = max(rivals, key=lambda arm: times[arm].tokens_per_s)
     rng = np.random.default_rng(_SEED)
@@ -150,7 +150,7 @@ def plot_batching(
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     width = 0.8 / len(ARMS)
     for index, (arm, color) in enumerate(zip(ARMS, _COLORS, strict=True)):
-        places = [place + (index - 2) * width for place in range(len(SETS))]
+        places = [place + (index - (len(ARMS) - 1) / 2) * width for place in range(len(SETS))]
         padding = [100 * shares[key][arm] for key in SETS]
         bars = left.bar(places, padding, width, color=color, label=arm.replace("_", " "))
         left.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)

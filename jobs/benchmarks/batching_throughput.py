@@ -9,9 +9,12 @@ pairs of neighbouring batches of that sorted order, 2,000 draws.
 """
 
 import json
+import os
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +24,21 @@ import torch
 from numpy.typing import NDArray
 
 from jobs.benchmarks.batching_arms import ARMS, BY_ROWS, Shape, plan_arm
-from jobs.benchmarks.batching_data import ROWS_PER_BATCH, STEP_TOKENS, build_micro_batch
+from jobs.benchmarks.batching_data import (
+    ROWS_PER_BATCH,
+    SCALED_BY,
+    STEP_TOKENS,
+    build_micro_batch,
+    load_lengths,
+)
 from r1ray.config.schema import DenseExchangeConfig, TrainConfig
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import Decoder, ModelConfig
 from r1ray.models.config import RopeConfig
+from r1ray.training.memory import KEEP_FREED_MEMORY
 from r1ray.training.step import TrainState
 
-__all__ = ["ArmTimes", "build_state", "sample_shapes", "time_steps"]
+__all__ = ["ArmTimes", "build_state", "measure_steps", "read_times", "sample_shapes", "time_steps"]
 
 VOCAB_SIZE = 4096
 _WARMUP_STEPS = 3
@@ -100,54 +110,84 @@ def sample_shapes(shapes: list[Shape], count: int, seed: int) -> list[Shape]:
     return [by_length[int((index + start) * step)] for index in range(count)]
 
 
+def measure_steps(key: str, num_batches: int, path: Path, base_dir: Path) -> dict[str, ArmTimes]:
+    """Time the steps of set `key` in a process with the malloc settings of workers."""
+    command = [sys.executable, "-m", "jobs.benchmarks.batching_throughput"]
+    arguments = [key, str(num_batches), str(path), str(base_dir)]
+    subprocess.run([*command, *arguments], check=True, env={**os.environ, **KEEP_FREED_MEMORY})
+    return read_times(path)
+
+
 def time_steps(
     lengths: NDArray[np.int64],
     *,
     num_batches: int,
     path: Path,
     on_step: Callable[[str], None] = lambda _: None,
-) -> dict[str, ArmTimes]:
-    """Time `num_batches` steps of every arm; finished ones are read back from `path` (JSONL)."""
+) -> None:
+    """Time `num_batches` steps of every arm into `path` (JSONL), where finished ones are found."""
     memory = ROWS_PER_BATCH * int(lengths.max())
     samples = {}
     for arm in ARMS:
         budget = memory if arm in BY_ROWS else min(memory, STEP_TOKENS)
         samples[arm] = sample_shapes(plan_arm(arm, lengths, budget, seed=0), num_batches, seed=0)
-    done = {(row["arm"], row["index"]): row for row in _read_lines(path)}
-    todo = [(arm, index) for arm in ARMS for index in range(len(samples[arm]))]
-    random.Random(0).shuffle(todo)
+    done = {(row["arm"], row["index"]) for row in _read_lines(path)}
+    steps = [(arm, index) for arm in ARMS for index in range(len(samples[arm]))]
+    random.Random(0).shuffle(steps)
+    todo = [step for step in steps if step not in done]
+    if not todo:
+        return
     state = build_state(int(lengths.max()))
-    warmup = [arm for arm in ARMS for _ in range(_WARMUP_STEPS)]
-    if any(key not in done for key in todo):
-        for arm in warmup:
+    for arm in ARMS:
+        for _ in range(_WARMUP_STEPS):
             state.run_step([build_micro_batch(samples[arm][-1], VOCAB_SIZE, seed=0)])
     with path.open("a", encoding="utf-8") as stream:
-        for number, (arm, index) in enumerate(todo):
-            if (arm, index) in done:
-                continue
+        for number, (arm, index) in enumerate(todo, start=1):
             shape = samples[arm][index]
             batch = build_micro_batch(shape, VOCAB_SIZE, seed=index)
             started = time.perf_counter()
             state.run_step([batch])
             seconds = time.perf_counter() - started
             row = {"arm": arm, "index": index, "real": shape.real, "computed": shape.computed}
-            row["seconds"] = seconds
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps({**row, "seconds": seconds}) + "\n")
             stream.flush()
-            done[(arm, index)] = row
-            on_step(f"{number + 1}/{len(todo)} {arm} {shape.real / seconds:.0f} tokens/s")
-    return {arm: _collect(done, arm, len(samples[arm])) for arm in ARMS}
+            on_step(f"{number}/{len(todo)} {arm} {shape.real / seconds:.0f} tokens/s")
 
 
-def _collect(done: dict[tuple[str, int], dict[str, Any]], arm: str, count: int) -> ArmTimes:
-    rows = [done[(arm, index)] for index in range(count)]
-    return ArmTimes(
-        *(np.array([row[name] for row in rows]) for name in ("real", "computed", "seconds"))
+def read_times(path: Path) -> dict[str, ArmTimes]:
+    """The timed steps of every arm, in the order of their sample."""
+    rows = sorted(_read_lines(path), key=lambda row: row["index"])
+    return {
+        arm: ArmTimes(
+            *(
+                np.array([row[name] for row in rows if row["arm"] == arm])
+                for name in ("real", "computed", "seconds")
+            )
+        )
+        for arm in ARMS
+    }
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; a last line that a kill cut off is removed from it."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        path.write_text("".join(lines[:-1]), encoding="utf-8")
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+def _main(key: str, num_batches: str, path: str, base_dir: str) -> None:
+    lengths = np.maximum(load_lengths(key, Path(base_dir)) // SCALED_BY[key], 2)
+    time_steps(
+        lengths,
+        num_batches=int(num_batches),
+        path=Path(path),
+        on_step=lambda note: print(f"  {key}: {note}", flush=True),
     )
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):  # the last one may have been cut off by a kill
-                yield json.loads(line)
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -106,14 +106,16 @@ SourceConfig = Annotated[FileSourceConfig | TaskSourceConfig, Field(discriminato
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class BucketsConfig:
-    """Batches of samples of similar length, each padded to the ceiling of its bucket."""
+    """Batches of samples from one bucket of similar lengths."""
 
     type: Literal["buckets"]
     """One sample a row."""
+    pad_to: Literal["longest", "ceiling"] = "longest"
+    """Columns of a batch: its longest sample, or the bucket's ceiling where few shapes matter."""
     num_buckets: Annotated[int, Field(ge=1, le=256)] = 64
     """The most length buckets; their ceilings are chosen for the least padding."""
     max_padding_share: Annotated[float, Field(gt=0, lt=1)] | None = 0.02
-    """Use no more buckets than this share of padding needs; null uses all of them."""
+    """Use no more buckets than this share of padding to ceilings needs; null uses all of them."""
     fit_rows: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Fit ceilings to so many first rows, held in memory, and again on drift; null fits to all."""
 

@@ -2,13 +2,13 @@
 
 Ray Data cannot cut batches by tokens (ray#49844), so a whole batch travels as one row: it streams,
 and every rank takes the same number of steps. Tokens are stored unpadded. A bucketed batch is
-padded to its bucket's ceiling, one sample a row; a packed batch is one row, its samples one after
-the other.
+padded to its longest sample or its bucket's ceiling, one sample a row; a packed batch is one row,
+its samples one after the other.
 
 Reading one batch costs its row group (256 thousand tokens, or one batch where that is more), of
 which the latest 16 are kept decoded: in a larger, shuffled BatchSet nearly every read decodes one.
 
-Shape legend: B rows of a batch, T tokens (the ceiling).
+Shape legend: B rows of a batch, T tokens (its columns).
 """
 
 import bisect
@@ -48,7 +48,7 @@ _CACHED_GROUPS = 16
 
 BATCH_SCHEMA = pa.schema(
     [
-        ("ceiling", pa.int32()),  # T
+        ("num_columns", pa.int32()),  # T
         ("is_packed", pa.bool_()),  # B = 1, else B samples
         ("lengths", pa.list_(pa.int32())),  # real tokens of each sample
         ("input_ids", pa.list_(pa.int32())),  # the samples one after the other, unpadded
@@ -80,7 +80,7 @@ class MicroBatch:
 class BatchBuffers:
     """Memory for one batch of any shape up to `max_tokens`, allocated once and reused.
 
-    Every ceiling is a view of the same memory, so a batch read into it is valid until the next one
+    Every shape is a view of the same memory, so a batch read into it is valid until the next one
     is read.
 
     Args:
@@ -141,12 +141,12 @@ class BatchSet:
             row.column(name).chunk(0).flatten().to_numpy(zero_copy_only=False)
             for name in ("lengths", "input_ids", "is_target")
         )
-        ceiling = row.column("ceiling")[0].as_py()
+        num_columns = row.column("num_columns")[0].as_py()
         rows = [int(lengths.sum())] if row.column("is_packed")[0].as_py() else lengths
-        shape = (len(rows), ceiling)
-        into = (buffers or BatchBuffers(len(rows) * ceiling)).take(*shape)
+        shape = (len(rows), num_columns)
+        into = (buffers or BatchBuffers(len(rows) * num_columns)).take(*shape)
         num_targets = _fill(into, rows, _shift(input_ids, is_target, lengths), input_ids)
-        documents = None if rows is lengths else _add_padding(lengths.tolist(), ceiling)
+        documents = None if rows is lengths else _add_padding(lengths.tolist(), num_columns)
         return MicroBatch(*into, len(input_ids), num_targets, documents)
 
 
@@ -174,8 +174,8 @@ def _fill(
     return int((labels != IGNORED).sum())
 
 
-def _add_padding(lengths: list[int], ceiling: int) -> tuple[int, ...]:
-    padding = ceiling - sum(lengths)
+def _add_padding(lengths: list[int], num_columns: int) -> tuple[int, ...]:
+    padding = num_columns - sum(lengths)
     return (*lengths, padding) if padding else tuple(lengths)
 
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from r1ray.config.schema import BucketsConfig, PackingConfig, PrepareConfig
 from r1ray.data.batch_set import BATCH_SCHEMA, BATCHES_NAME
 from r1ray.data.bucketing import PlannedBatch
 from r1ray.data.planners import BatchPlanner
@@ -35,15 +36,16 @@ class BatchWriter:
     """Writes `batches.parquet` into a directory; a context manager.
 
     Args:
-        is_packed: the planner's batches are rows of several samples.
-        batch_tokens: the largest batch, for the size of row groups.
+        config: its `batching` and `batch_tokens` decide the layout; the planner decides the rest.
     """
 
-    def __init__(
-        self, directory: Path, planner: BatchPlanner, *, is_packed: bool, batch_tokens: int
-    ) -> None:
-        self._planner, self._is_packed = planner, is_packed
-        self._group_size = max(1, _GROUP_TOKENS // batch_tokens)
+    def __init__(self, directory: Path, planner: BatchPlanner, config: PrepareConfig) -> None:
+        self._planner = planner
+        self._is_packed = isinstance(config.batching, PackingConfig)
+        self._pads_to_longest = (
+            isinstance(config.batching, BucketsConfig) and config.batching.pad_to == "longest"
+        )
+        self._group_size = max(1, _GROUP_TOKENS // config.batch_tokens)
         self._file = pq.ParquetWriter(directory / BATCHES_NAME, BATCH_SCHEMA, compression="zstd")
         self._left = SAMPLE_SCHEMA.empty_table()
         self._new: list[pa.Table] = []
@@ -121,8 +123,11 @@ class BatchWriter:
             samples[name].chunk(0).flatten() for name in ("input_ids", "is_target")
         )
         ceilings = np.array([batch.ceiling for batch in batches])
+        widths = ceilings
+        if self._pads_to_longest:
+            widths = np.maximum.reduceat(lengths, row_offsets[:-1])
         columns = [
-            pa.array(ceilings, pa.int32()),
+            pa.array(widths, pa.int32()),
             pa.array([self._is_packed] * len(batches)),
             _lists(row_offsets, pa.array(lengths, pa.int32())),
             _lists(token_offsets, input_ids),
@@ -131,7 +136,7 @@ class BatchWriter:
         table = pa.Table.from_arrays(columns, schema=BATCH_SCHEMA)
         self._file.write_table(table, row_group_size=self._group_size)
         num_rows = np.ones(len(batches), int) if self._is_packed else np.diff(row_offsets)
-        shapes = ceilings * num_rows
+        shapes = widths * num_rows
         self._counts.update(
             num_batches=len(batches),
             num_tokens=int(token_offsets[-1]),

@@ -134,7 +134,7 @@ def _write_batches(
         planner = LearnedBuckets(config, batching)
     else:
         return _write_in_two_passes(config, batching, collector, out_dir)
-    with _open_writer(config, planner, out_dir) as writer:
+    with BatchWriter(out_dir, planner, config) as writer:
         for samples in collector:
             writer.add(samples)
     return writer.summarize()
@@ -152,20 +152,11 @@ def _write_in_two_passes(
         for samples in collector:
             stream.write_table(samples)
     planner = FixedBuckets(config, fit_ceilings(config, batching, collector.sketch))
-    with _open_writer(config, planner, out_dir) as writer, pa.OSFile(str(path)) as source:
+    with BatchWriter(out_dir, planner, config) as writer, pa.OSFile(str(path)) as source:
         for batch in pa.ipc.open_stream(source):
             writer.add(pa.Table.from_batches([batch]))
     path.unlink()
     return writer.summarize()
-
-
-def _open_writer(config: PrepareConfig, planner: BatchPlanner, out_dir: Path) -> BatchWriter:
-    return BatchWriter(
-        out_dir,
-        planner,
-        is_packed=isinstance(config.batching, PackingConfig),
-        batch_tokens=config.batch_tokens,
-    )
 
 
 def _read_sources(

@@ -27,7 +27,7 @@ def _row(
     ceiling: int, *samples: tuple[list[int], list[bool]], is_packed: bool = False
 ) -> dict[str, Any]:
     return {
-        "ceiling": ceiling,
+        "num_columns": ceiling,
         "is_packed": is_packed,
         "lengths": [len(ids) for ids, _ in samples],
         "input_ids": [token for ids, _ in samples for token in ids],
@@ -38,7 +38,7 @@ def _row(
 def _write(directory: Path, rows: list[dict[str, Any]], group: int = 2) -> BatchSet:
     table = pa.Table.from_pylist(rows, schema=BATCH_SCHEMA)
     pq.write_table(table, directory / BATCHES_NAME, row_group_size=group)
-    sizes = [row["ceiling"] * (1 if row["is_packed"] else len(row["lengths"])) for row in rows]
+    sizes = [row["num_columns"] * (1 if row["is_packed"] else len(row["lengths"])) for row in rows]
     summary = {"num_batches": len(rows), "max_batch_tokens": max(sizes)}
     (directory / SUMMARY_NAME).write_text(json.dumps(summary))
     return BatchSet(directory)

@@ -47,11 +47,14 @@ def _tables(samples: Sequence[_Sample], sizes: Sequence[int]) -> Iterator[pa.Tab
     assert start == len(samples)
 
 
-def _writer(directory: Path, kind: Kind) -> BatchWriter:
+def _writer(directory: Path, kind: Kind, pad_to: Any = "longest") -> BatchWriter:
     batching: BucketsConfig | PackingConfig = PackingConfig(type="packing")
     if kind != "packing":
         batching = BucketsConfig(
-            type="buckets", num_buckets=4, fit_rows=50 if kind == "learned" else None
+            type="buckets",
+            pad_to=pad_to,
+            num_buckets=4,
+            fit_rows=50 if kind == "learned" else None,
         )
     config = PrepareConfig(
         sources=[FileSourceConfig(type="files", paths=["rows.jsonl"])],
@@ -66,13 +69,13 @@ def _writer(directory: Path, kind: Kind) -> BatchWriter:
         planner = LearnedBuckets(config, batching)
     else:
         planner = FixedBuckets(config, [10, 20, 50, MAX_TOKENS])
-    return BatchWriter(
-        directory, planner, is_packed=kind == "packing", batch_tokens=config.batch_tokens
-    )
+    return BatchWriter(directory, planner, config)
 
 
-def _write(directory: Path, kind: Kind, tables: Iterator[pa.Table]) -> BatchSet:
-    with _writer(directory, kind) as writer:
+def _write(
+    directory: Path, kind: Kind, tables: Iterator[pa.Table], pad_to: Any = "longest"
+) -> BatchSet:
+    with _writer(directory, kind, pad_to) as writer:
         for table in tables:
             writer.add(table)
     (directory / SUMMARY_NAME).write_text(json.dumps(writer.summarize()))
@@ -132,6 +135,29 @@ def test_every_sample_is_read_back_once_with_its_targets(kind: Kind, tmp_path: P
     assert pq.ParquetFile(tmp_path / BATCHES_NAME).num_row_groups >= 5
 
 
+def _ceiling(batch: MicroBatch, fits: list[dict[str, Any]]) -> int:
+    """The bucket that the batch is from; a packed batch is its own."""
+    columns = batch.input_ids_BT.shape[1]
+    return min(top for top in fits[0]["ceilings"] if top >= columns) if fits else columns
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("pad_to", ["longest", "ceiling"])
+def test_a_bucketed_batch_is_as_wide_as_configured(pad_to: str, tmp_path: Path) -> None:
+    samples = _samples(sum(SIZES), seed=2)
+    batches = _write(tmp_path, "fixed", _tables(samples, SIZES), pad_to=pad_to)
+    widths = set()
+    for index in range(len(batches)):
+        batch = batches[index]
+        longest = int(batch.input_ids_BT.ne(0).sum(dim=1).max())
+        assert longest <= batch.input_ids_BT.shape[1] <= _ceiling(batch, batches.summary["fits"])
+        widths.add(batch.input_ids_BT.shape[1] - longest)
+    assert widths == {0} if pad_to == "longest" else widths > {0}
+    if pad_to == "ceiling":
+        ceilings = set(batches.summary["fits"][0]["ceilings"])
+        assert {batches[i].input_ids_BT.shape[1] for i in range(len(batches))} <= ceilings
+
+
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("kind", ["fixed", "learned", "packing"])
 def test_the_summary_is_what_a_recount_of_the_batches_gives(kind: Kind, tmp_path: Path) -> None:
@@ -150,7 +176,7 @@ def test_the_summary_is_what_a_recount_of_the_batches_gives(kind: Kind, tmp_path
         "max_batch_tokens": max(batch.input_ids_BT.numel() for batch in read),
         "batches_per_ceiling": {
             str(top): count
-            for top, count in sorted(Counter(b.input_ids_BT.shape[1] for b in read).items())
+            for top, count in sorted(Counter(_ceiling(batch, fits) for batch in read).items())
         },
     }
     assert batches.summary["max_batch_tokens"] <= BATCH_TOKENS

@@ -93,7 +93,7 @@ def test_samples_go_on_and_bad_rows_are_filed_with_place_and_reason(tmp_path: Pa
 
 def test_pieces_of_a_row_are_samples_but_one_row_even_in_two_tables(tmp_path: Path) -> None:
     row = [
-        _good(9, was_over_long=True, num_dropped_pieces=2, ignored="turn.weight"),
+        _good(9, was_over_long=True, num_dropped_pieces=2, ignored=["turn.weight"]),
         _good(9, piece=1),
         _good(4, piece=2),
     ]
@@ -110,8 +110,13 @@ def test_pieces_of_a_row_are_samples_but_one_row_even_in_two_tables(tmp_path: Pa
 
 
 def test_ignored_fields_are_counted_by_rows(tmp_path: Path) -> None:
-    rows = [_good(3, ignored="turn.id,turn.weight"), _good(3), _good(3, ignored="turn.id"), _bad(3)]
-    collector = _collector(tmp_path, [rows, [_good(3, ignored="turn.id")]])
+    rows = [
+        _good(3, ignored=["turn.id", "turn.weight"]),
+        _good(3),
+        _good(3, ignored=["turn.id"]),
+        _bad(3),
+    ]
+    collector = _collector(tmp_path, [rows, [_good(3, ignored=["turn.id"])]])
     _lengths(collector)
     assert collector.ignored == {"turn.id": 3, "turn.weight": 1}
 
@@ -194,3 +199,11 @@ def test_pieces_do_not_dilute_the_share_of_quarantined_rows(tmp_path: Path) -> N
     pieces = [_good(3, piece=piece) for piece in range(98)]
     with pytest.raises(ArtifactError, match="1 of 2 rows quarantined"):
         _lengths(_collector(tmp_path, [[*pieces, _bad(1)]], max_quarantined_share=0.4))
+
+
+def test_names_of_ignored_fields_are_bounded(tmp_path: Path) -> None:
+    rows = [_good(3, ignored=[f"turn.{number}"]) for number in range(130)]
+    collector = _collector(tmp_path, [rows])
+    list(collector)
+    assert len(collector.ignored) == 101
+    assert collector.ignored["others"] == 30

@@ -146,7 +146,7 @@ def test_learned_buckets_hold_rows_back_until_there_are_enough_to_fit() -> None:
 
 
 def test_a_stream_that_ends_before_there_are_enough_rows_is_fitted_to_what_there_is() -> None:
-    planner = _learned(fit_rows=1000, num_buckets=2)
+    planner = _learned(fit_rows=1000, num_buckets=3)
     batches = list(_stream(planner, [np.array([10, 10]), np.array([20])]))
     assert [fit.ceilings for fit in planner.fits] == [(10, 20, MAX_TOKENS)]
     assert sorted((ceiling, len(rows)) for ceiling, rows, _ in batches) == [(10, 2), (20, 1)]
@@ -235,3 +235,20 @@ def test_few_rows_to_fit_to_are_not_mistaken_for_a_drift(fit_rows: int) -> None:
         for window in _cut(lengths, fit_rows):
             planner.plan(window, len(window), is_last=False)
         assert len(planner.fits) == 1, seed
+
+
+def test_learned_buckets_are_no_more_than_asked_for() -> None:
+    for num_buckets in (1, 2, 5):
+        planner = _learned(fit_rows=500, num_buckets=num_buckets)
+        planner.plan(_draw(0, 500, 60), 500, is_last=True)
+        assert len(planner.fits[0].ceilings) == num_buckets
+        assert planner.fits[0].ceilings[-1] == MAX_TOKENS
+
+
+def test_long_rows_are_not_held_back_beyond_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1ray.data.planners._MAX_HELD_TOKENS", 5000)
+    planner = _learned(fit_rows=10_000)
+    assert planner.plan(np.full(10, 300), 10, is_last=False)[0] == []
+    batches, _ = planner.plan(np.full(20, 300), 10, is_last=False)
+    assert batches
+    assert len(planner.fits) == 1

@@ -155,7 +155,7 @@ def test_tools_and_ignored_fields_come_along(tmp_path: Path) -> None:
     first, second = _read(_write_lines(tmp_path / "a.jsonl", lines))
     assert json.loads(first["messages"]) == TURNS
     assert json.loads(first["tools"]) == json.loads(second["tools"]) == tools
-    assert (first["ignored"], second["ignored"]) == ("turn.id,turn.weight", None)
+    assert (first["ignored"], second["ignored"]) == (["turn.id", "turn.weight"], None)
 
 
 @pytest.mark.parametrize("suffix", [*JSONL_SUFFIXES, ".parquet"])
@@ -247,7 +247,7 @@ def test_parquet_rows_of_one_file_may_have_different_layouts(tmp_path: Path) -> 
             "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}],
         },
     ]
-    assert found[0]["ignored"] == "turn.weight"
+    assert found[0]["ignored"] == ["turn.weight"]
     assert json.loads(found[1]["messages"])[1]["content"] == "2"
     assert found[2]["error"] == "no generation is complete and correct"
     assert "2 + 2?" in found[2]["excerpt"]

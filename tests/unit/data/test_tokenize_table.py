@@ -73,14 +73,14 @@ def test_every_row_comes_out_in_order_as_a_sample_or_as_an_error(model_dir: Path
 
 
 def test_a_split_row_gives_pieces_that_are_counted_as_one_row(model_dir: Path) -> None:
-    rows = [_row(0, "hi", "short"), _row(1, "hi", LONG, ignored="turn.weight")]
+    rows = [_row(0, "hi", "short"), _row(1, "hi", LONG, ignored=["turn.weight"])]
     [short, *pieces] = _tokenize(model_dir, rows, overflow="split")
     [whole] = _tokenize(model_dir, rows[1:], max_tokens=512)
     assert not short["was_over_long"]
     assert len(pieces) >= 3
     assert [piece["piece"] for piece in pieces] == list(range(len(pieces)))
     assert [piece["was_over_long"] for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [piece["ignored"] for piece in pieces] == ["turn.weight"] + [None] * (len(pieces) - 1)
+    assert [piece["ignored"] for piece in pieces] == [["turn.weight"]] + [None] * (len(pieces) - 1)
     joined = pieces[0]["input_ids"] + [
         token for piece in pieces[1:] for token in piece["input_ids"][1:]
     ]

@@ -116,9 +116,7 @@ def _prepare(directory: Path, samples: pa.Table, *, arm: str) -> BatchSet:
     if arm != "packed":
         planner = FixedBuckets(config, [40] if arm == "whole" else [10, 20, 30, 40])
     directory.mkdir()
-    with BatchWriter(
-        directory, planner, is_packed=arm == "packed", batch_tokens=config.batch_tokens
-    ) as writer:
+    with BatchWriter(directory, planner, config) as writer:
         writer.add(samples)
     (directory / SUMMARY_NAME).write_text(json.dumps(writer.summarize()))
     return BatchSet(directory)
