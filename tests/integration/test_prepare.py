@@ -183,11 +183,13 @@ def test_drifting_files_are_fitted_anew_and_tokenized_by_several_tasks(
     tasks = [path.name.split() for path in log.iterdir()]
     assert len({task for task, _ in tasks}) > 2  # a file is more than one task's work
     assert sum(int(num_rows) for _, num_rows in tasks) == 600
-    first, second = prepared.manifest.metrics["fits"]
-    assert (first["first_sample"], second["first_sample"]) == (0, 300)
-    assert second["distance"] == 1.0  # not one length in common
-    assert first["ceilings"][-1] == second["ceilings"][-1] == config.prepare.max_tokens
-    assert first["ceilings"][-2] < second["ceilings"][0]
+    first, *between, last = prepared.manifest.metrics["fits"]
+    assert len(between) <= 1  # a window may hold rows of both files
+    assert first["first_sample"] == 0
+    assert 200 <= last["first_sample"] <= 500
+    assert last["distance"] > 0.3
+    assert first["ceilings"][-1] == last["ceilings"][-1] == config.prepare.max_tokens
+    assert first["ceilings"][-2] < last["ceilings"][-2]
     batches = BatchSet(prepared.local_dir)
     rows_read = sum(len(batches[index].input_ids_BT) for index in range(len(batches)))
     assert rows_read == prepared.manifest.metrics["num_samples"] == 600
