@@ -1,6 +1,7 @@
 """From tokenized samples to the BatchSet's file, window by window, in arrow arrays throughout.
 
-1. Samples gather to a window of 8,192 samples or 16 million tokens, whichever comes first.
+1. Samples gather to a window of 65,536 samples or 16 million tokens, whichever comes first: the
+   larger it is, the closer in length are the rows of a batch.
 2. The planner says which of them make batches; the others stay for the next window.
 3. One `take` brings the samples into batch order; offsets alone make them rows of `BATCH_SCHEMA`.
 
@@ -27,7 +28,7 @@ from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 
 __all__ = ["WINDOW_SAMPLES", "WINDOW_TOKENS", "BatchWriter"]
 
-WINDOW_SAMPLES = 8192
+WINDOW_SAMPLES = 65_536
 WINDOW_TOKENS = 16 << 20
 _GROUP_TOKENS = 256 << 10  # of a row group: what reading one batch decodes
 
