@@ -59,8 +59,9 @@ class BatchingBenchmark:
         """From set -> arm -> timed training steps, at lengths scaled by `SCALED_BY`."""
         times = {}
         for key in SETS:
-            self._once(f"steps_{key}", lambda: None)  # the commit that began them
-            path = self._work / f"steps_{key}_{self._num_batches}.jsonl"
+            name = f"steps_{key}_{self._num_batches}"
+            self._once(name, lambda: None)  # the commit that began them
+            path = self._work / f"{name}.jsonl"
             times[key] = measure_steps(key, self._num_batches, path, self._base_dir())
         return times
 

@@ -1,7 +1,7 @@
 """From tokenized samples to the BatchSet's file, window by window, in arrow arrays throughout.
 
 1. Samples gather to a window of 65,536 samples or 16 million tokens, whichever comes first: the
-   larger it is, the closer in length are the rows of a batch.
+   larger it is, the closer in length are the rows of a batch. A planner may ask for smaller ones.
 2. The planner says which of them make batches; the others stay for the next window.
 3. One `take` brings the samples into batch order; offsets alone make them rows of `BATCH_SCHEMA`.
 
@@ -42,6 +42,7 @@ class BatchWriter:
 
     def __init__(self, directory: Path, planner: BatchPlanner, config: PrepareConfig) -> None:
         self._planner = planner
+        self._window_samples = min(WINDOW_SAMPLES, planner.max_new_samples or WINDOW_SAMPLES)
         self._is_packed = isinstance(config.batching, PackingConfig)
         self._pads_to_longest = (
             isinstance(config.batching, BucketsConfig) and config.batching.pad_to == "longest"
@@ -75,7 +76,7 @@ class BatchWriter:
         self._new.append(samples)
         self._num_new += samples.num_rows
         self._new_tokens += pc.sum(pc.list_value_length(samples["input_ids"])).as_py() or 0
-        if self._num_new >= WINDOW_SAMPLES or self._new_tokens >= WINDOW_TOKENS:
+        if self._num_new >= self._window_samples or self._new_tokens >= WINDOW_TOKENS:
             self._cut(is_last=False)
 
     def summarize(self) -> dict[str, Any]:

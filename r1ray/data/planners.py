@@ -60,9 +60,11 @@ class BatchPlanner(Protocol):
 
     Attributes:
         fits: the ceilings in the order in which they were used; empty where there are none.
+        max_new_samples: how many new samples to show it at once; None for no limit of its own.
     """
 
     fits: list[Fit]
+    max_new_samples: int | None
 
     def plan(self, lengths: NDArray[np.int64], num_new: int, *, is_last: bool) -> Plan:
         """(batches, rows left over) of a window whose last `num_new` rows were not seen before."""
@@ -75,6 +77,7 @@ class PackingPlanner:
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
         self.fits: list[Fit] = []
+        self.max_new_samples: int | None = None
 
     def plan(self, lengths: NDArray[np.int64], num_new: int, *, is_last: bool) -> Plan:
         del num_new
@@ -92,16 +95,11 @@ class FixedBuckets:
     def __init__(self, config: PrepareConfig, ceilings: list[int]) -> None:
         self._config = config
         self.fits = [Fit(0, tuple(ceilings))]
+        self.max_new_samples: int | None = None
 
     def plan(self, lengths: NDArray[np.int64], num_new: int, *, is_last: bool) -> Plan:
         del num_new
-        return plan_batches(
-            lengths,
-            self.fits[-1].ceilings,
-            self._config.batch_tokens,
-            quadratic_tokens=self._config.quadratic_tokens,
-            keep_partial=is_last,
-        )
+        return _plan_buckets(self._config, self.fits[-1], lengths, is_last)
 
 
 class LearnedBuckets:
@@ -115,6 +113,7 @@ class LearnedBuckets:
         self._recent = LengthSketch()
         self._num_samples = 0
         self.fits: list[Fit] = []
+        self.max_new_samples: int | None = min(batching.fit_rows, DRIFT_ROWS)
 
     def plan(self, lengths: NDArray[np.int64], num_new: int, *, is_last: bool) -> Plan:
         self._recent.add(lengths[len(lengths) - num_new :])
@@ -130,13 +129,7 @@ class LearnedBuckets:
             if distance > limit:
                 self._fit(self._num_samples - num_new, distance=distance, limit=limit)
             self._recent = LengthSketch()
-        return plan_batches(
-            lengths,
-            self.fits[-1].ceilings,
-            self._config.batch_tokens,
-            quadratic_tokens=self._config.quadratic_tokens,
-            keep_partial=is_last,
-        )
+        return _plan_buckets(self._config, self.fits[-1], lengths, is_last)
 
     def _fit(self, first_sample: int, *, distance: float | None = None, limit: float = 0.0) -> None:
         """Fit to the recent rows; the last ceiling holds whatever may come."""
@@ -155,6 +148,18 @@ class LearnedBuckets:
                 "ceilings from %d to %d tokens",
                 *(distance, limit, first_sample, len(ceilings), ceilings[0], ceilings[-1]),
             )
+
+
+def _plan_buckets(
+    config: PrepareConfig, fit: Fit, lengths: NDArray[np.int64], is_last: bool
+) -> Plan:
+    return plan_batches(
+        lengths,
+        fit.ceilings,
+        config.batch_tokens,
+        quadratic_tokens=config.quadratic_tokens,
+        keep_partial=is_last,
+    )
 
 
 def drift_limit(num_fitted: int, num_recent: int) -> float:

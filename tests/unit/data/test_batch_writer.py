@@ -242,3 +242,15 @@ def test_a_target_that_nothing_predicts_is_not_counted(kind: Kind, tmp_path: Pat
     batches = _write(tmp_path, kind, _tables(samples, [2]))
     read = sum(batches[index].num_targets for index in range(len(batches)))
     assert batches.summary["num_targets"] == read == 2
+
+
+def test_ceilings_are_learned_from_the_first_rows_whatever_the_writers_window(
+    tmp_path: Path,
+) -> None:
+    samples = sorted(_samples(sum(SIZES)), key=lambda sample: len(sample[0]))
+    with _writer(tmp_path, "learned") as writer:
+        for table in _tables(samples, SIZES):
+            writer.add(table)
+    seen = next(count for count in itertools.accumulate(SIZES) if count >= 50)  # fit_rows
+    first, last = writer.summarize()["fits"][0]["ceilings"][-2:]
+    assert (first, last) == (len(samples[seen - 1][0]), MAX_TOKENS)
