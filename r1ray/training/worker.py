@@ -74,7 +74,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
         history.append(record)
         metrics.observe(record)
         if rank == 0:
-            job.board.post.remote(asdict(record), state.exchange.plan)
+            job.board.post.remote(record, state.exchange.plan)
         if is_saved:
             _report(state, history, rank, world_size)
     state.exchange.close()
