@@ -186,5 +186,6 @@ def _summarize(history: list[StepRecord]) -> dict[str, Any]:
         "exchange_wait_share": sum(record.exchange_wait_s for record in history) / seconds,
         "sent_bytes_per_step": sum(record.sent_bytes for record in history) / len(history),
         "skipped_steps": sum(record.was_skipped for record in history),
+        "longest_step_s": max(record.seconds for record in history),
         "precision": history[-1].precision,
     }

@@ -1,0 +1,158 @@
+"""Faults of a training run, caused for real, and what each cost.
+
+A thread waits for the run's first checkpoint, then causes the fault in processes that this one's
+Ray started; the run goes on until it has finished or given up.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from r1ray.artifacts import Artifact
+from r1ray.config import PipelineConfig
+from r1ray.pipeline import Pipeline
+
+__all__ = ["FAULTS", "FaultReport", "provoke", "small_disk"]
+
+_DEADLINE_S = 180.0
+_WORKER_NAME = "ray::RayTrainWo"
+
+
+@dataclass(frozen=True)
+class FaultReport:
+    """Attributes:
+    recovery_s: from the fault, or from its end where it ends by itself, to the next step.
+    lost_steps: steps that had to be done again.
+    trained: the finished run.
+    """
+
+    fault: str
+    recovery_s: float
+    lost_steps: int
+    trained: Artifact
+
+
+def provoke(fault: str, config: PipelineConfig) -> FaultReport:
+    """Train as `config` says while `FAULTS[fault]` happens after the first checkpoint.
+
+    Raises:
+        ExchangeError: training gave up.
+    """
+    pipeline = Pipeline(config)
+    pipeline.prepare()
+    root = Path(config.run.root) / config.run.name / "train"
+    stalled_s: list[float] = []
+    culprit = threading.Thread(
+        target=lambda: stalled_s.append(_after_checkpoint(root, FAULTS[fault])), daemon=True
+    )
+    culprit.start()
+    trained = pipeline.train()
+    culprit.join(timeout=_DEADLINE_S)
+    metrics = trained.manifest.metrics
+    if metrics["recoveries"]:
+        recovery = metrics["recoveries"][0]
+        return FaultReport(fault, recovery["seconds"], recovery["lost_steps"], trained)
+    return FaultReport(fault, max(0.0, metrics["longest_step_s"] - stalled_s[0]), 0, trained)
+
+
+def _after_checkpoint(root: Path, cause: Callable[[Path], float]) -> float:
+    deadline = time.monotonic() + _DEADLINE_S
+    while time.monotonic() < deadline:
+        if list(root.glob("*/checkpoints/checkpoint_manager_snapshot*")) and _find_workers():
+            return cause(root)
+        time.sleep(0.02)
+    raise TimeoutError(f"no checkpoint below {root} within {_DEADLINE_S:.0f} s")
+
+
+def _find_workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith(_WORKER_NAME):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def _kill(root: Path) -> float:
+    del root
+    os.kill(_find_workers()[-1].pid, signal.SIGKILL)
+    return 0.0
+
+
+def _stop(root: Path, seconds: float = 20.0) -> float:
+    del root
+    pid = _find_workers()[-1].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    return seconds
+
+
+def _slow(root: Path, seconds: float = 5.0, slice_s: float = 0.02) -> float:
+    """Let one worker run half of the time."""
+    del root
+    pid = _find_workers()[-1].pid
+    end = time.monotonic() + seconds
+    with contextlib.suppress(ProcessLookupError):  # training may be over before
+        while time.monotonic() < end:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(slice_s)
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(slice_s)
+    return slice_s
+
+
+def _fill_disk(root: Path) -> float:
+    """Fill the file system of the run's directory until a worker group has failed on it."""
+    before = {process.pid for process in _find_workers()}
+    ballast = root / "ballast"
+    try:
+        with contextlib.suppress(OSError), ballast.open("wb") as file:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        deadline = time.monotonic() + _DEADLINE_S
+        while before & {process.pid for process in _find_workers()}:
+            if time.monotonic() > deadline:
+                raise TimeoutError("no worker failed on the full disk")
+            time.sleep(0.05)
+    finally:
+        ballast.unlink(missing_ok=True)
+    return 0.0
+
+
+FAULTS: dict[str, Callable[[Path], float]] = {
+    "worker_killed": _kill,
+    "worker_stopped_20s": _stop,
+    "worker_half_speed": _slow,
+    "disk_full": _fill_disk,
+}
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path, size_bytes: int) -> Iterator[Path]:
+    """A file system of its own, in memory, at `directory`; needs root.
+
+    Raises:
+        PermissionError: it cannot be mounted here.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    options = ["-t", "tmpfs", "-o", f"size={size_bytes}", "r1ray", str(directory)]
+    try:
+        subprocess.run(["mount", *options], check=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise PermissionError(f"cannot mount a small file system: {error}") from error
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True, timeout=10)
