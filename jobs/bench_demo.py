@@ -9,7 +9,7 @@ from jobs.pipeline import run_pipeline
 from r1ray.config import PipelineConfig
 
 TARGET = Path("docs/benchmarks")
-PLOTS = ("accuracy.png", "loss.png", "size_latency.png")
+PLOTS = ("accuracy.png", "training.png", "size_latency.png")
 
 
 def file_figures(config: PipelineConfig) -> None:

@@ -1,4 +1,4 @@
-"""The report's pictures: loss over steps, accuracy by stage, size and latency."""
+"""The report's pictures: training by step, accuracy by stage, size and latency."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,25 +9,41 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-__all__ = ["plot_accuracy", "plot_loss", "plot_size_latency"]
+__all__ = ["plot_accuracy", "plot_size_latency", "plot_training"]
 
 _COLORS = {"base": "#8c96a3", "tuned": "#2b6cb0", "int8": "#dd6b20"}
 
 
-def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Training loss by step, with its running mean."""
-    finite = [record for record in history if record["loss"] is not None]
+def plot_training(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss by step with its running mean; seconds by step, and which part was spent waiting."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    _draw_loss([record for record in history if record["loss"] is not None], left)
+    steps = [record["step"] for record in history]
+    waits = [record["exchange_wait_s"] for record in history]
+    rest = [record["seconds"] - wait for record, wait in zip(history, waits, strict=True)]
+    right.stackplot(
+        steps,
+        rest,
+        waits,
+        labels=("computing", "waiting for other workers"),
+        colors=("#b8c4d2", _COLORS["int8"]),
+    )
+    right.set(title="Time by step, rank 0", xlabel="step", ylabel="seconds")
+    right.legend(frameon=False, loc="lower left")
+    right.spines[["top", "right"]].set_visible(False)
+    _finish(figure, left, path)
+
+
+def _draw_loss(finite: Sequence[Mapping[str, Any]], axes: Any) -> None:
     steps = [record["step"] for record in finite]
     losses = [record["loss"] for record in finite]
     means: list[float] = []
     for loss in losses:
         means.append(loss if not means else 0.8 * means[-1] + 0.2 * loss)
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axes.plot(steps, losses, color="#b8c4d2", linewidth=1, label="step")
     axes.plot(steps, means, color=_COLORS["tuned"], linewidth=2, label="running mean")
     axes.set(title="Training loss", xlabel="step", ylabel="nats per target token", yscale="log")
     axes.legend(frameon=False)
-    _finish(figure, axes, path)
 
 
 def plot_accuracy(results: Mapping[str, Any], path: Path) -> None:

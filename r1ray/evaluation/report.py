@@ -11,7 +11,7 @@ from typing import Any
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.evaluation.evaluate import EVALUATION_NAME, REPLIES_NAME
-from r1ray.evaluation.plots import plot_accuracy, plot_loss, plot_size_latency
+from r1ray.evaluation.plots import plot_accuracy, plot_size_latency, plot_training
 from r1ray.evaluation.record import Row, build_record, render_table, write_json
 
 __all__ = ["write_report"]
@@ -49,7 +49,7 @@ def write_report(
     }
     with tempfile.TemporaryDirectory(prefix="r1ray-report-") as temporary:
         directory = Path(temporary)
-        plot_loss(history, directory / "loss.png")
+        plot_training(history, directory / "training.png")
         plot_accuracy(results, directory / "accuracy.png")
         plot_size_latency(results, directory / "size_latency.png")
         write_json(directory / "report.json", record)
@@ -130,7 +130,7 @@ def _render(
         "![Size and latency](size_latency.png)",
         "## Training",
         _describe_training(artifacts),
-        "![Training loss](loss.png)",
+        "![Training by step](training.png)",
         "## Where the time went",
         "\n".join(
             f"- {stage}: {seconds:.0f} s" for stage, seconds in record["durations_s"].items()

@@ -51,7 +51,7 @@ def test_pipeline_answers_and_reports_and_a_second_run_changes_nothing(workspace
     assert set(report["durations_s"]) == {
         "base", "prepare", "train", "compress", "evaluate", "serve",
     }  # fmt: skip
-    for name in ("loss.png", "accuracy.png", "size_latency.png"):
+    for name in ("training.png", "accuracy.png", "size_latency.png"):
         assert (root / name).read_bytes().startswith(b"\x89PNG"), name
         assert f"({name})" in (root / "report.md").read_text()
     assert "(expected: " in first.stdout, "the question went through the client"
