@@ -57,6 +57,7 @@ class Mailbox:
     Args:
         rank: of this worker.
         peers: a connected socket to every other worker, which the mailbox then owns.
+        num_fragments: fragments are numbered below it.
         max_payload_bytes: longer frames are refused.
         max_waiting: most frames of one kind waiting to be taken; more are a failure.
     """
@@ -66,11 +67,13 @@ class Mailbox:
         rank: int,
         peers: Mapping[int, socket.socket],
         *,
+        num_fragments: int,
         max_payload_bytes: int,
         max_waiting: int,
     ) -> None:
         self._rank = rank
         self._peers = dict(peers)
+        self._num_fragments = num_fragments
         self._max_payload_bytes = max_payload_bytes
         self._max_waiting = max_waiting
         self._inboxes: dict[Kind, deque[Frame]] = {kind: deque() for kind in Kind}
@@ -180,10 +183,15 @@ class Mailbox:
     def _read_frame(self, peer: int) -> Frame:
         header = read_exactly(self._peers[peer], _HEADER.size)
         kind, fragment, version, size = _HEADER.unpack(header)
-        if kind not in tuple(Kind) or size > self._max_payload_bytes:
+        if (
+            kind not in tuple(Kind)
+            or fragment >= self._num_fragments
+            or size > self._max_payload_bytes
+        ):
             raise ExchangeError(
-                f"rank {peer} sent a frame of kind {kind} and {size} bytes; kinds are 1 and 2, "
-                f"payloads at most {self._max_payload_bytes} bytes: do all run this version?"
+                f"rank {peer} sent a frame of kind {kind}, fragment {fragment} and {size} bytes; "
+                f"kinds are 1 and 2, fragments end at {self._num_fragments}, payloads at "
+                f"{self._max_payload_bytes} bytes: do all workers run the same configuration?"
             )
         payload = read_exactly(self._peers[peer], size)
         return Frame(peer, Kind(kind), fragment, version, payload)

@@ -33,7 +33,7 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class StreamExchange(Exchange):
         config = self._config
         self._transport = transport
         self._rule = rule
+        self._parameters = list(parameters)
         self._matrices = [item for item in parameters if item.dim() >= 2]
         self._vectors = [item for item in parameters if item.dim() < 2]
         self.optimizer = rule.build_optimizer(self._matrices, self._vectors)
@@ -95,17 +96,18 @@ class StreamExchange(Exchange):
         self._mailbox = Mailbox(
             transport.rank,
             connect_peers(self._control, timeout_s=config.timeout_s),
+            num_fragments=config.num_fragments,
             # A byte an element, twice what int4 takes, and room for headers.
             max_payload_bytes=max(item.numel for item in fragments) + transport.world_size + 1024,
             max_waiting=4 * config.num_fragments * transport.world_size,
         )
-        own = [item.shards[transport.rank] for item in fragments]
         self._owner = ShardOwner(
+            transport.rank,
             transport.world_size,
             self._mailbox,
             codec,
             self._schedule,
-            [shard.stop - shard.start for shard in own],
+            [item.numel for item in fragments],
             momentum=config.outer_momentum,
             grace_s=config.grace_s,
         )
@@ -154,8 +156,7 @@ class StreamExchange(Exchange):
     def _step_locally(self, totals: StepTotals) -> StepOutcome:
         if totals.num_targets == 0:
             return StepOutcome("wait")
-        parameters = [*self._matrices, *self._vectors]
-        gradients = [item.grad for item in parameters if item.grad is not None]
+        gradients = [item.grad for item in self._parameters if item.grad is not None]
         torch._foreach_div_(gradients, totals.num_targets)
         grad_norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
         if not math.isfinite(grad_norm):
@@ -247,21 +248,78 @@ class StreamExchange(Exchange):
 
         All hold the same weights; of the Adam moments every owner takes its shard from its own.
         """
+        state = {
+            "num_updates": self.num_updates,
+            "num_steps": 0,
+            "master": self._flatten(lambda item: item.detach()),
+            "residual": self._flatten(torch.zeros_like),
+        }
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments = {item: self.optimizer.state[item].get(name) for item in self._parameters}
+            state[name] = self._flatten(
+                lambda item, moments=moments: (
+                    torch.zeros_like(item) if moments[item] is None else moments[item]
+                )
+            )
+        self._load_tail([state])
+
+    def _load_tail(self, states: Sequence[dict[str, Any]]) -> None:
+        """End what streaming needed; make the steps that are left with `delta4`."""
         self._mailbox.close()
         self._owner.close()
-        if self._schedule.num_steps == self._rule.num_steps:
+        self._copies = []
+        if self._schedule.num_steps < self._rule.num_steps:
+            self._tail = DeltaExchange()
+            self._tail.setup(self._parameters, self._transport, self._rule)
+            self._tail.load_state_dict(states)
+            self.optimizer = self._tail.optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"num_updates": self.num_updates}
+        if self.is_streaming:
+            state["optimizer"] = self.optimizer.state_dict()
+            state["owner"] = self._owner_state
+            state["copies"] = [copy.state_dict() for copy in self._copies]
+        elif self._tail is not None:
+            state["tail"] = self._tail.state_dict()
+        return state
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        self.num_updates = states[0]["num_updates"]
+        if "copies" not in states[0]:
+            self._load_tail([state["tail"] for state in states if "tail" in state])
             return
-        self._tail = DeltaExchange()
-        self._tail.setup([*self._matrices, *self._vectors], self._transport, self._rule)
-        self._tail.load_state_dict(
-            [
-                {
-                    "num_updates": self.num_updates,
-                    "num_steps": 0,
-                    "master": self._flat(lambda item: item.detach()),
-                    "residual": self._flat(torch.zeros_like),
-                    "exp_avg": self._flat(lambda item: self.optimizer.state[item]["exp_avg"]),
-                    "exp_avg_sq": self._flat(lambda item: self.optimizer.state[item]["exp_avg_sq"]),
-                }
-            ]
+        own = states[self._transport.rank % len(states)]
+        self.optimizer.load_state_dict(own["optimizer"])
+        for fragment, copy in enumerate(self._copies):
+            version = self._schedule.next_version(fragment, self.num_updates)
+            copy.load_state_dict([state["copies"][fragment] for state in states], version)
+        self._owner.load_state_dict([state["owner"] for state in states])
+        self._owner_state = self._owner.state_dict()
+
+    def stats(self) -> ExchangeStats:
+        tail = self._tail.stats() if self._tail is not None else ExchangeStats(0, 0, 0.0)
+        return ExchangeStats(
+            self._mailbox.sent_bytes + self._control.sent_bytes + tail.sent_bytes,
+            self._mailbox.received_bytes + self._control.received_bytes + tail.received_bytes,
+            self._wait_s + tail.wait_s,
+            tail.residual_norm if self._tail else self._residual_norm,
+            tail.staleness_steps if self._tail else self._staleness_steps,
         )
+
+    def close(self) -> None:
+        self._mailbox.close()
+        self._owner.close()
+        if self._tail is not None:
+            self._tail.close()
+        self._control.close()
+
+    def _flatten(self, value_of: Callable[[nn.Parameter], Tensor]) -> tuple[Tensor, Tensor]:
+        """(of all matrices, of all vectors), each as one vector."""
+        return _concatenate(map(value_of, self._matrices)), _concatenate(
+            map(value_of, self._vectors)
+        )
+
+
+def _concatenate(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0), *(item.flatten().cpu() for item in tensors)])

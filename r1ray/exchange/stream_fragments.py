@@ -1,16 +1,19 @@
 """Fragments of a model's weights for streaming: every F-th stripe of the flat parameter vector.
 
-All fragments are of the same size but for a few elements, which a cut by whole layers cannot give (an
-embedding may be a fifth of a model): the link is used evenly. With several stripes a fragment holds
-a part of every depth, and of the embedding and the head.
+All fragments are of the same size but for a few elements, so that the link is used evenly; a cut by
+whole layers cannot give that, since an embedding may be a fifth of a model. With several stripes a
+fragment holds a part of every depth, of the embedding and of the head.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fragment", "cut_fragments"]
+from r1ray.errors import ExchangeError
+
+__all__ = ["Fragment", "cut_fragments", "shard_slices"]
 
 _STRIPES = 8  # per fragment
 
@@ -26,8 +29,7 @@ class Fragment:
     def __init__(self, slices: Sequence[tuple[nn.Parameter, int, int]], num_shards: int) -> None:
         self._slices = list(slices)
         self.numel = sum(stop - start for _, start, stop in slices)
-        edges = [self.numel * shard // num_shards for shard in range(num_shards + 1)]
-        self.shards = [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+        self.shards = shard_slices(self.numel, num_shards)
 
     def read(self) -> Tensor:
         """The weights now: float32 [numel] on the host, a copy."""
@@ -50,6 +52,12 @@ class Fragment:
             position += stop - start
 
 
+def shard_slices(numel: int, num_shards: int) -> list[slice]:
+    """The elements of each shard of a vector; sizes differ by one at most."""
+    edges = [numel * shard // num_shards for shard in range(num_shards + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
 def cut_fragments(
     parameters: Sequence[nn.Parameter], num_fragments: int, num_shards: int
 ) -> list[Fragment]:
@@ -57,8 +65,15 @@ def cut_fragments(
 
     Args:
         num_shards: of every fragment.
+    Raises:
+        ExchangeError: there are not enough elements.
     """
     total = sum(parameter.numel() for parameter in parameters)
+    if total < num_fragments * _STRIPES * num_shards:
+        raise ExchangeError(
+            f"{total} parameters are too few for {num_fragments} fragments and {num_shards} "
+            "workers; lower train.exchange.num_fragments"
+        )
     num_stripes = num_fragments * _STRIPES
     edges = [total * stripe // num_stripes for stripe in range(num_stripes + 1)]
     slices: list[list[tuple[nn.Parameter, int, int]]] = [[] for _ in range(num_fragments)]

@@ -33,15 +33,10 @@ from torch import Tensor
 from r1ray.errors import ExchangeError
 from r1ray.exchange.codecs import Codec
 from r1ray.exchange.mailbox import Frame, Kind, Mailbox
+from r1ray.exchange.stream_fragments import shard_slices
 from r1ray.exchange.stream_schedule import StreamSchedule
 
-__all__ = [
-    "Broadcast",
-    "Contribution",
-    "MergeQueue",
-    "ShardOwner",
-    "mean_delta",
-]
+__all__ = ["Broadcast", "Contribution", "MergeQueue", "ShardOwner", "mean_delta"]
 
 logger = logging.getLogger(__name__)
 
@@ -174,30 +169,33 @@ class ShardOwner:
     """The owner's thread and state: momentum and unsent weights of its shard of every fragment.
 
     Args:
-        sizes: elements of the shard, per fragment.
+        numels: elements of every fragment.
         momentum: mu, before it falls to zero at the end of the phase.
         grace_s: how long a merge waits for the second half of the workers.
     """
 
     def __init__(
         self,
+        rank: int,
         world_size: int,
         mailbox: Mailbox,
         codec: Codec,
         schedule: StreamSchedule,
-        sizes: Sequence[int],
+        numels: Sequence[int],
         *,
         momentum: float,
         grace_s: float,
     ) -> None:
+        self._rank = rank
         self._world_size = world_size
         self._mailbox = mailbox
         self._codec = codec
         self._schedule = schedule
         self._momentum = momentum
         self._grace_s = grace_s
-        self.momentum = [torch.zeros(size) for size in sizes]
-        self.unsent = [torch.zeros(size) for size in sizes]
+        own = [shard_slices(numel, world_size)[rank] for numel in numels]
+        self._momenta = [torch.zeros(shard.stop - shard.start) for shard in own]
+        self._unsent = [torch.zeros(shard.stop - shard.start) for shard in own]
         self._queues: list[MergeQueue] = []
         self._thread: threading.Thread | None = None
 
@@ -212,15 +210,28 @@ class ShardOwner:
                 version=self._schedule.next_version(fragment, step),
                 final_version=self._schedule.final_version(fragment),
             )
-            for fragment in range(len(self.unsent))
+            for fragment in range(len(self._unsent))
         ]
         self._thread = threading.Thread(target=self._run, daemon=True, name="shard-owner")
         self._thread.start()
 
-    def missing(self, fragment: int, version: int) -> list[int]:
-        """Ranks whose contribution keeps this version of the fragment from being merged."""
-        queue = self._queues[fragment]
-        return queue.missing() if queue.version <= version else []
+    def missing(self, fragment: int) -> list[int]:
+        """Ranks that have not contributed to the fragment's next merge."""
+        return self._queues[fragment].missing()
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Of this worker's shards, while nothing is being merged."""
+        return {
+            "momentum": [item.clone() for item in self._momenta],
+            "unsent": [item.clone() for item in self._unsent],
+        }
+
+    def load_state_dict(self, states: Sequence[dict[str, list[Tensor]]]) -> None:
+        """Continue from the shards of all workers, whose number may have been another."""
+        for name, mine in (("momentum", self._momenta), ("unsent", self._unsent)):
+            for fragment, part in enumerate(mine):
+                whole_E = torch.cat([state[name][fragment] for state in states])
+                part.copy_(whole_E[shard_slices(len(whole_E), self._world_size)[self._rank]])
 
     def close(self) -> None:
         """Wait for the thread; the mailbox must have been closed."""
@@ -232,7 +243,8 @@ class ShardOwner:
             while not self._mailbox.is_closed:
                 frame = self._mailbox.take(Kind.CONTRIBUTION, self._patience())
                 if frame is not None:
-                    self._add(frame)
+                    queue = self._queues[frame.fragment]
+                    queue.add(Contribution.unpack(frame), time.monotonic())
                 self._merge_ready()
         except Exception as error:  # of a thread: the training thread finds it in the mailbox
             logger.debug("the shard owner stopped", exc_info=True)
@@ -241,11 +253,6 @@ class ShardOwner:
     def _patience(self) -> float | None:
         times = [at for queue in self._queues if (at := queue.ready_at()) is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
-
-    def _add(self, frame: Frame) -> None:
-        if frame.fragment >= len(self._queues):
-            raise ExchangeError(f"rank {frame.sender} sent fragment {frame.fragment}")
-        self._queues[frame.fragment].add(Contribution.unpack(frame), time.monotonic())
 
     def _merge_ready(self) -> None:
         for fragment, queue in enumerate(self._queues):
@@ -262,7 +269,7 @@ class ShardOwner:
 
     def _merge(self, fragment: int, queue: MergeQueue) -> None:
         version, missing = queue.version, queue.missing()
-        unsent_E, momentum_E = self.unsent[fragment], self.momentum[fragment]
+        unsent_E, momentum_E = self._unsent[fragment], self._momenta[fragment]
         numel = len(unsent_E)
         parts = [
             (item.rank, item.num_targets, self._codec.decode(item.code, numel))

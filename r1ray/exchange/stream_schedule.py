@@ -1,8 +1,8 @@
 """When each fragment is merged in streaming, as pure arithmetic that all workers share.
 
-Fragment f is sent after the local steps (f+1)·H/F, then every H steps: version 0, 1, ... of it. What
-the owners make of it is applied `overlap_steps` later. The phase ends with one more version of
-every fragment, which waits for all workers.
+Fragment f is sent after the local steps (f+1)·H/F, then every H steps: version 0, 1, ... of it.
+What the owners make of it is taken over `overlap_steps` later. The phase ends with one more version
+of every fragment, which waits for all workers.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class StreamSchedule:
     """Attributes:
     num_steps: local steps of the streaming phase.
     local_steps: H, between two versions of a fragment.
-    overlap_steps: from sending a version to applying its merge.
+    overlap_steps: from sending a version to taking over its merge.
     outer_decay_share: last part of the phase over which the outer momentum falls to zero.
     """
 
