@@ -30,6 +30,7 @@ __all__ = [
     "PrepareResources",
     "RunConfig",
     "ServeConfig",
+    "StreamExchangeConfig",
     "TaskSourceConfig",
     "TasksConfig",
     "TrainConfig",
@@ -223,6 +224,40 @@ class Delta4AsyncExchangeConfig:
     """Steps between two comparisons of the weights over the workers."""
     sync_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the run, from its start, in which gradients are not stale."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class StreamExchangeConfig:
+    """Local steps; int4 deltas of one fragment of the weights at a time, merged in the background.
+
+    While streaming, loss and tokens in a step's record are those of one worker.
+    """
+
+    type: Literal["stream"]
+    """Streaming DiLoCo over TCP connections of its own."""
+    local_steps: Annotated[int, Field(ge=1)] = 100
+    """Steps between two merges of the same fragment."""
+    num_fragments: Annotated[int, Field(ge=1, le=64)] = 4
+    """Parts of the weights, merged in turn."""
+    overlap_steps: Annotated[int, Field(ge=0)] = 5
+    """Steps from sending a fragment to taking its merge over."""
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Nesterov momentum of merges; it falls to 0 over the last fifth of the streaming phase."""
+    tail_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of the run, at its end, made with delta4; even so it sends about as many bytes."""
+    grace_s: Annotated[float, Field(ge=0, le=3600)] = 10
+    """How long a merge that half of the workers are ready for waits for the others, in seconds."""
+    timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120
+    """Longest wait for another worker before the run counts as failed."""
+
+    @model_validator(mode="after")
+    def _a_merge_ends_before_the_next(self) -> "StreamExchangeConfig":
+        if self.overlap_steps >= self.local_steps:
+            raise ValueError(
+                f"overlap_steps ({self.overlap_steps}) is not below local_steps "
+                f"({self.local_steps}); lower overlap_steps"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

@@ -5,11 +5,13 @@ from r1ray.config.schema import (
     Delta4AsyncExchangeConfig,
     DenseExchangeConfig,
     ExchangeConfig,
+    StreamExchangeConfig,
 )
 from r1ray.exchange.auto import AutoExchange
 from r1ray.exchange.base import Exchange, ExchangeStats, StepOutcome, StepTotals, Verdict
 from r1ray.exchange.delta4 import DeltaExchange
 from r1ray.exchange.dense import DenseExchange
+from r1ray.exchange.stream import StreamExchange
 from r1ray.exchange.transport import CollectiveTransport, LocalTransport, Transport
 from r1ray.exchange.update_rule import UpdateRule
 
@@ -33,6 +35,8 @@ def build_exchange(config: ExchangeConfig) -> Exchange:
         return AutoExchange(build_exchange)
     if isinstance(config, DenseExchangeConfig):
         return DenseExchange(config.dtype)
+    if isinstance(config, StreamExchangeConfig):
+        return StreamExchange(config)
     is_async = isinstance(config, Delta4AsyncExchangeConfig)
     return DeltaExchange(
         config.codec,

@@ -39,14 +39,15 @@ def test_dense_costs_twice_the_shares_of_all_others_in_bytes() -> None:
 
 
 def test_bf16_sends_half_and_delta4_a_ninth() -> None:
-    dense, bf16, delta4, stale = (estimate(item, _measured(200)) for item in candidates())
+    dense, bf16, delta4, stale, stream = (estimate(item, _measured(200)) for item in candidates())
     assert bf16.sent_bytes == pytest.approx(dense.sent_bytes / 2)
     assert delta4.sent_bytes == pytest.approx(dense.sent_bytes / 9)
     assert stale.sent_bytes == delta4.sent_bytes
+    assert stream.sent_bytes == pytest.approx(dense.sent_bytes / 900)
 
 
 def test_the_asynchronous_form_waits_for_the_longer_of_computing_and_sending() -> None:
-    stale = candidates()[-1]
+    stale = candidates()[3]
     coding_s = 2 * 2e6 / 1e8
     assert estimate(stale, _measured(200)).step_s == pytest.approx(0.1 + coding_s)
     slow = _measured(20)
@@ -55,7 +56,7 @@ def test_the_asynchronous_form_waits_for_the_longer_of_computing_and_sending() -
 
 @pytest.mark.parametrize(
     ("rate_mbit", "choice"),
-    [(100_000, "dense fp32"), (6000, "dense bf16"), (200, "delta4_async")],
+    [(100_000, "dense fp32"), (6000, "dense bf16"), (200, "delta4_async"), (5, "stream")],
 )
 def test_slower_links_ask_for_more_compression(rate_mbit: float, choice: str) -> None:
     assert _choice(_measured(rate_mbit)) == choice
