@@ -269,7 +269,11 @@ class AutoExchangeConfig:
 
 
 ExchangeConfig = Annotated[
-    DenseExchangeConfig | Delta4ExchangeConfig | Delta4AsyncExchangeConfig | AutoExchangeConfig,
+    DenseExchangeConfig
+    | Delta4ExchangeConfig
+    | Delta4AsyncExchangeConfig
+    | StreamExchangeConfig
+    | AutoExchangeConfig,
     Field(discriminator="type"),
 ]
 
