@@ -16,8 +16,11 @@ __all__ = [
     "BatchingConfig",
     "BucketsConfig",
     "CompressConfig",
+    "Delta4AsyncExchangeConfig",
+    "Delta4ExchangeConfig",
     "DenseExchangeConfig",
     "EvaluateConfig",
+    "ExchangeConfig",
     "FamilyConfig",
     "FileSourceConfig",
     "PackingConfig",
@@ -188,6 +191,45 @@ class DenseExchangeConfig:
     """Number format on the wire."""
 
 
+_MatrixCodec = Literal["int8", "int4", "int3", "int8_zstd", "int4_zstd", "int3_zstd"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Delta4ExchangeConfig:
+    """Sharded AdamW; quantized gradients to a shard's owner, quantized weight deltas back."""
+
+    type: Literal["delta4"]
+    """Every step waits for its exchange."""
+    codec: _MatrixCodec = "int4_zstd"
+    """Number format of matrices on the wire; zstd is lossless and a sixth smaller."""
+    error_feedback: bool = True
+    """Add what rounding took from a gradient to the next one."""
+    checksum_every_steps: Annotated[int, Field(ge=1)] = 50
+    """Steps between two comparisons of the weights over the workers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Delta4AsyncExchangeConfig:
+    """As delta4, while the next gradient is computed: every gradient is one update old."""
+
+    type: Literal["delta4_async"]
+    """The exchange has a thread and a process group of its own."""
+    codec: _MatrixCodec = "int4_zstd"
+    """Number format of matrices on the wire."""
+    error_feedback: bool = True
+    """Add what rounding took from a gradient to the next one."""
+    checksum_every_steps: Annotated[int, Field(ge=1)] = 50
+    """Steps between two comparisons of the weights over the workers."""
+    sync_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the run, from its start, in which gradients are not stale."""
+
+
+ExchangeConfig = Annotated[
+    DenseExchangeConfig | Delta4ExchangeConfig | Delta4AsyncExchangeConfig,
+    Field(discriminator="type"),
+]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class TrainResources:
     """Where `train` runs and how it survives failures."""
@@ -232,7 +274,7 @@ class TrainConfig:
     """Autocast dtype of matmuls; auto is what the hardware multiplies: bf16, fp16, else fp32."""
     precision_policy: Literal["range", "threshold", "none"] = "range"
     """range: loss scaling, and fp32 for groups it cannot help; threshold: fp32 where |g| > 6."""
-    exchange: DenseExchangeConfig = DenseExchangeConfig(type="dense")
+    exchange: ExchangeConfig = DenseExchangeConfig(type="dense")
     resources: TrainResources = TrainResources()
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ that equals their number for a mean. It never exceeds M/4, because the gradient 
 What can be seen: a weight gradient that was computed in low precision arrives with its flushed
 elements already zero, so elements that were lost cannot be counted there. The *subnormal* share,
 elements still there with fewer bits, is the early sign that rule 3 goes by, and a group without any
-nonzero element counts as starving. In a promoted group the true range is visible: there, rule 6
+normal number counts as starving. In a promoted group the true range is visible: there, rule 6
 counts what would be flushed. Gradients of activations are seen only through the weight gradients
 that are sums of them.
 
@@ -90,7 +90,7 @@ class RangeController(PrecisionPolicy):
     ) -> None:
         super().__init__()
         self._has_products = tuple(has_products)
-        self._max = torch.finfo(dtype).max
+        self._max, self._tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
         self._raise_after, self._demote_after = raise_after, demote_after
         self._groups = [_Group() for _ in self._has_products]
         self._fault: int | None = None  # group of the last failure
@@ -135,7 +135,7 @@ class RangeController(PrecisionPolicy):
             if index in self.promoted:
                 group.clean_steps = group.clean_steps + 1 if self._would_fit(seen) else 0
             else:
-                is_short = seen.subnormal_share > UNDERFLOW_SHARE or seen.amax == 0.0
+                is_short = seen.subnormal_share > UNDERFLOW_SHARE or seen.amax < self._tiny
                 group.starving_steps = group.starving_steps + 1 if is_short else 0
                 group.suspect_steps = max(0, group.suspect_steps - 1)
         self._overflow_age += 1

@@ -97,7 +97,7 @@ def test_one_overflow_returns_to_half_the_scale_that_caused_it() -> None:
 def test_a_growing_gradient_lowers_the_scale_before_it_overflows() -> None:
     controller, largest = _controller(), 1.0
     while largest < 1e9:
-        assert _run(controller, (largest, largest / 100)) == 0
+        assert _run(controller, *[(largest, largest / 100)] * 4) == 0
         largest *= 1.2
     assert controller.loss_scale < 2.0**-13
 
@@ -115,12 +115,12 @@ def test_underflow_raises_the_scale_only_when_it_lasts() -> None:
     assert not controller.promoted
 
 
-def test_a_group_without_any_gradient_left_counts_as_underflow() -> None:
+@pytest.mark.parametrize("amax", [0.0, 1e-6])
+def test_a_group_without_any_normal_number_left_counts_as_underflow(amax: float) -> None:
     controller = _controller(raise_after=5)
-    _run(controller, (1e-9, 1e-9), *[NORMAL] * 3, steps=5)
-    assert controller.loss_scale == 1.0  # what is subnormal or zero in one group starves it alone
     for _ in range(5):
-        _update(controller, _seen(0.0), *[_seen()] * 3)
+        assert controller.loss_scale == 1.0
+        _update(controller, _seen(amax), *[_seen()] * 3)
     assert controller.loss_scale > 1.0
 
 
@@ -135,7 +135,7 @@ def test_the_scale_never_rises_beyond_four_times_headroom() -> None:
 
 def test_a_group_wider_than_the_dtype_is_promoted_alone() -> None:
     controller = _controller()
-    sizes = [NORMAL, (1e5, 1e-9), NORMAL, NORMAL]
+    sizes = [NORMAL, (1e5, 1e-5), NORMAL, NORMAL]
     skips = _run(controller, *sizes, steps=100)
     assert controller.promoted == {1}
     assert skips <= 2
@@ -145,7 +145,7 @@ def test_a_group_wider_than_the_dtype_is_promoted_alone() -> None:
 
 def test_a_large_group_that_starves_the_others_is_promoted_and_the_scale_recovers() -> None:
     controller = _controller()
-    large = (2.0**32, 2.0**25)
+    large = (2.0**26, 2.0**20)
     sizes = [NORMAL, NORMAL, large, NORMAL]
     _run(controller, *[NORMAL] * 4)
     _run(controller, *sizes, steps=60)
@@ -162,7 +162,7 @@ def test_a_small_group_among_large_ones_is_promoted_itself() -> None:
 
 def test_a_promoted_group_goes_back_after_clean_steps_in_a_row() -> None:
     controller = _controller(demote_after=20)
-    wide = [NORMAL, (1e5, 1e-9), NORMAL, NORMAL]
+    wide = [NORMAL, (1e5, 1e-5), NORMAL, NORMAL]
     _run(controller, *wide, steps=30)
     assert controller.promoted == {1}
     for _ in range(3):
@@ -265,12 +265,12 @@ def test_the_fault_is_the_first_in_the_forward_or_else_the_first_in_the_backward
 def test_an_overflow_bounds_the_scale_for_a_while() -> None:
     controller = _controller(demote_after=50)
     small = (1e-3, 1e-6)
-    _run(controller, *[NORMAL] * 4)
+    _run(controller, *[small] * 4)
     _update(controller, *[_seen(math.inf, nonfinite=1)] * 3, _seen())  # group 2 did it
-    _run(controller, *[small] * 4, steps=6)
+    _run(controller, *[small] * 4, steps=3)
     assert controller.loss_scale == 0.5
+    _run(controller, *[small] * 4)
     assert controller.promoted == {2}  # it held S down, and most groups starved
-    assert _run(controller, *[small] * 4, steps=6) == 0
     assert controller.loss_scale > 1.0  # with it, the bound is gone
 
 
