@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 __all__ = [
+    "AutoExchangeConfig",
     "BaseConfig",
     "BatchingConfig",
     "BucketsConfig",
@@ -224,8 +225,16 @@ class Delta4AsyncExchangeConfig:
     """Share of the run, from its start, in which gradients are not stale."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class AutoExchangeConfig:
+    """The exchange that pays on the links and the computing time at hand."""
+
+    type: Literal["auto"]
+    """Measures both at the start, says what each alternative would cost, and picks one."""
+
+
 ExchangeConfig = Annotated[
-    DenseExchangeConfig | Delta4ExchangeConfig | Delta4AsyncExchangeConfig,
+    DenseExchangeConfig | Delta4ExchangeConfig | Delta4AsyncExchangeConfig | AutoExchangeConfig,
     Field(discriminator="type"),
 ]
 

@@ -1,10 +1,12 @@
 """Bringing workers together: codecs and transports below, strategies above."""
 
 from r1ray.config.schema import (
+    AutoExchangeConfig,
     Delta4AsyncExchangeConfig,
     DenseExchangeConfig,
     ExchangeConfig,
 )
+from r1ray.exchange.auto import AutoExchange
 from r1ray.exchange.base import Exchange, ExchangeStats, StepOutcome, StepTotals, Verdict
 from r1ray.exchange.delta4 import DeltaExchange
 from r1ray.exchange.dense import DenseExchange
@@ -27,6 +29,8 @@ __all__ = [
 
 def build_exchange(config: ExchangeConfig) -> Exchange:
     """The exchange that `train.exchange` asks for."""
+    if isinstance(config, AutoExchangeConfig):
+        return AutoExchange(build_exchange)
     if isinstance(config, DenseExchangeConfig):
         return DenseExchange(config.dtype)
     is_async = isinstance(config, Delta4AsyncExchangeConfig)

@@ -74,9 +74,11 @@ class Exchange(ABC):
 
     Attributes:
         num_updates: updates applied: the clock of the learning rate.
+        plan: why this exchange was chosen, where one was.
     """
 
     num_updates: int = 0
+    plan: str | None = None
 
     @abstractmethod
     def setup(

@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.training.checkpoint import HISTORY_NAME, load_history
 from r1ray.training.memory import KEEP_FREED_MEMORY
 from r1ray.training.step import StepRecord
+from r1ray.training.watch import Posted, Recovery, Watch
 from r1ray.training.worker import WorkerJob, run_worker
 
 __all__ = ["CHECKPOINTS_DIR", "train_model"]
@@ -41,18 +43,16 @@ class _Board:
     """What rank 0 posts about its progress; the driver reads it."""
 
     def __init__(self) -> None:
-        self._resumed_at = 0
-        self._last: dict[str, Any] | None = None
+        self._posted = Posted()
 
     def start(self, step: int) -> None:
-        self._resumed_at = step
+        self._posted = self._posted.with_start(step)
 
-    def post(self, record: dict[str, Any]) -> None:
-        self._last = record
+    def post(self, record: StepRecord, plan: str | None) -> None:
+        self._posted = self._posted.with_record(record, plan)
 
-    def read(self) -> tuple[int, dict[str, Any] | None]:
-        """(the step that training last started from, the latest record)."""
-        return self._resumed_at, self._last
+    def read(self) -> Posted:
+        return self._posted
 
 
 def train_model(
@@ -105,19 +105,19 @@ def train_model(
         ),
     )
     _drop_damaged_checkpoints(store, run_id)
-    result = _fit(trainer, board, on_step)
+    result, recoveries = _fit(trainer, board, on_step)
     assert result.checkpoint is not None, "the last step reports a checkpoint"
     with result.checkpoint.as_directory() as directory:
         history = load_history(Path(directory))
         save_model(load_model(directory), out_dir)
         (out_dir / HISTORY_NAME).write_bytes((Path(directory) / HISTORY_NAME).read_bytes())
     copy_tokenizer(base.local_dir, out_dir)
-    return _summarize(history)
+    return _summarize(history) | {"recoveries": [asdict(item) for item in recoveries]}
 
 
 def _fit(
     trainer: TorchTrainer, board: Any, on_step: Callable[[StepRecord], None]
-) -> ray.train.Result:
+) -> tuple[ray.train.Result, list[Recovery]]:
     """`trainer.fit()` on a thread, while this one shows progress and can be interrupted.
 
     On the main thread `fit` would replace the handler of Ctrl-C, and not give it back.
@@ -132,20 +132,14 @@ def _fit(
 
     thread = threading.Thread(target=run, name="ray-train-fit", daemon=True)
     thread.start()
-    resumed_at = shown = 0
+    watch = Watch(on_step)
     while thread.is_alive():
         thread.join(_POLL_S)
         try:
-            started, last = ray.get(board.read.remote(), timeout=10)
+            watch.look(ray.get(board.read.remote(), timeout=10))
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             continue  # progress is a convenience; training goes on without it
-        if started != resumed_at:
-            resumed_at = started
-            logger.info("resuming after step %d", resumed_at)
-        if last is not None and last["step"] != shown:
-            shown = last["step"]
-            on_step(StepRecord(**last))
-    return _unwrap(outcome)
+    return _unwrap(outcome), watch.recoveries
 
 
 def _unwrap(outcome: "Future[ray.train.Result]") -> ray.train.Result:
@@ -190,6 +184,7 @@ def _summarize(history: list[StepRecord]) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_s": sum(record.num_tokens for record in history) / seconds,
         "exchange_wait_share": sum(record.exchange_wait_s for record in history) / seconds,
+        "sent_bytes_per_step": sum(record.sent_bytes for record in history) / len(history),
         "skipped_steps": sum(record.was_skipped for record in history),
         "precision": history[-1].precision,
     }

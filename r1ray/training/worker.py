@@ -21,6 +21,7 @@ from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
 from r1ray.models.checkpoint import load_model
 from r1ray.observability.logging import setup_logging
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
+from r1ray.training.metrics import StepMetrics
 from r1ray.training.step import StepRecord, TrainState
 
 __all__ = ["WorkerJob", "run_worker"]
@@ -65,13 +66,15 @@ def run_worker(loop_config: dict[str, Any]) -> None:
         world_size=world_size,
         rank=rank,
     )
+    metrics = StepMetrics(job.name, rank)
     while state.step < job.config.num_steps:
         indices = [index for _, index in itertools.islice(order, per_step // world_size)]
         is_saved = _is_saved_after(state.step + 1, job.config)
         record = state.run_step((batches.read(index, buffers) for index in indices), flush=is_saved)
         history.append(record)
+        metrics.observe(record)
         if rank == 0:
-            job.board.post.remote(asdict(record))
+            job.board.post.remote(record, state.exchange.plan)
         if is_saved:
             _report(state, history, rank, world_size)
     state.exchange.close()
