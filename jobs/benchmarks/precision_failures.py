@@ -65,7 +65,7 @@ class ScaledGradient(torch.autograd.Function):
 
 
 class Provocation:
-    """Hooks in `model` that cause `failure` while `step`, which the caller sets, is in its range."""
+    """Hooks in `model` that cause `failure` in its steps; the caller sets `step`."""
 
     def __init__(self, model: Decoder, failure: Failure) -> None:
         self.step = 0
@@ -145,5 +145,6 @@ def run_failure(failure: Failure, arm: Arm, num_steps: int = NUM_STEPS) -> dict[
 
 def has_survived(run: dict[str, Any], reference: dict[str, Any]) -> bool:
     """The definition above; `reference` is the fp32 arm's run."""
-    is_close = run["final_loss"] <= MAX_LOSS_RATIO * reference["final_loss"]  # False for NaN
-    return run["error"] is None and run["is_finite"] and is_close
+    if run["error"] is not None or not run["is_finite"] or run["final_loss"] is None:
+        return False
+    return bool(run["final_loss"] <= MAX_LOSS_RATIO * reference["final_loss"])  # False for NaN

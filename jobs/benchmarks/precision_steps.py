@@ -6,12 +6,12 @@ has something to do where bfloat16's range suffices, the output of one layer is 
 in every arm: all skip those, and the controller runs that layer in fp32 until it has been clean.
 """
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def run_steps(
                 result["controller"].append(state.controller_seconds - before)
     heldout = draw_batches(_HELDOUT_BATCHES, seed=num_steps, **shape)
     for arm, state in states.items():
-        changes = [after - before for before, after in zip([0, *promoted[arm]], promoted[arm])]  # noqa: B905
+        changes = [after - before for before, after in itertools.pairwise([0, *promoted[arm]])]
         results[arm] |= {
             "final_loss": heldout_loss(state.model, heldout),
             "num_updates": state.exchange.num_updates,
