@@ -135,7 +135,9 @@ class RangeMeter:
             for gradient, stride in zip(gradients, self._strides, strict=True)
         ]
         rows = []
-        for begin, end, padding in zip(self._starts, self._starts[1:], self._padding, strict=False):
+        for (begin, end), padding in zip(
+            itertools.pairwise(self._starts), self._padding, strict=True
+        ):
             rows += [*pieces[begin:end], padding]
         return torch.cat(rows).view(len(self._groups), -1).abs_()
 
@@ -174,7 +176,7 @@ def _plan_strides(group: TensorGroup) -> list[int]:
     total = sum(tensor.numel() for tensor in group.tensors.values())
     strides = []
     for tensor in group.tensors.values():
-        stride = max(1, total // MAX_SAMPLES)
+        stride = max(1, -(-total // MAX_SAMPLES))
         while math.gcd(stride, tensor.shape[-1]) > 1:
             stride += 1
         strides.append(stride)

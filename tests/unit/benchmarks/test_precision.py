@@ -1,4 +1,4 @@
-"""The precision benchmark: an honest baseline, fair provocations, and the arithmetic of its rows."""
+"""The precision benchmark: an honest baseline, fair provocations, the arithmetic of its rows."""
 
 import math
 import random
