@@ -318,8 +318,10 @@ class TrainConfig:
     """Decay of the mean squared gradient per step."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Global gradient norm that larger ones are scaled down to."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast dtype of matmuls; auto is bf16 where the hardware multiplies bf16, else fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast dtype of matmuls; auto is what the hardware multiplies: bf16, fp16, else fp32."""
+    precision_policy: Literal["range", "threshold", "none"] = "range"
+    """range: loss scaling, and fp32 for groups it cannot help; threshold: fp32 where |g| > 6."""
     exchange: ExchangeConfig = DenseExchangeConfig(type="dense")
     resources: TrainResources = TrainResources()
 

@@ -34,4 +34,6 @@ TRAIN_METRICS = (
         "r1ray_train_residual_norm", "gauge", "residual_norm", "Error feedback this worker keeps."
     ),
     Metric("r1ray_train_staleness_steps", "gauge", "staleness_steps", "Age of the last gradient."),
+    Metric("r1ray_train_loss_scale", "gauge", "loss_scale", "What the loss is multiplied by."),
+    Metric("r1ray_train_promoted_groups", "gauge", "num_promoted", "Tensor groups back in fp32."),
 )

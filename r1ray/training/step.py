@@ -14,11 +14,10 @@ from typing import Any
 
 from r1ray.config.schema import TrainConfig
 from r1ray.data.batch_set import MicroBatch
-from r1ray.errors import ExchangeError
-from r1ray.exchange import Exchange, StepOutcome, StepTotals, Transport, UpdateRule
+from r1ray.exchange import Exchange, StepTotals, Transport, UpdateRule
 from r1ray.models.decoder import Decoder
 from r1ray.training.loss import summed_loss
-from r1ray.training.precision import Precision, agree_precision, autocast
+from r1ray.training.precision import Precision, PrecisionName
 
 __all__ = ["StepRecord", "TrainState", "learning_rate_at"]
 
@@ -37,6 +36,8 @@ class StepRecord:
         learning_rate, grad_norm: the latter before clipping; None where nothing was applied.
         was_skipped: a gradient was not finite and nothing was changed.
         precision: number format of the matrix products, the same on all workers.
+        loss_scale: what this step's loss was multiplied by before its backward.
+        num_promoted: tensor groups that ran in fp32 instead.
         seconds: wall time of the step on this worker; exchange_wait_s is the part spent waiting.
         sent_bytes, received_bytes: payload of this worker in this step.
         residual_norm: of the error feedback that this worker keeps.
@@ -50,16 +51,15 @@ class StepRecord:
     num_tokens: int
     num_targets: int
     was_skipped: bool
-    precision: Precision
+    precision: PrecisionName
+    loss_scale: float
+    num_promoted: int
     seconds: float
     exchange_wait_s: float
     sent_bytes: int
     received_bytes: int
     residual_norm: float
     staleness_steps: int
-
-
-MAX_SKIPS_IN_A_ROW = 3
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -84,9 +84,8 @@ class TrainState:
         self.model = model.train()
         self.config = config
         self.step = 0
-        self._skips_in_a_row = 0
         self._device = model.model.norm.weight.device
-        self._precision = agree_precision(config.precision, self._device, transport)
+        self._precision = Precision(model, config, transport)
         self.exchange = exchange
         parameters = [item for item in model.parameters() if item.requires_grad]
         self.exchange.setup(parameters, transport, _build_rule(config))
@@ -103,12 +102,13 @@ class TrainState:
         """
         started = time.perf_counter()
         before = self.exchange.stats()
+        loss_scale, num_promoted = self._precision.loss_scale, self._precision.num_promoted
         totals = self._accumulate(batches)
         outcomes = [self.exchange.step(totals)]
         if flush:
             outcomes.append(self.exchange.flush())
         for outcome in outcomes:
-            self._count_skips(outcome)
+            self._precision.update(outcome)
         self.step += 1
         after = self.exchange.stats()
         applied = [item for item in outcomes if item.verdict == "apply"]
@@ -121,7 +121,9 @@ class TrainState:
             num_tokens=sum(item.totals.num_tokens for item in outcomes),
             num_targets=num_targets,
             was_skipped=any(item.verdict == "skip" for item in outcomes),
-            precision=self._precision,
+            precision=self._precision.name,
+            loss_scale=loss_scale,
+            num_promoted=num_promoted,
             seconds=time.perf_counter() - started,
             exchange_wait_s=after.wait_s - before.wait_s,
             sent_bytes=after.sent_bytes - before.sent_bytes,
@@ -129,16 +131,6 @@ class TrainState:
             residual_norm=after.residual_norm,
             staleness_steps=after.staleness_steps,
         )
-
-    def _count_skips(self, outcome: StepOutcome) -> None:
-        if outcome.verdict == "wait":
-            return
-        self._skips_in_a_row = self._skips_in_a_row + 1 if outcome.verdict == "skip" else 0
-        if self._skips_in_a_row == MAX_SKIPS_IN_A_ROW:
-            raise ExchangeError(
-                f"the gradient was not finite in {MAX_SKIPS_IN_A_ROW} steps in a row, the last of "
-                f"them step {self.step + 1}; lower train.learning_rate or look at the data"
-            )
 
     def _accumulate(self, batches: Iterable[MicroBatch]) -> StepTotals:
         loss_sum, num_targets, num_tokens = 0.0, 0, 0
@@ -148,17 +140,17 @@ class TrainState:
                 input_ids_BT=batch.input_ids_BT.to(self._device),
                 labels_BT=batch.labels_BT.to(self._device),
             )
-            with autocast(self._precision, self._device):
+            with self._precision.autocast():
                 loss = summed_loss(self.model, moved)
-            loss.backward()
+            (loss * self._precision.loss_scale).backward()
             loss_sum += loss.item()
             num_targets += batch.num_targets
             num_tokens += batch.num_tokens
-        return StepTotals(loss_sum, num_targets, num_tokens)
+        return StepTotals(loss_sum, num_targets, num_tokens, self._precision.measure())
 
     def shared_state_dict(self) -> dict[str, Any]:
         """What is the same on every worker, but for the weights: plain values."""
-        return {"step": self.step, "skips_in_a_row": self._skips_in_a_row}
+        return {"step": self.step, "precision": self._precision.state_dict()}
 
     def load_state_dict(self, shared: dict[str, Any], exchange: Sequence[dict[str, Any]]) -> None:
         """Continue from a checkpoint; the model's weights are loaded before.
@@ -168,7 +160,7 @@ class TrainState:
             exchange: the exchange states of all workers of the saved run, in rank order.
         """
         self.step = shared["step"]
-        self._skips_in_a_row = shared["skips_in_a_row"]
+        self._precision.load_state_dict(shared["precision"])
         self.exchange.load_state_dict(exchange)
 
 
