@@ -129,22 +129,18 @@ def _render_line(results: Results, cells: Results, steady: set[str]) -> str:
     def median(name: str) -> float:
         return statistics.median(cell[name] for cell in cells)
 
-    (alone,) = find_cells(
-        [cell for cell in results if cell["part"] in ("grid", "smollm2")],
-        arm="alone",
-        num_workers=first["num_workers"],
-        model=first["model"],
-    ) or [None]
-    computing = "" if alone is None else f"{100 * alone['step_s'] / median('step_s'):.0f}%"
+    same = {"num_workers": first["num_workers"], "model": first["model"]}
+    alone = [cell["step_s"] for cell in find_cells(results, arm="alone", **same)]
+    computing = f"{100 * alone[0] / median('step_s'):.0f}%" if alone else ""
     waits = [cell["waited_share"] for cell in cells]
     waited = "" if None in waits else f"{100 * statistics.median(waits):.0f}%"
     rate = "unlimited" if first["rate_mbit"] is None else first["rate_mbit"]
     is_capped = any(cell["steps_done"] < cell["num_steps"] for cell in cells)
     steps = f"{first['num_steps']}{' (capped)' if is_capped else ''}"
     return (
-        f"| {first['part']} | {first['model']} | {first['num_workers']} | {rate} | {first['arm']} | "
-        f"{len(cells)} | {steps} | {median('step_s'):.3f} | {computing} | {waited} | "
-        f"{median('sent_per_step') / 1e6:.4g} | {_render_time(results, cells, steady)} | "
+        f"| {first['part']} | {first['model']} | {first['num_workers']} | {rate} | "
+        f"{first['arm']} | {len(cells)} | {steps} | {median('step_s'):.3f} | {computing} | "
+        f"{waited} | {median('sent_per_step') / 1e6:.4g} | {_render_time(results, cells, steady)} | "
         f"{median('final_loss'):.4f} | {median('accuracy'):.2f} |"
     )
 
@@ -172,17 +168,18 @@ _NOTES = """
 - The clock of a run starts when all workers are ready for the first step; nothing is left out. Step
   time is the whole run over its steps. Weights are copied aside every 5 steps and judged after the
   run; those of rank 0, which with `stream` are its local ones until the tail.
-- Target: the validation loss of DDP fp32 at the end of its schedule with the same seed, + 1%. Ratios
-  are taken seed by seed; value: their median; interval: least and greatest.
+- Target: the validation loss of DDP fp32 at the end of its schedule with the same seed, + 1%.
+  Ratios are taken seed by seed; value: their median; interval: least and greatest.
 - `~`: steps to the target from the headline's 4 workers times the step time of the cell, for arms
   whose runs end in bit-identical weights at 50 and 200 Mbit/s (`same_weights_at_both_rates`).
 - Computing: the time of a step of workers that exchange nothing (`alone`), over the step's.
 - Bytes: what a worker sends through its interface, mean over workers and steps of a whole run, from
   before the workers connect: sizes, scales, headers, acknowledgements, checksums. `stream`'s share
   is over its streaming phase; `.whole_run` has its synchronous tail.
-- Baselines: torch's DDP over gloo, tuned (buckets of 1 MiB, gradients as views, the number of target
-  tokens known for free); `ddp_bf16` casts, all-reduces asynchronously and casts back in a hook of
-  our own, since torch's refuses gloo; `ddp_powersgd` is torch's hook at rank 4 after 10 plain steps.
-- Quality: equal steps on unlimited links. Loss gap: final validation loss over `dense`'s of the same
-  seed, - 1. SmolLM2's rows: SmolLM2-135M itself, 2 workers.
+- Baselines: torch's DDP over gloo, tuned (buckets of 1 MiB, gradients as views, the number of
+  target tokens known for free); `ddp_bf16` casts, all-reduces asynchronously and casts back in a
+  hook of our own, since torch's refuses gloo; `ddp_powersgd` is torch's hook at rank 4 after 10
+  plain steps.
+- Quality: equal steps on unlimited links. Loss gap: final validation loss over `dense`'s of the
+  same seed, - 1. SmolLM2's rows: SmolLM2-135M itself, 2 workers.
 """
