@@ -221,8 +221,12 @@ def _describe_files(config: PipelineConfig) -> dict[str, str]:
 
 
 def _describe_step(record: StepRecord) -> str:
-    loss = "not finite, skipped" if record.loss is None else f"{record.loss:.3f}"
+    if record.was_skipped:
+        return "not finite, skipped"
+    if record.loss is None or record.learning_rate is None:
+        return "the first update is under way"
     return (
-        f"loss {loss}  lr {record.learning_rate:.1e}  "
-        f"{record.num_tokens / record.seconds:.0f} tokens/s"
+        f"loss {record.loss:.3f}  lr {record.learning_rate:.1e}  "
+        f"{record.num_tokens / record.seconds:.0f} tokens/s  "
+        f"stalled {100 * record.exchange_wait_s / record.seconds:.0f}%"
     )

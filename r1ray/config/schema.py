@@ -12,12 +12,16 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 __all__ = [
+    "AutoExchangeConfig",
     "BaseConfig",
     "BatchingConfig",
     "BucketsConfig",
     "CompressConfig",
+    "Delta4AsyncExchangeConfig",
+    "Delta4ExchangeConfig",
     "DenseExchangeConfig",
     "EvaluateConfig",
+    "ExchangeConfig",
     "FamilyConfig",
     "FileSourceConfig",
     "PackingConfig",
@@ -188,6 +192,53 @@ class DenseExchangeConfig:
     """Number format on the wire."""
 
 
+_MatrixCodec = Literal["int8", "int4", "int3", "int8_zstd", "int4_zstd", "int3_zstd"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Delta4ExchangeConfig:
+    """Sharded AdamW; quantized gradients to a shard's owner, quantized weight deltas back."""
+
+    type: Literal["delta4"]
+    """Every step waits for its exchange."""
+    codec: _MatrixCodec = "int4_zstd"
+    """Number format of matrices on the wire; zstd is lossless and a sixth smaller."""
+    error_feedback: bool = True
+    """Add what rounding took from a gradient to the next one."""
+    checksum_every_steps: Annotated[int, Field(ge=1)] = 50
+    """Steps between two comparisons of the weights over the workers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Delta4AsyncExchangeConfig:
+    """As delta4, while the next gradient is computed: every gradient is one update old."""
+
+    type: Literal["delta4_async"]
+    """The exchange has a thread and a process group of its own."""
+    codec: _MatrixCodec = "int4_zstd"
+    """Number format of matrices on the wire."""
+    error_feedback: bool = True
+    """Add what rounding took from a gradient to the next one."""
+    checksum_every_steps: Annotated[int, Field(ge=1)] = 50
+    """Steps between two comparisons of the weights over the workers."""
+    sync_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the run, from its start, in which gradients are not stale."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class AutoExchangeConfig:
+    """The exchange that pays on the links and the computing time at hand."""
+
+    type: Literal["auto"]
+    """Measures both at the start, says what each alternative would cost, and picks one."""
+
+
+ExchangeConfig = Annotated[
+    DenseExchangeConfig | Delta4ExchangeConfig | Delta4AsyncExchangeConfig | AutoExchangeConfig,
+    Field(discriminator="type"),
+]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class TrainResources:
     """Where `train` runs and how it survives failures."""
@@ -230,7 +281,7 @@ class TrainConfig:
     """Global gradient norm that larger ones are scaled down to."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast dtype of matmuls; auto is bf16 where the hardware multiplies bf16, else fp32."""
-    exchange: DenseExchangeConfig = DenseExchangeConfig(type="dense")
+    exchange: ExchangeConfig = DenseExchangeConfig(type="dense")
     resources: TrainResources = TrainResources()
 
     @model_validator(mode="after")

@@ -1,22 +1,42 @@
-"""Exchanging gradients between workers: transports below, strategies above."""
+"""Bringing workers together: codecs and transports below, strategies above."""
 
-from r1ray.config.schema import DenseExchangeConfig
-from r1ray.exchange.base import Exchange, ExchangeStats, StepTotals, Verdict
+from r1ray.config.schema import (
+    AutoExchangeConfig,
+    Delta4AsyncExchangeConfig,
+    DenseExchangeConfig,
+    ExchangeConfig,
+)
+from r1ray.exchange.auto import AutoExchange
+from r1ray.exchange.base import Exchange, ExchangeStats, StepOutcome, StepTotals, Verdict
+from r1ray.exchange.delta4 import DeltaExchange
 from r1ray.exchange.dense import DenseExchange
 from r1ray.exchange.transport import CollectiveTransport, LocalTransport, Transport
+from r1ray.exchange.update_rule import UpdateRule
 
 __all__ = [
     "CollectiveTransport",
     "Exchange",
     "ExchangeStats",
     "LocalTransport",
+    "StepOutcome",
     "StepTotals",
     "Transport",
+    "UpdateRule",
     "Verdict",
     "build_exchange",
 ]
 
 
-def build_exchange(config: DenseExchangeConfig) -> Exchange:
+def build_exchange(config: ExchangeConfig) -> Exchange:
     """The exchange that `train.exchange` asks for."""
-    return DenseExchange(config.dtype)
+    if isinstance(config, AutoExchangeConfig):
+        return AutoExchange(build_exchange)
+    if isinstance(config, DenseExchangeConfig):
+        return DenseExchange(config.dtype)
+    is_async = isinstance(config, Delta4AsyncExchangeConfig)
+    return DeltaExchange(
+        config.codec,
+        error_feedback=config.error_feedback,
+        checksum_every_steps=config.checksum_every_steps,
+        sync_share=config.sync_share if is_async else None,
+    )

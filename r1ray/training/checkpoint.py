@@ -1,12 +1,17 @@
 """Training checkpoints: a model directory plus what else a resumed run needs.
 
-Price: 12 bytes per parameter (weights and two Adam moments in float32).
+Every worker writes its part of the exchange's state, and rank 0 the rest; Ray Train puts the files
+of all workers into one directory.
+
+Price: 4 bytes per parameter for the weights, and what the exchange keeps (dense: 8 for Adam's
+moments; delta4: 12 for the shards of all workers together, and 4 for each worker's residual).
 """
 
 import json
 import pickle
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,19 +25,31 @@ STATE_NAME = "state.pt"
 HISTORY_NAME = "history.json"
 
 
+def exchange_name(rank: int) -> str:
+    """File of one worker's part of the exchange's state."""
+    return f"exchange-{rank:04d}.pt"
+
+
 def save_checkpoint(
-    directory: Path, state: TrainState, history: list[StepRecord], world_size: int
+    directory: Path, state: TrainState, history: list[StepRecord], *, rank: int, world_size: int
 ) -> None:
-    """Write weights, optimizer, exchange state, the data cursor's step, and the history."""
+    """Write this worker's part: rank 0's holds weights, the data cursor's step and the history.
+
+    Nothing may be under way in the exchange: the last step was run with `flush`.
+    """
+    torch.save(state.exchange.state_dict(), directory / exchange_name(rank))
+    if rank != 0:
+        return
     save_model(state.model, directory)
-    torch.save({**state.state_dict(), "world_size": world_size}, directory / STATE_NAME)
+    shared = {**state.shared_state_dict(), "world_size": world_size}
+    torch.save(shared, directory / STATE_NAME)
     records = [asdict(record) for record in history]
     (directory / HISTORY_NAME).write_text(
         json.dumps(records, allow_nan=False) + "\n", encoding="utf-8"
     )
 
 
-def load_checkpoint(directory: Path, state: TrainState, world_size: int) -> list[StepRecord]:
+def load_checkpoint(directory: Path, state: TrainState) -> list[StepRecord]:
     """Put `state` back to the checkpoint in `directory`; returns the history up to it.
 
     Raises:
@@ -40,14 +57,9 @@ def load_checkpoint(directory: Path, state: TrainState, world_size: int) -> list
     """
     stored = load_model(directory).state_dict()
     state.model.load_state_dict(stored)
-    try:
-        values = torch.load(directory / STATE_NAME, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ArtifactError(
-            f"{directory / STATE_NAME}: no readable training state ({type(error).__name__}); "
-            "remove the checkpoint"
-        ) from error
-    state.load_state_dict(values, world_size_changed=values["world_size"] != world_size)
+    shared = _load(directory / STATE_NAME)
+    ranks = range(shared["world_size"])
+    state.load_state_dict(shared, [_load(directory / exchange_name(rank)) for rank in ranks])
     return load_history(directory)
 
 
@@ -58,3 +70,12 @@ def load_history(directory: Path) -> list[StepRecord]:
         return [StepRecord(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error})") from error
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ArtifactError(
+            f"{path}: no readable training state ({type(error).__name__}); remove the checkpoint"
+        ) from error

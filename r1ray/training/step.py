@@ -1,25 +1,21 @@
-"""One optimizer step, free of Ray: accumulate, exchange, clip, AdamW.
+"""One training step, free of Ray: accumulate gradients, exchange.
 
 1. Each of the worker's micro-batches adds the gradient of its summed loss.
-2. The exchange turns the workers' sums into the mean gradient per target token, or says skip.
-3. The global norm is clipped and AdamW steps at the scheduled learning rate. A skipped step counts
-   for nothing: weights, optimizer and schedule stay as they were, only the data goes on.
+2. The exchange turns the workers' sums into updated weights, the same on all of them, or says skip:
+   weights, optimizer and schedule stay as they were, only the data goes on.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import nn
 
 from r1ray.config.schema import TrainConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.errors import ExchangeError
-from r1ray.exchange import Exchange, StepTotals, Transport, Verdict
+from r1ray.exchange import Exchange, StepOutcome, StepTotals, Transport, UpdateRule
 from r1ray.models.decoder import Decoder
 from r1ray.training.loss import summed_loss
 from r1ray.training.precision import Precision, agree_precision, autocast
@@ -31,24 +27,36 @@ __all__ = ["StepRecord", "TrainState", "learning_rate_at"]
 class StepRecord:
     """What one step did, over all workers.
 
+    The first block is of the updates that finished in this step: its own with a synchronous
+    exchange, an earlier one's with an asynchronous one, none at its first step, two where a
+    checkpoint waits for what is under way.
+
     Attributes:
-        loss: mean cross-entropy per target token, in nats; None where it is not finite.
-        grad_norm: before clipping; None where nothing was applied.
+        loss: mean cross-entropy per target token, in nats; None where nothing finished, or where
+            it is not finite.
+        learning_rate, grad_norm: the latter before clipping; None where nothing was applied.
+        was_skipped: a gradient was not finite and nothing was changed.
         precision: number format of the matrix products, the same on all workers.
         seconds: wall time of the step on this worker; exchange_wait_s is the part spent waiting.
-        was_skipped: the gradient was not finite and nothing was changed.
+        sent_bytes, received_bytes: payload of this worker in this step.
+        residual_norm: of the error feedback that this worker keeps.
+        staleness_steps: age of the applied gradient in updates.
     """
 
     step: int
     loss: float | None
-    learning_rate: float
+    learning_rate: float | None
     grad_norm: float | None
     num_tokens: int
     num_targets: int
-    seconds: float
-    exchange_wait_s: float
     was_skipped: bool
     precision: Precision
+    seconds: float
+    exchange_wait_s: float
+    sent_bytes: int
+    received_bytes: int
+    residual_norm: float
+    staleness_steps: int
 
 
 MAX_SKIPS_IN_A_ROW = 3
@@ -64,11 +72,10 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 
 class TrainState:
-    """Model, optimizer and exchange of one worker.
+    """Model and exchange of one worker.
 
     Attributes:
         step: steps done, skipped ones included: the data cursor.
-        num_updates: steps that changed the weights: the schedule's clock.
     """
 
     def __init__(
@@ -77,54 +84,56 @@ class TrainState:
         self.model = model.train()
         self.config = config
         self.step = 0
-        self.num_updates = 0
         self._skips_in_a_row = 0
         self._device = model.model.norm.weight.device
         self._precision = agree_precision(config.precision, self._device, transport)
-        self._parameters = [item for item in model.parameters() if item.requires_grad]
         self.exchange = exchange
-        self.exchange.setup(self._parameters, transport)
-        self.optimizer = _build_optimizer(self._parameters, config)
+        parameters = [item for item in model.parameters() if item.requires_grad]
+        self.exchange.setup(parameters, transport, _build_rule(config))
 
-    def run_step(self, batches: Iterable[MicroBatch]) -> StepRecord:
+    def run_step(self, batches: Iterable[MicroBatch], *, flush: bool = False) -> StepRecord:
         """One step over this worker's micro-batches; every worker calls it equally often.
 
         Args:
             batches: each is used up before the next one is asked for: they may share memory.
+            flush: finish what the exchange has under way, as before a checkpoint.
         Raises:
             ExchangeError: the workers could not be brought together, or the gradient was not finite
                 for several steps in a row.
         """
         started = time.perf_counter()
-        waited = self.exchange.stats().wait_s
-        learning_rate = learning_rate_at(self.num_updates, self.config)
-        self.exchange.on_grads_ready(self._accumulate(batches))
-        verdict, totals = self.exchange.before_step()
-        grad_norm = None
-        if verdict == "apply":
-            grad_norm = float(nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm))
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-            self.num_updates += 1
-        self._count_skips(verdict)
-        self.optimizer.zero_grad(set_to_none=True)
+        before = self.exchange.stats()
+        totals = self._accumulate(batches)
+        outcomes = [self.exchange.step(totals)]
+        if flush:
+            outcomes.append(self.exchange.flush())
+        for outcome in outcomes:
+            self._count_skips(outcome)
         self.step += 1
+        after = self.exchange.stats()
+        applied = [item for item in outcomes if item.verdict == "apply"]
+        num_targets = sum(item.totals.num_targets for item in outcomes)
         return StepRecord(
             step=self.step,
-            loss=_mean_loss(totals),
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            num_tokens=totals.num_tokens,
-            num_targets=totals.num_targets,
-            seconds=time.perf_counter() - started,
-            exchange_wait_s=self.exchange.stats().wait_s - waited,
-            was_skipped=verdict == "skip",
+            loss=_mean_loss(sum(item.totals.loss_sum for item in outcomes), num_targets),
+            learning_rate=applied[-1].learning_rate if applied else None,
+            grad_norm=applied[-1].grad_norm if applied else None,
+            num_tokens=sum(item.totals.num_tokens for item in outcomes),
+            num_targets=num_targets,
+            was_skipped=any(item.verdict == "skip" for item in outcomes),
             precision=self._precision,
+            seconds=time.perf_counter() - started,
+            exchange_wait_s=after.wait_s - before.wait_s,
+            sent_bytes=after.sent_bytes - before.sent_bytes,
+            received_bytes=after.received_bytes - before.received_bytes,
+            residual_norm=after.residual_norm,
+            staleness_steps=after.staleness_steps,
         )
 
-    def _count_skips(self, verdict: Verdict) -> None:
-        self._skips_in_a_row = self._skips_in_a_row + 1 if verdict == "skip" else 0
+    def _count_skips(self, outcome: StepOutcome) -> None:
+        if outcome.verdict == "wait":
+            return
+        self._skips_in_a_row = self._skips_in_a_row + 1 if outcome.verdict == "skip" else 0
         if self._skips_in_a_row == MAX_SKIPS_IN_A_ROW:
             raise ExchangeError(
                 f"the gradient was not finite in {MAX_SKIPS_IN_A_ROW} steps in a row, the last of "
@@ -147,41 +156,33 @@ class TrainState:
             num_tokens += batch.num_tokens
         return StepTotals(loss_sum, num_targets, num_tokens)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights, as tensors and plain values."""
-        return {
-            "step": self.step,
-            "num_updates": self.num_updates,
-            "skips_in_a_row": self._skips_in_a_row,
-            "optimizer": self.optimizer.state_dict(),
-            "exchange": self.exchange.state_dict(),
-        }
+    def shared_state_dict(self) -> dict[str, Any]:
+        """What is the same on every worker, but for the weights: plain values."""
+        return {"step": self.step, "skips_in_a_row": self._skips_in_a_row}
 
-    def load_state_dict(self, state: dict[str, Any], *, world_size_changed: bool) -> None:
-        """Continue from `state_dict`; the model's weights are loaded apart."""
-        self.step = state["step"]
-        self.num_updates = state["num_updates"]
-        self._skips_in_a_row = state["skips_in_a_row"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.exchange.load_state_dict(state["exchange"], world_size_changed=world_size_changed)
+    def load_state_dict(self, shared: dict[str, Any], exchange: Sequence[dict[str, Any]]) -> None:
+        """Continue from a checkpoint; the model's weights are loaded before.
+
+        Args:
+            shared: `shared_state_dict` of any worker.
+            exchange: the exchange states of all workers of the saved run, in rank order.
+        """
+        self.step = shared["step"]
+        self._skips_in_a_row = shared["skips_in_a_row"]
+        self.exchange.load_state_dict(exchange)
 
 
-def _mean_loss(totals: StepTotals) -> float | None:
-    if totals.num_targets == 0 or not math.isfinite(totals.loss_sum):
+def _mean_loss(loss_sum: float, num_targets: int) -> float | None:
+    if num_targets == 0 or not math.isfinite(loss_sum):
         return None
-    return totals.loss_sum / totals.num_targets
+    return loss_sum / num_targets
 
 
-def _build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    matrices = [item for item in parameters if item.dim() >= 2]
-    vectors = [item for item in parameters if item.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+def _build_rule(config: TrainConfig) -> UpdateRule:
+    return UpdateRule(
+        learning_rate_at=lambda update: learning_rate_at(update, config),
+        num_steps=config.num_steps,
         betas=(config.adam_beta1, config.adam_beta2),
-        fused=True,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
     )

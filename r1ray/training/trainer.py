@@ -43,16 +43,17 @@ class _Board:
     def __init__(self) -> None:
         self._resumed_at = 0
         self._last: dict[str, Any] | None = None
+        self._plan: str | None = None
 
     def start(self, step: int) -> None:
         self._resumed_at = step
 
-    def post(self, record: dict[str, Any]) -> None:
-        self._last = record
+    def post(self, record: dict[str, Any], plan: str | None) -> None:
+        self._last, self._plan = record, plan
 
-    def read(self) -> tuple[int, dict[str, Any] | None]:
-        """(the step that training last started from, the latest record)."""
-        return self._resumed_at, self._last
+    def read(self) -> tuple[int, dict[str, Any] | None, str | None]:
+        """(the step that training last started from, the latest record, the exchange's plan)."""
+        return self._resumed_at, self._last, self._plan
 
 
 def train_model(
@@ -133,15 +134,19 @@ def _fit(
     thread = threading.Thread(target=run, name="ray-train-fit", daemon=True)
     thread.start()
     resumed_at = shown = 0
+    shown_plan = None
     while thread.is_alive():
         thread.join(_POLL_S)
         try:
-            started, last = ray.get(board.read.remote(), timeout=10)
+            started, last, plan = ray.get(board.read.remote(), timeout=10)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             continue  # progress is a convenience; training goes on without it
         if started != resumed_at:
             resumed_at = started
             logger.info("resuming after step %d", resumed_at)
+        if plan != shown_plan:
+            shown_plan = plan
+            logger.info("%s", plan)
         if last is not None and last["step"] != shown:
             shown = last["step"]
             on_step(StepRecord(**last))
@@ -190,6 +195,7 @@ def _summarize(history: list[StepRecord]) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_s": sum(record.num_tokens for record in history) / seconds,
         "exchange_wait_share": sum(record.exchange_wait_s for record in history) / seconds,
+        "sent_bytes_per_step": sum(record.sent_bytes for record in history) / len(history),
         "skipped_steps": sum(record.was_skipped for record in history),
         "precision": history[-1].precision,
     }

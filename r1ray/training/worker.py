@@ -1,6 +1,7 @@
 """What one Ray Train worker does: load, resume, step, report, checkpoint.
 
-Rank 0 writes the checkpoints; `ray.train.report` is a barrier: every rank calls it equally often.
+Every worker writes its part of a checkpoint; `ray.train.report` is a barrier: every rank calls it
+equally often.
 """
 
 import itertools
@@ -20,6 +21,7 @@ from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
 from r1ray.models.checkpoint import load_model
 from r1ray.observability.logging import setup_logging
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
+from r1ray.training.metrics import StepMetrics
 from r1ray.training.step import StepRecord, TrainState
 
 __all__ = ["WorkerJob", "run_worker"]
@@ -64,15 +66,22 @@ def run_worker(loop_config: dict[str, Any]) -> None:
         world_size=world_size,
         rank=rank,
     )
+    metrics = StepMetrics(job.name, rank)
     while state.step < job.config.num_steps:
         indices = [index for _, index in itertools.islice(order, per_step // world_size)]
-        record = state.run_step(batches.read(index, buffers) for index in indices)
+        is_saved = _is_saved_after(state.step + 1, job.config)
+        record = state.run_step((batches.read(index, buffers) for index in indices), flush=is_saved)
         history.append(record)
+        metrics.observe(record)
         if rank == 0:
-            job.board.post.remote(asdict(record))
-        is_last = state.step == job.config.num_steps
-        if is_last or state.step % job.config.resources.checkpoint_every_steps == 0:
+            job.board.post.remote(asdict(record), state.exchange.plan)
+        if is_saved:
             _report(state, history, rank, world_size)
+    state.exchange.close()
+
+
+def _is_saved_after(step: int, config: TrainConfig) -> bool:
+    return step == config.num_steps or step % config.resources.checkpoint_every_steps == 0
 
 
 def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[StepRecord]]:
@@ -86,22 +95,20 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
         load_model(base.local_dir, dtype=torch.float32).to(device),
         job.config,
         build_exchange(job.config.exchange),
-        CollectiveTransport() if world_size > 1 else LocalTransport(),
+        CollectiveTransport(timeout_s=job.config.resources.timeout_s)
+        if world_size > 1
+        else LocalTransport(),
     )
     history: list[StepRecord] = []
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
-            history = load_checkpoint(Path(directory), state, world_size)
+            history = load_checkpoint(Path(directory), state)
     return state, BatchSet(prepared.local_dir), history
 
 
 def _report(state: TrainState, history: list[StepRecord], rank: int, world_size: int) -> None:
-    metrics = asdict(history[-1])
-    if rank != 0:
-        ray.train.report(metrics)
-        return
     with tempfile.TemporaryDirectory(prefix="r1ray-checkpoint-") as directory:
-        save_checkpoint(Path(directory), state, history, world_size)
+        save_checkpoint(Path(directory), state, history, rank=rank, world_size=world_size)
         checkpoint = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report(metrics, checkpoint=checkpoint)
+        ray.train.report(asdict(history[-1]), checkpoint=checkpoint)

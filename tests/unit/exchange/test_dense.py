@@ -1,14 +1,10 @@
 """The dense exchange alone, and over two real gloo processes."""
 
-import os
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import nn
 
 from r1ray.config.schema import DenseExchangeConfig
 from r1ray.errors import ExchangeError
@@ -16,158 +12,156 @@ from r1ray.exchange import (
     CollectiveTransport,
     LocalTransport,
     StepTotals,
+    UpdateRule,
     build_exchange,
     dense,
 )
 from r1ray.exchange.dense import DenseExchange
+from tests.unit.exchange.gloo import TIMEOUT_S, run_ranks
+from tests.unit.exchange.problem import (
+    NUM_ROWS,
+    backward,
+    build_parameters,
+    build_rule,
+    rows_of,
+    take_step,
+    values_of,
+)
 
-NUM_ROWS = 8
-
-
-def _parameters() -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((5, 4), (5,), (3, 5), (1,))
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-
-
-def _backward(parameters: list[nn.Parameter], rows: range) -> StepTotals:
-    """Summed squared error of a small network over the given rows of one fixed data set."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(NUM_ROWS, 4, generator=generator)[rows.start : rows.stop]
-    y = torch.randn(NUM_ROWS, 3, generator=generator)[rows.start : rows.stop]
-    first, bias, second, scale = parameters
-    loss = ((torch.tanh(x @ first.t() + bias) @ second.t() * scale - y) ** 2).sum()
-    loss.backward()
-    return StepTotals(loss.item(), num_targets=len(rows), num_tokens=2 * len(rows))
+CONFIGS = {
+    "fp32": DenseExchangeConfig(type="dense"),
+    "nan": DenseExchangeConfig(type="dense"),
+    "bf16": DenseExchangeConfig(type="dense", dtype="bf16"),
+}
 
 
-def _run_worker(rank: int, directory: str) -> None:
-    """Three steps (fp32, NaN on rank 1, bf16); what each left behind goes to a file."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dense._BUCKET_BYTES = 40  # several buckets
-    dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=2)
-    rows = (range(3), range(3, NUM_ROWS))[rank]  # uneven: 3 and 5
+def _run_worker(rank: int, world_size: int) -> dict[str, Any]:
+    """One step of each kind (NaN on rank 1 alone) and what it left behind."""
+    dense._BUCKET_BYTES = 300  # several buckets
     results: dict[str, Any] = {}
-    configs = {
-        "fp32": DenseExchangeConfig(type="dense"),
-        "nan": DenseExchangeConfig(type="dense"),
-        "bf16": DenseExchangeConfig(type="dense", dtype="bf16"),
-    }
-    for name, config in configs.items():
-        parameters = _parameters()
+    for name, config in CONFIGS.items():
+        parameters = build_parameters()
         exchange = build_exchange(config)
-        exchange.setup(parameters, CollectiveTransport())
-        totals = _backward(parameters, rows)
+        transport = CollectiveTransport(timeout_s=TIMEOUT_S)
+        exchange.setup(parameters, transport, build_rule())
+        totals = backward(parameters, rows_of(rank, world_size))
         if name == "nan" and rank == 1:
             gradient = parameters[2].grad
             assert gradient is not None
-            gradient[0, 0] = float("nan")
-        exchange.on_grads_ready(totals)
-        verdict, joint = exchange.before_step()
+            gradient[0, 0] = math.nan
         results[name] = {
-            "verdict": verdict,
-            "totals": vars(joint),
-            "gradients": [parameter.grad for parameter in parameters],
-            "payload_bytes": exchange.stats().payload_bytes,
+            "outcome": exchange.step(StepTotals(**{**vars(totals), "peaks": (float(rank), 0.5)})),
+            "weights": values_of(parameters),
+            "sent_bytes": exchange.stats().sent_bytes,
         }
-    torch.save(results, f"{directory}/rank{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    directory: Path = tmp_path_factory.mktemp("gloo")
-    mp.spawn(_run_worker, args=(str(directory),), nprocs=2)
-    return [torch.load(directory / f"rank{rank}.pt") for rank in (0, 1)]
+def two_ranks() -> list[dict[str, Any]]:
+    return run_ranks(_run_worker, 2)
 
 
-def _joint_gradients() -> tuple[list[torch.Tensor], StepTotals]:
-    parameters = _parameters()
+def _alone(rule: UpdateRule | None = None) -> tuple[list[torch.Tensor], Any]:
+    parameters = build_parameters()
     exchange = DenseExchange()
-    exchange.setup(parameters, LocalTransport())
-    exchange.on_grads_ready(_backward(parameters, range(NUM_ROWS)))
-    verdict, totals = exchange.before_step()
-    assert verdict == "apply"
-    return [parameter.grad for parameter in parameters if parameter.grad is not None], totals
+    exchange.setup(parameters, LocalTransport(), rule or build_rule())
+    outcome = take_step(exchange, parameters, range(NUM_ROWS))
+    return values_of(parameters), outcome
 
 
 def test_two_workers_equal_one_on_the_joint_batch(two_ranks: list[dict[str, Any]]) -> None:
-    expected, totals = _joint_gradients()
+    expected, alone = _alone()
     for result in (rank["fp32"] for rank in two_ranks):
-        assert result["verdict"] == "apply"
-        assert result["totals"]["num_targets"] == NUM_ROWS
-        assert result["totals"]["num_tokens"] == 2 * NUM_ROWS
-        assert result["totals"]["loss_sum"] == pytest.approx(totals.loss_sum, rel=1e-6)
-        for found, gradient in zip(result["gradients"], expected, strict=True):
-            # float32 sums over 8 rows in another order.
-            torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-6)
+        outcome = result["outcome"]
+        assert outcome.verdict == "apply"
+        assert outcome.totals.num_targets == NUM_ROWS
+        assert outcome.totals.num_tokens == 2 * NUM_ROWS
+        assert outcome.totals.loss_sum == pytest.approx(alone.totals.loss_sum, rel=1e-6)
+        assert outcome.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
+        for found, weights in zip(result["weights"], expected, strict=True):
+            # float32 sums over 8 rows in another order, then one Adam step of 0.01.
+            torch.testing.assert_close(found, weights, atol=1e-5, rtol=0)
 
 
 def test_workers_end_with_identical_bits(two_ranks: list[dict[str, Any]]) -> None:
     for name in ("fp32", "bf16"):
-        pairs = zip(two_ranks[0][name]["gradients"], two_ranks[1][name]["gradients"], strict=True)
+        pairs = zip(two_ranks[0][name]["weights"], two_ranks[1][name]["weights"], strict=True)
         assert all(torch.equal(first, second) for first, second in pairs)
 
 
+def test_peaks_are_agreed_by_the_greatest(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        assert rank["fp32"]["outcome"].totals.peaks == (1.0, 0.5)
+
+
 def test_a_nan_on_one_worker_makes_both_skip(two_ranks: list[dict[str, Any]]) -> None:
-    assert [rank["nan"]["verdict"] for rank in two_ranks] == ["skip", "skip"]
+    assert [rank["nan"]["outcome"].verdict for rank in two_ranks] == ["skip", "skip"]
+    for rank in two_ranks:
+        for found, initial in zip(rank["nan"]["weights"], build_parameters(), strict=True):
+            assert torch.equal(found, initial)
 
 
 def test_bf16_errs_by_its_rounding_and_sends_half_the_bytes(
     two_ranks: list[dict[str, Any]],
 ) -> None:
-    expected, _ = _joint_gradients()
-    for found, gradient in zip(two_ranks[0]["bf16"]["gradients"], expected, strict=True):
-        # Each of the two addends and their sum is rounded to 8 bits.
-        assert (found - gradient).norm() <= 3 * 2**-8 * gradient.norm() + 1e-3
-    numel = sum(parameter.numel() for parameter in _parameters())
-    scalars = 3 * 8
+    _, alone = _alone()
     for rank in two_ranks:
-        assert rank["fp32"]["payload_bytes"] == 4 * numel + scalars
-        assert rank["bf16"]["payload_bytes"] == 2 * numel + scalars
+        # Each of the two addends and their sum is rounded to 8 bits.
+        outcome = rank["bf16"]["outcome"]
+        assert outcome.grad_norm == pytest.approx(alone.grad_norm, rel=3 * 2**-8)
+    numel = sum(parameter.numel() for parameter in build_parameters())
+    scalars = 3 * 8 + 2 * 4  # totals, and two peaks gathered
+    for rank in two_ranks:
+        assert rank["fp32"]["sent_bytes"] == 4 * numel + scalars
+        assert rank["bf16"]["sent_bytes"] == 2 * numel + scalars
 
 
 def test_one_worker_alone_divides_by_its_targets() -> None:
-    found, totals = _joint_gradients()
-    parameters = _parameters()
-    _backward(parameters, range(NUM_ROWS))
-    assert totals.num_targets == NUM_ROWS
-    for gradient, parameter in zip(found, parameters, strict=True):
-        assert parameter.grad is not None
-        assert torch.equal(gradient, parameter.grad / NUM_ROWS)
+    _, outcome = _alone()
+    parameters = build_parameters()
+    backward(parameters, range(NUM_ROWS))
+    gradients = [item.grad for item in parameters if item.grad is not None]
+    norm = torch.linalg.vector_norm(torch.cat([item.flatten() for item in gradients]))
+    assert outcome.grad_norm == pytest.approx(float(norm) / NUM_ROWS, rel=1e-6)
+
+
+def test_a_larger_gradient_is_scaled_down_to_the_norm() -> None:
+    parameters = build_parameters()
+    exchange = DenseExchange()
+    exchange.setup(parameters, LocalTransport(), UpdateRule(lambda _: 1e-2, 1, max_grad_norm=1e-3))
+    take_step(exchange, parameters, range(NUM_ROWS))
+    moments = [exchange.optimizer.state[item]["exp_avg"].flatten() for item in parameters]
+    # Adam's first moment after one step is (1 - beta1) times the gradient it saw.
+    seen = torch.linalg.vector_norm(torch.cat(moments)) / (1 - 0.9)
+    assert float(seen) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_a_parameter_without_a_gradient_counts_as_zero() -> None:
-    parameters = _parameters()
+    parameters = build_parameters()
     exchange = DenseExchange()
-    exchange.setup(parameters, LocalTransport())
-    exchange.on_grads_ready(StepTotals(1.0, 2, 4))
-    assert exchange.before_step()[0] == "apply"
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in parameters)
+    exchange.setup(parameters, LocalTransport(), build_rule())
+    outcome = exchange.step(StepTotals(1.0, 2, 4))
+    assert outcome.verdict == "apply"
+    assert outcome.grad_norm == 0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_gradient_that_is_not_finite_is_skipped(value: float) -> None:
-    parameters = _parameters()
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_worker_alone_skips_what_is_not_finite(value: float) -> None:
+    parameters = build_parameters()
     exchange = DenseExchange()
-    exchange.setup(parameters, LocalTransport())
-    totals = _backward(parameters, range(NUM_ROWS))
-    assert parameters[0].grad is not None
-    parameters[0].grad[1, 1] = value
-    exchange.on_grads_ready(totals)
-    assert exchange.before_step()[0] == "skip"
+    exchange.setup(parameters, LocalTransport(), build_rule())
+    totals = backward(parameters, range(NUM_ROWS))
+    assert parameters[1].grad is not None
+    parameters[1].grad[2] = value
+    assert exchange.step(totals).verdict == "skip"
+    assert exchange.num_updates == 0
+    for found, initial in zip(parameters, build_parameters(), strict=True):
+        assert torch.equal(found, initial)
 
 
-def test_no_targets_anywhere_is_an_exchange_error() -> None:
+def test_a_step_without_a_target_is_an_error() -> None:
     exchange = DenseExchange()
-    exchange.setup(_parameters(), LocalTransport())
-    exchange.on_grads_ready(StepTotals(0.0, 0, 10))
+    exchange.setup(build_parameters(), LocalTransport(), build_rule())
     with pytest.raises(ExchangeError, match="no worker had a target token"):
-        exchange.before_step()
-
-
-def test_nothing_needs_to_be_kept_to_resume() -> None:
-    exchange = DenseExchange()
-    assert exchange.state_dict() == {}
-    exchange.load_state_dict({}, world_size_changed=True)
+        exchange.step(StepTotals(0.0, 0, 4))

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import math
@@ -22,8 +23,7 @@ from r1ray.data.batch_writer import BatchWriter
 from r1ray.data.planners import BatchPlanner, FixedBuckets, PackingPlanner
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 from r1ray.errors import ArtifactError, ExchangeError
-from r1ray.exchange import LocalTransport, StepTotals
-from r1ray.exchange.base import Verdict
+from r1ray.exchange import LocalTransport, StepOutcome, StepTotals, UpdateRule
 from r1ray.exchange.dense import DenseExchange
 from r1ray.training.checkpoint import (
     HISTORY_NAME,
@@ -32,7 +32,7 @@ from r1ray.training.checkpoint import (
     load_history,
     save_checkpoint,
 )
-from r1ray.training.step import StepRecord, TrainState, learning_rate_at
+from r1ray.training.step import TrainState, learning_rate_at
 from tests.fakes import tiny_model
 from tests.unit.training.batches import random_batch, split
 
@@ -43,16 +43,17 @@ def _config(**changes: Any) -> TrainConfig:
 
 
 class Recording(DenseExchange):
-    """A dense exchange that keeps a copy of the gradient it hands to the optimizer."""
+    """A dense exchange that keeps a copy of the mean gradient, before clipping."""
 
-    def setup(self, parameters: Any, transport: Any) -> None:
-        super().setup(parameters, transport)
+    def setup(self, parameters: Any, transport: Any, rule: UpdateRule) -> None:
+        super().setup(parameters, transport, rule)
         self.parameters = parameters
 
-    def before_step(self) -> tuple[Verdict, StepTotals]:
-        verdict, totals = super().before_step()
-        self.gradients = [parameter.grad.clone() for parameter in self.parameters]
-        return verdict, totals
+    def step(self, totals: StepTotals) -> StepOutcome:
+        gradients = [parameter.grad.clone() for parameter in self.parameters]
+        outcome = super().step(totals)
+        self.gradients = [gradient / outcome.totals.num_targets for gradient in gradients]
+        return outcome
 
 
 class Worker(TrainState):
@@ -172,7 +173,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count() -> None:
     weights = _weights(state)
     moments = [
         {name: value.clone() for name, value in moment.items()}
-        for moment in state.optimizer.state.values()
+        for moment in state.exchange.optimizer.state.values()
     ]
     hook = state.model.lm_head.register_forward_hook(lambda *arguments: arguments[2] * math.nan)
     record = state.run_step([batch])
@@ -181,7 +182,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count() -> None:
     assert record.step == state.step == 2
     assert record.loss is record.grad_norm is None
     assert _is_equal(_weights(state), weights)
-    for before, after in zip(moments, state.optimizer.state.values(), strict=True):
+    for before, after in zip(moments, state.exchange.optimizer.state.values(), strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
     following = state.run_step([batch])
     assert not following.was_skipped
@@ -211,7 +212,7 @@ def test_gradients_are_clipped_to_the_global_norm() -> None:
             state.exchange.gradients,
             strict=True,
         ):
-            seen = state.optimizer.state[parameter]["exp_avg"] / (1 - 0.9)
+            seen = state.exchange.optimizer.state[parameter]["exp_avg"] / (1 - 0.9)
             torch.testing.assert_close(seen, gradient * factor, atol=1e-6, rtol=1e-3)
 
 
@@ -228,7 +229,7 @@ def test_tied_embeddings_are_trained_once() -> None:
     state = _state(tie_embeddings=True)
     state.run_step([random_batch(4, 16, seed=0)])
     assert state.model.lm_head.weight is state.model.model.embed_tokens.weight
-    assert len(state.optimizer.state) == len(list(state.model.parameters()))
+    assert len(state.exchange.optimizer.state) == len(list(state.model.parameters()))
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
@@ -252,7 +253,7 @@ def test_each_step_uses_the_scheduled_learning_rate() -> None:
     for step in range(6):
         expected = learning_rate_at(step, state.config)
         assert state.run_step([batch]).learning_rate == expected
-        assert {group["lr"] for group in state.optimizer.param_groups} == {expected}
+        assert {group["lr"] for group in state.exchange.optimizer.param_groups} == {expected}
 
 
 def _batches(step: int) -> list[MicroBatch]:
@@ -268,10 +269,10 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 
     killed = _state(tie_embeddings=tie_embeddings)
     history = [killed.run_step(_batches(step)) for step in range(3)]
-    save_checkpoint(tmp_path, killed, history, world_size=1)
+    save_checkpoint(tmp_path, killed, history, rank=0, world_size=1)
 
     resumed = _state(seed=5, tie_embeddings=tie_embeddings)  # other weights, to be overwritten
-    history = load_checkpoint(tmp_path, resumed, world_size=1)
+    history = load_checkpoint(tmp_path, resumed)
     assert resumed.step == 3
     history += [resumed.run_step(_batches(step)) for step in range(3, 8)]
 
@@ -287,34 +288,37 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 
 def test_the_history_survives_skipped_steps(tmp_path: Path) -> None:
     state = _state()
+    record = state.run_step(_batches(0))
     history = [
-        StepRecord(1, None, 1e-3, None, 10, 5, 0.1, 0.0, was_skipped=True, precision="fp32"),
-        StepRecord(2, 1.5, 1e-3, 0.7, 10, 5, 0.1, 0.0, was_skipped=False, precision="fp32"),
+        dataclasses.replace(record, loss=None, grad_norm=None, was_skipped=True),
+        record,
     ]
-    save_checkpoint(tmp_path, state, history, world_size=1)
+    save_checkpoint(tmp_path, state, history, rank=0, world_size=1)
     first, second = load_history(tmp_path)
     assert first.was_skipped
     assert first.loss is None
     assert second == history[1]
 
 
-@pytest.mark.parametrize("name", [STATE_NAME, HISTORY_NAME, "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", [STATE_NAME, HISTORY_NAME, "model.safetensors", "exchange-0000.pt"]
+)
 @pytest.mark.parametrize("contents", [None, b"", b"garbage", b"PK\x03\x04half a zip"])
 def test_a_damaged_checkpoint_is_named(name: str, contents: bytes | None, tmp_path: Path) -> None:
     state = _state()
-    save_checkpoint(tmp_path, state, [], world_size=1)
+    save_checkpoint(tmp_path, state, [], rank=0, world_size=1)
     (tmp_path / name).unlink()
     if contents is not None:
         (tmp_path / name).write_bytes(contents)
     with pytest.raises(ArtifactError, match=name.split(".")[0]):
-        load_checkpoint(tmp_path, state, world_size=1)
+        load_checkpoint(tmp_path, state)
 
 
 def test_a_truncated_state_is_named(tmp_path: Path) -> None:
     state = _state()
     state.run_step(_batches(0))
-    save_checkpoint(tmp_path, state, [], world_size=1)
+    save_checkpoint(tmp_path, state, [], rank=0, world_size=1)
     data = (tmp_path / STATE_NAME).read_bytes()
     (tmp_path / STATE_NAME).write_bytes(data[: len(data) // 2])
     with pytest.raises(ArtifactError, match=STATE_NAME):
-        load_checkpoint(tmp_path, state, world_size=1)
+        load_checkpoint(tmp_path, state)

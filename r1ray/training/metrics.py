@@ -1,0 +1,38 @@
+"""Step records as Ray metrics: for Prometheus, and the dashboard on top of it."""
+
+from ray.util.metrics import Counter, Gauge
+
+from r1ray.observability.metrics import TRAIN_METRICS
+from r1ray.training.step import StepRecord
+
+__all__ = ["StepMetrics"]
+
+_TAGS = ("run", "rank")
+
+
+class StepMetrics:
+    """One worker's metrics.
+
+    Args:
+        run: the run's name.
+    """
+
+    def __init__(self, run: str | None, rank: int) -> None:
+        tags = {"run": run or "", "rank": str(rank)}
+        self._metrics: list[tuple[str, Counter | Gauge]] = []
+        for metric in TRAIN_METRICS:
+            kind = Counter if metric.kind == "counter" else Gauge
+            exported = kind(metric.name, description=metric.description, tag_keys=_TAGS)
+            exported.set_default_tags(tags)
+            self._metrics.append((metric.field, exported))
+
+    def observe(self, record: StepRecord) -> None:
+        """Export what one step did; what it did not have keeps its last value."""
+        for field, metric in self._metrics:
+            value = getattr(record, field)
+            if value is None:
+                continue
+            if isinstance(metric, Gauge):
+                metric.set(value)
+            elif value > 0:
+                metric.inc(value)

@@ -1,0 +1,87 @@
+"""`auto` measures, chooses and hands over, over two real gloo processes on loopback."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from r1ray.config.schema import AutoExchangeConfig
+from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
+from tests.unit.exchange.gloo import TIMEOUT_S, run_ranks
+from tests.unit.exchange.problem import (
+    NUM_ROWS,
+    build_parameters,
+    build_rule,
+    rows_of,
+    take_step,
+    values_of,
+)
+
+AUTO = AutoExchangeConfig(type="auto")
+
+
+def _train(rank: int, world_size: int) -> dict[str, Any]:
+    parameters = build_parameters()
+    exchange = build_exchange(AUTO)
+    exchange.setup(parameters, CollectiveTransport(timeout_s=TIMEOUT_S), build_rule(6))
+    outcomes = [take_step(exchange, parameters, rows_of(rank, world_size)) for _ in range(6)]
+    outcomes.append(exchange.flush())
+    result = {
+        "outcomes": outcomes,
+        "plan": exchange.plan,
+        "weights": values_of(parameters),
+        "state": exchange.state_dict(),
+        "stats": exchange.stats(),
+    }
+    exchange.close()
+    return result
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[str, Any]]:
+    return run_ranks(_train, 2)
+
+
+def test_all_workers_choose_the_same_and_say_why(runs: list[dict[str, Any]]) -> None:
+    assert runs[0]["plan"] == runs[1]["plan"]
+    assert runs[0]["state"]["config"] == runs[1]["state"]["config"]
+    assert f"-> {runs[0]['state']['config']['type']}" in runs[0]["plan"]
+
+
+def test_the_first_update_covers_the_timed_steps_as_well(runs: list[dict[str, Any]]) -> None:
+    for run in runs:
+        assert [item.verdict for item in run["outcomes"][:2]] == ["wait", "wait"]
+        done = [item for item in run["outcomes"] if item.verdict == "apply"]
+        assert done[0].totals.num_targets == 3 * NUM_ROWS
+        assert sum(item.totals.num_targets for item in done) == 6 * NUM_ROWS
+
+
+def test_workers_end_with_identical_bits(runs: list[dict[str, Any]]) -> None:
+    pairs = zip(runs[0]["weights"], runs[1]["weights"], strict=True)
+    assert all(torch.equal(first, second) for first, second in pairs)
+
+
+def test_an_early_checkpoint_hastens_the_choice_and_loses_nothing() -> None:
+    parameters = build_parameters()
+    exchange = build_exchange(AUTO)
+    exchange.setup(parameters, LocalTransport(), build_rule(6))
+    assert take_step(exchange, parameters, range(NUM_ROWS)).verdict == "wait"
+    outcome = exchange.flush()
+    assert outcome.verdict == "apply"
+    assert outcome.totals.num_targets == NUM_ROWS
+    assert exchange.state_dict()["config"]["type"] == "dense"  # one worker
+
+
+def test_a_resumed_run_goes_on_with_what_was_chosen(runs: list[dict[str, Any]]) -> None:
+    parameters = build_parameters()
+    for parameter, value in zip(parameters, runs[0]["weights"], strict=True):
+        parameter.data.copy_(value)
+    exchange = build_exchange(AUTO)
+    exchange.setup(parameters, LocalTransport(), build_rule(9))
+    exchange.load_state_dict([run["state"] for run in runs])
+    assert exchange.num_updates == 4
+    take_step(exchange, parameters, range(NUM_ROWS))
+    exchange.flush()
+    assert exchange.num_updates == 5
+    assert exchange.state_dict()["config"] == runs[0]["state"]["config"]
+    exchange.close()

@@ -1,0 +1,78 @@
+import pytest
+
+from r1ray.exchange.planner import (
+    Measurements,
+    candidates,
+    choose,
+    describe_plan,
+    estimate,
+)
+
+MBIT = 1e6 / 8
+
+
+def _measured(
+    rate_mbit: float,
+    *,
+    compute_s: float = 0.1,
+    world_size: int = 4,
+    num_parameters: int = 2_000_000,
+) -> Measurements:
+    return Measurements(
+        num_parameters=num_parameters,
+        world_size=world_size,
+        compute_s=compute_s,
+        link_rate=rate_mbit * MBIT,
+        codec_rate=1e8,
+    )
+
+
+def _choice(measured: Measurements) -> str:
+    config = choose([estimate(config, measured) for config in candidates()]).config
+    return f"{config.type} {getattr(config, 'dtype', '')}".strip()
+
+
+def test_dense_costs_twice_the_shares_of_all_others_in_bytes() -> None:
+    dense = estimate(candidates()[0], _measured(200))
+    assert dense.sent_bytes == pytest.approx(2 * 3 / 4 * 4 * 2_000_000)
+    assert dense.step_s == pytest.approx(0.1 + 12e6 / 25e6)
+
+
+def test_bf16_sends_half_and_delta4_a_ninth() -> None:
+    dense, bf16, delta4, stale = (estimate(item, _measured(200)) for item in candidates())
+    assert bf16.sent_bytes == pytest.approx(dense.sent_bytes / 2)
+    assert delta4.sent_bytes == pytest.approx(dense.sent_bytes / 9)
+    assert stale.sent_bytes == delta4.sent_bytes
+
+
+def test_the_asynchronous_form_waits_for_the_longer_of_computing_and_sending() -> None:
+    stale = candidates()[-1]
+    coding_s = 2 * 2e6 / 1e8
+    assert estimate(stale, _measured(200)).step_s == pytest.approx(0.1 + coding_s)
+    slow = _measured(20)
+    assert estimate(stale, slow).step_s == pytest.approx(coding_s + 12e6 / 9 / 2.5e6)
+
+
+@pytest.mark.parametrize(
+    ("rate_mbit", "choice"),
+    [(100_000, "dense fp32"), (6000, "dense bf16"), (200, "delta4_async")],
+)
+def test_slower_links_ask_for_more_compression(rate_mbit: float, choice: str) -> None:
+    assert _choice(_measured(rate_mbit)) == choice
+
+
+def test_where_computing_takes_longest_nothing_is_approximated() -> None:
+    assert _choice(_measured(200, compute_s=60)) == "dense fp32"
+
+
+def test_one_worker_needs_no_exchange() -> None:
+    assert _choice(_measured(1, world_size=1)) == "dense fp32"
+
+
+def test_the_plan_says_what_each_alternative_costs_and_which_was_picked() -> None:
+    measured = _measured(200)
+    plan = describe_plan(measured, [estimate(config, measured) for config in candidates()])
+    assert "200 Mbit/s" in plan
+    assert plan.count("s a step,") == len(candidates())
+    assert "-> delta4_async" in plan
+    assert "dense bf16" in plan
