@@ -10,6 +10,7 @@ and the global number of target tokens known to it for free, where r1ray's arms 
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -21,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from r1ray.config.schema import TrainConfig
 from r1ray.data.batch_set import MicroBatch
-from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
+from r1ray.exchange import CollectiveTransport, LocalTransport, UpdateRule, build_exchange
 from r1ray.models import Decoder
 from r1ray.training.loss import summed_loss
-from r1ray.training.step import TrainState, build_update_rule
+from r1ray.training.step import TrainState, learning_rate_at
 
 __all__ = ["DDP_PREFIX", "ArmRunner", "build_arm"]
 
@@ -90,7 +91,13 @@ class _SummedLoss(nn.Module):
 class _DdpRunner:
     def __init__(self, arm: str, model: Decoder, config: TrainConfig) -> None:
         self._parameters = list(model.parameters())
-        self._rule = build_update_rule(config)
+        self._rule = UpdateRule(
+            functools.partial(learning_rate_at, config=config),
+            num_steps=config.num_steps,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        )
         self._optimizer = self._rule.build_optimizer(
             [item for item in self._parameters if item.dim() >= 2],
             [item for item in self._parameters if item.dim() < 2],

@@ -5,6 +5,7 @@ follow one another, so that the two timings of a ratio are taken close together.
 order, the loss's normalisation, clipping, AdamW and its schedule are the same on all arms.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,9 +47,9 @@ ARMS = {
     "dense": Arm({"type": "dense"}),
     "delta4": Arm({"type": "delta4"}),
     "delta4_async": Arm({"type": "delta4_async"}),
-    "stream": Arm({"type": "stream", "local_steps": 20}),
-    "stream_h50": Arm({"type": "stream", "local_steps": 50}),
-    "stream_h100": Arm({"type": "stream", "local_steps": 100}),
+    "stream": Arm({"type": "stream", "local_steps": 20, "tail_share": 0.02}),
+    "stream_h50": Arm({"type": "stream", "local_steps": 50, "tail_share": 0.01}),
+    "stream_h100": Arm({"type": "stream", "local_steps": 100, "tail_share": 0.01}),
     "alone": Arm({"type": "dense"}),  # every worker by itself: the time of computing
 }
 SYNCHRONOUS_ARMS = ("ddp_fp32", "ddp_bf16", "ddp_powersgd", "dense", "delta4")
@@ -84,6 +85,12 @@ class Cell:
     eval_every: int = 0
     cap_s: float = 900.0
     model: ModelName = "small"
+
+    @property
+    def streaming_steps(self) -> int:
+        """Steps before the synchronous tail of `stream`; 0 with the other arms."""
+        tail_share = (ARMS[self.arm].exchange or {}).get("tail_share", 1.0)
+        return self.num_steps - math.floor(tail_share * self.num_steps)
 
     @property
     def name(self) -> str:

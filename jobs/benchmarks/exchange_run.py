@@ -85,6 +85,7 @@ def summarize(
     return {
         **dataclasses.asdict(cell),
         "steps_done": num_steps,
+        "streaming_steps": cell.streaming_steps,
         "seconds": first.ended_s[-1],
         "step_s": first.ended_s[-1] / num_steps,
         "waited_share": sum(waits) / len(results) / first.ended_s[-1] if waits else None,
