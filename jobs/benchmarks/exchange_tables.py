@@ -136,13 +136,23 @@ def _render_line(results: Results, cells: Results, steady: set[str]) -> str:
     waited = "" if None in waits else f"{100 * statistics.median(waits):.0f}%"
     rate = "unlimited" if first["rate_mbit"] is None else first["rate_mbit"]
     is_capped = any(cell["steps_done"] < cell["num_steps"] for cell in cells)
-    steps = f"{first['num_steps']}{' (capped)' if is_capped else ''}"
-    return (
-        f"| {first['part']} | {first['model']} | {first['num_workers']} | {rate} | "
-        f"{first['arm']} | {len(cells)} | {steps} | {median('step_s'):.3f} | {computing} | "
-        f"{waited} | {median('sent_per_step') / 1e6:.4g} | {_render_time(results, cells, steady)} | "
-        f"{median('final_loss'):.4f} | {median('accuracy'):.2f} |"
-    )
+    columns = [
+        first["part"],
+        first["model"],
+        first["num_workers"],
+        rate,
+        first["arm"],
+        len(cells),
+        f"{first['num_steps']}{' (capped)' if is_capped else ''}",
+        f"{median('step_s'):.3f}",
+        computing,
+        waited,
+        f"{median('sent_per_step') / 1e6:.4g}",
+        _render_time(results, cells, steady),
+        f"{median('final_loss'):.4f}",
+        f"{median('accuracy'):.2f}",
+    ]
+    return f"| {' | '.join(map(str, columns))} |"
 
 
 def _render_time(results: Results, cells: Results, steady: set[str]) -> str:
