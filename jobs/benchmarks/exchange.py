@@ -135,8 +135,10 @@ def _measure_links() -> dict[str, Any]:
 def _describe(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"failed: {result['error']}"
-    return (
+    speed = (
         f"{result['steps_done']} steps, {result['step_s']:.3f} s and "
-        f"{result['sent_per_step'] / 1e6:.3f} MB sent a step, loss {result['final_loss']:.4f}, "
-        f"accuracy {result['accuracy']:.2f}"
+        f"{result['sent_per_step'] / 1e6:.3f} MB sent a step"
     )
+    if result["final_loss"] is None:
+        return speed
+    return f"{speed}, loss {result['final_loss']:.4f}, accuracy {result['accuracy']:.2f}"

@@ -72,7 +72,8 @@ class Cell:
     Attributes:
         rate_mbit: of every link, each way; None for unlimited ones.
         num_steps: of the schedule; an arm's `steps_factor` is applied.
-        eval_every: steps between the weights that are kept for validation; 0 keeps the last only.
+        eval_every: steps between the weights that are kept for validation, the last ones always
+            among them; 0 judges none.
         cap_s: the run ends early after so many seconds.
     """
 
@@ -161,7 +162,7 @@ def plan_cells(part: str) -> list[Cell]:
         return [
             *small,
             *(
-                _build("quality", arm, 2, None, 0, 30, model="smollm2", cap_s=1200)
+                _build("quality", arm, 2, None, 0, 30, eval_every=30, model="smollm2", cap_s=1200)
                 for arm in ("dense", "delta4", "delta4_async")
             ),
         ]

@@ -65,6 +65,8 @@ class CellRunner:
                 for rank in range(cell.num_workers)
             ]
             snapshots = torch.load(out_dir / SNAPSHOTS_NAME)
+        if not snapshots:
+            return summarize(cell, results)
         evaluator = self._evaluator(cell.model)
         losses = [evaluator.loss(weights) for weights in snapshots]
         return summarize(cell, results, losses, evaluator.accuracy(snapshots[-1]))
@@ -76,9 +78,16 @@ class CellRunner:
 
 
 def summarize(
-    cell: Cell, results: Sequence[WorkerResult], losses: Sequence[float], accuracy: float
+    cell: Cell,
+    results: Sequence[WorkerResult],
+    losses: Sequence[float] = (),
+    accuracy: float | None = None,
 ) -> dict[str, Any]:
-    """The figures of a cell: of rank 0's clock, and means over the workers."""
+    """The figures of a cell: of rank 0's clock, and means over the workers.
+
+    Args:
+        losses, accuracy: of the weights that were kept, and of the last of them.
+    """
     first = results[0]
     num_steps = len(first.ended_s)
     waits = [value for item in results for value in item.waited_s if value is not None]
@@ -97,7 +106,7 @@ def summarize(
             {"step": step, "seconds": first.ended_s[step - 1], "loss": loss}
             for step, loss in zip(first.kept, losses, strict=True)
         ],
-        "final_loss": losses[-1],
+        "final_loss": losses[-1] if losses else None,
         "accuracy": accuracy,
         "digest": first.digest,
         "has_equal_weights": len({item.digest for item in results}) == 1,

@@ -149,8 +149,8 @@ def _render_line(results: Results, cells: Results, steady: set[str]) -> str:
         waited,
         f"{median('sent_per_step') / 1e6:.4g}",
         _render_time(results, cells, steady),
-        f"{median('final_loss'):.4f}",
-        f"{median('accuracy'):.2f}",
+        "" if first["final_loss"] is None else f"{median('final_loss'):.4f}",
+        "" if first["accuracy"] is None else f"{median('accuracy'):.2f}",
     ]
     return f"| {' | '.join(map(str, columns))} |"
 

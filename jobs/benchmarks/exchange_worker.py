@@ -149,8 +149,7 @@ def _train(
         result.waited_s.append(waited_s)
         result.sent.append(passed.sent - before.sent)
         result.received.append(passed.received - before.received)
-        is_kept = number == num_steps or (cell.eval_every and number % cell.eval_every == 0)
-        if rank == 0 and is_kept:
+        if rank == 0 and _is_kept(number, num_steps, cell.eval_every):
             result.kept.append(number)
             snapshots.append([parameter.detach().clone() for parameter in model.parameters()])
         if number >= num_steps:
@@ -160,6 +159,10 @@ def _train(
             partial.write_text(str(number + _STOP_MARGIN))
             partial.rename(stop_path)
     return snapshots
+
+
+def _is_kept(number: int, num_steps: int, eval_every: int) -> bool:
+    return eval_every > 0 and (number == num_steps or number % eval_every == 0)
 
 
 def _warm_up(model: Decoder, batch: MicroBatch) -> None:
