@@ -83,8 +83,6 @@ class AutoExchange(Exchange):
             self._sums = [gradient.clone() for gradient in gradients]
         else:
             torch._foreach_add_(self._sums, gradients)
-        for parameter in self._parameters:
-            parameter.grad = None
 
     def _take_gradients_back(self) -> None:
         assert self._sums is not None, "there were timed steps"
