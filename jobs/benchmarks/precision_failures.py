@@ -15,7 +15,7 @@ that of the fp32 arm on the same data, under the same provocation.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -60,7 +60,7 @@ class ScaledGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.factor, None
 
 
@@ -100,7 +100,7 @@ class Provocation:
 
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:
-    return ScaledGradient.apply(x, factor)  # type: ignore[no-any-return]
+    return ScaledGradient.apply(x, factor)
 
 
 def run_failure(failure: Failure, arm: Arm, num_steps: int = NUM_STEPS) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def run_failure(failure: Failure, arm: Arm, num_steps: int = NUM_STEPS) -> dict[
     }
 
 
-def has_survived(run: dict[str, Any], reference: dict[str, Any]) -> bool:
+def has_survived(run: Mapping[str, Any], reference: Mapping[str, Any]) -> bool:
     """The definition above; `reference` is the fp32 arm's run."""
     if run["error"] is not None or not run["is_finite"] or run["final_loss"] is None:
         return False
