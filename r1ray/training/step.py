@@ -134,7 +134,6 @@ class TrainState:
         )
 
     def _accumulate(self, batches: Iterable[MicroBatch]) -> StepTotals:
-        self.model.zero_grad(set_to_none=True)  # what the exchange left there is void
         loss_sum, num_targets, num_tokens = 0.0, 0, 0
         for batch in batches:
             moved = dataclasses.replace(
