@@ -234,7 +234,7 @@ class DeltaExchange(Exchange):
     def _compare_weights(self) -> None:
         """Let the owners' weights replace those that differ between workers."""
         started = time.perf_counter()
-        checksum = zlib.crc32(memoryview(self._flat.gather().cpu().numpy()))
+        checksum = zlib.crc32(self._flat.gather().cpu().numpy().tobytes())
         checksums = self._transport.all_gather(torch.tensor(checksum)).tolist()
         if len(set(checksums)) > 1:
             logger.warning(

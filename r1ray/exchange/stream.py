@@ -223,7 +223,7 @@ class StreamExchange(Exchange):
         """Raise ExchangeError if they differ between workers. Also a barrier."""
         checksum = 0
         for copy in self._copies:
-            checksum = zlib.crc32(memoryview(copy.global_E.numpy()), checksum)
+            checksum = zlib.crc32(copy.global_E.numpy().tobytes(), checksum)
         started = time.monotonic()
         checksums = self._control.all_gather(torch.tensor([checksum])).flatten().tolist()
         self._wait_s += time.monotonic() - started
