@@ -128,6 +128,7 @@ class WorkerSpec:
 
 def plan_cells(part: str) -> list[Cell]:
     """The cells of one part, in the order in which they run."""
+    arms: tuple[str, ...]
     if part == "headline":
         return [
             _build("headline", arm, 4, rate, seed, 150, eval_every=5)

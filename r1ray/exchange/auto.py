@@ -124,7 +124,8 @@ class AutoExchange(Exchange):
         return chosen.flush() if outcome.verdict == "wait" else outcome
 
     def state_dict(self) -> dict[str, Any]:
-        assert self._chosen is not None and self._config is not None, "flush comes first"
+        assert self._chosen is not None, "flush comes first"
+        assert self._config is not None, "it is set with the choice"
         config = TypeAdapter(ExchangeConfig).dump_python(self._config)
         return {"config": config, "chosen": self._chosen.state_dict()}
 
