@@ -129,14 +129,14 @@ def build_model(model: ModelName, task_dir: Path, base_dir: Path, seed: int) -> 
 
 
 def build_small_model(vocab_size: int, seed: int) -> Decoder:
-    """SmolLM2's shape at a third of its width and 3 layers: 1.2 million parameters + embeddings."""
+    """SmolLM2's shape at a third of its width and 4 layers: 1.6 million parameters + embeddings."""
     width = 192
     config = ModelConfig(
         family="llama",
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=512,
-        num_layers=3,
+        num_layers=4,
         num_heads=6,
         num_kv_heads=2,
         head_dim=32,

@@ -29,7 +29,7 @@ def test_a_link_holds_a_bulk_transfer_to_its_rate_and_counts_every_frame() -> No
     assert 170 < rate < 205
     sent = after.sent - before.sent
     assert 1.03 < 8e-6 * sent / rate < 1.3  # a second and the drain of buffers, 54 of 1514 headers
-    assert 0.97 * sent < received <= sent
+    assert received == pytest.approx(sent, rel=0.02)  # drops in between; ARP of the switch
 
 
 def test_what_a_worker_receives_from_several_is_limited_too() -> None:
