@@ -44,9 +44,9 @@ KINDS: dict[str, tuple[Failure, ...]] = {
     "wide range": ("wide_activations", "wide_gradients"),
 }
 """The four kinds; one is survived if all its forms are."""
-NUM_STEPS, ONSET = 240, 60
+NUM_STEPS, ONSET = 400, 60
 PATIENCE = (10, 60)
-VOCAB_SIZE, WIDTH, NUM_LAYERS, ROWS, TOKENS = 64, 64, 3, 8, 32
+VOCAB_SIZE, WIDTH, NUM_LAYERS, ROWS, TOKENS = 16, 32, 3, 8, 32
 LAYER = 1  # where it happens
 MAX_LOSS_RATIO = 1.02
 
@@ -111,7 +111,7 @@ def run_failure(failure: Failure, arm: Arm, num_steps: int = NUM_STEPS) -> dict[
     )
     config = TrainConfig(
         num_steps=num_steps,
-        learning_rate=5e-3,
+        learning_rate=2e-2,
         precision="fp32" if arm == "fp32" else "fp16",
         precision_policy="none",
     )
