@@ -1,7 +1,7 @@
 """Provoked failures: what each arm does with them in fp16 autocast on a CPU.
 
-Each failure is caused in the model and leaves the training problem as it is: in fp32 it learns the
-same with the provocation as without it (but for the one batch that is lost). An arm *survives* if
+Each failure is caused in the model, in a way that does fp32 no harm: the function that it computes
+stays the same, but for one batch, and Adam undoes the scale of gradients. An arm *survives* if
 training runs to its end, all weights are finite, and its loss on held-out text is at most 2% above
 that of the fp32 arm on the same data, under the same provocation.
 

@@ -109,7 +109,7 @@ class RangeMeter:
     def measure(self) -> list[GroupRange]:
         """What this worker's gradients show; they are left as they are. Outputs count once."""
         gradients = [_gradient(parameter) for parameter in self._parameters]
-        amax_P = torch.stack(torch._foreach_norm(gradients, math.inf))
+        amax_P = _largest(gradients)
         amax_G = amax_P.new_zeros(len(self._groups))
         amax_G.scatter_reduce_(0, self._group_P, amax_P, "amax")
         samples_GM = self._sample(gradients)
@@ -193,6 +193,19 @@ def _plan_strides(group: TensorGroup) -> list[int]:
             stride += 1
         strides.append(stride)
     return strides
+
+
+def _largest(gradients: list[Tensor]) -> Tensor:
+    """The largest |g| of each tensor, NaN if one is: [P].
+
+    On a CPU `aminmax` is vectorized and the norm is not (20 times slower); on CUDA the norm is one
+    kernel for many tensors.
+    """
+    if gradients[0].is_cuda:
+        return torch.stack(torch._foreach_norm(gradients, math.inf))
+    bounds = [torch.aminmax(gradient) for gradient in gradients]
+    lowest = torch.stack([bound.min for bound in bounds])
+    return torch.maximum(-lowest, torch.stack([bound.max for bound in bounds]))
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
