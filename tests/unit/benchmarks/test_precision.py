@@ -62,14 +62,14 @@ def test_all_arms_take_the_same_steps_and_the_controller_promotes_and_demotes() 
 
 
 @pytest.mark.parametrize("failure", ["underflow", "wide_gradients"])
-def test_in_fp32_a_provocation_leaves_the_problem_as_it_is(failure: Any) -> None:
+def test_in_fp32_a_provocation_does_no_harm(failure: Any) -> None:
     untouched = run_failure("nan", "fp32", num_steps=20)  # which begins later
     run = run_failure(failure, "fp32", num_steps=20)
     for result in (untouched, run):
         assert result["error"] is None
         assert result["num_updates"] == 20
-    assert untouched["final_loss"] < math.log(64) - 0.1  # it learns
-    assert run["final_loss"] == pytest.approx(untouched["final_loss"], rel=2e-3)
+    assert untouched["final_loss"] < math.log(16) - 0.1  # it learns
+    assert run["final_loss"] < 1.01 * untouched["final_loss"]
 
 
 def _run(**changes: Any) -> dict[str, Any]:
