@@ -16,7 +16,7 @@ from pathlib import Path
 from jobs.benchmarks.links import why_unavailable
 from r1ray.errors import R1RayError
 
-PARTS = ("links", "headline", "grid", "bytes", "quality", "smollm2")
+PARTS = ("links", "faults", "headline", "grid", "bytes", "quality", "smollm2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

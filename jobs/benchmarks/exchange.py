@@ -1,6 +1,7 @@
 """The exchange benchmark: its cells, each stored when it has been measured, and the record."""
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from jobs.benchmarks.exchange_data import build_task
 from jobs.benchmarks.exchange_report import build_rows
 from jobs.benchmarks.exchange_run import CellRunner
 from jobs.benchmarks.exchange_tables import write_report
+from jobs.benchmarks.faults import measure_faults
 from jobs.benchmarks.links import measure_rate, shaped_network
 from r1ray.errors import ExchangeError
 from r1ray.evaluation.record import build_record, describe_circumstances, write_json
@@ -20,7 +22,6 @@ from r1ray.models.base import import_base, resolve_source
 __all__ = ["ExchangeBenchmark"]
 
 _TARGET = Path("docs/benchmarks")
-_FAULTS_NAME = "faults.json"
 _LINK_SECONDS = 3.0
 
 
@@ -40,6 +41,8 @@ class ExchangeBenchmark:
         """Measure what is missing of `parts`; False where the budget ended before they did."""
         if "links" in parts:
             self._once("links", _measure_links)
+        if "faults" in parts:
+            self._once("faults", self._measure_faults)
         cells = [cell for part in PARTS if part in parts for cell in plan_cells(part)]
         missing = [cell for cell in cells if not self._is_done(cell)]
         for number, cell in enumerate(missing, start=1):
@@ -63,9 +66,8 @@ class ExchangeBenchmark:
                 raise ExchangeError(f"{cell.name} was not measured; run the benchmark again")
             results.append(self._read(cell.name))
         links = self._once("links", _measure_links)
-        faults_path = self._work / _FAULTS_NAME
-        faults = json.loads(faults_path.read_text()) if faults_path.exists() else {}
-        rows = build_rows(results, links, faults)
+        faults = self._once("faults", self._measure_faults)
+        rows = build_rows(results, links, faults["recovery_s"])
         circumstances = describe_circumstances()
         circumstances["commits_of_cells"] = sorted({str(item["commit"]) for item in results})
         circumstances["cells"] = [
@@ -82,14 +84,22 @@ class ExchangeBenchmark:
 
     def _run_cell(self, cell: Cell) -> dict[str, Any]:
         """The cell's figures, stored; or its error, stored to be seen, and tried again later."""
-        if self._runner is None:
-            self._runner = CellRunner(self._task_dir(), self._base_dir())
         try:
-            result = self._runner.run(cell)
+            result = self._cell_runner().run(cell)
         except ExchangeError as error:
             result = {"error": str(error)}
         self._store(cell.name, result)
         return result
+
+    def _cell_runner(self) -> CellRunner:
+        if self._runner is None:
+            self._runner = CellRunner(self._task_dir(), self._base_dir())
+        return self._runner
+
+    def _measure_faults(self) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="r1ray-faults-") as directory:
+            measured = measure_faults(Path(directory), self._base_dir(), self._cell_runner())
+        return {"recovery_s": measured}
 
     def _once(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if not (self._work / f"{name}.json").exists():

@@ -56,7 +56,7 @@ SYNCHRONOUS_ARMS = ("ddp_fp32", "ddp_bf16", "ddp_powersgd", "dense", "delta4")
 R1RAY_ARMS = ("delta4", "delta4_async", "stream")
 RATES_MBIT = (50, 200, 1000)
 SEEDS = (0, 1, 2)
-PARTS = ("links", "headline", "grid", "bytes", "quality", "smollm2")
+PARTS = ("links", "faults", "headline", "grid", "bytes", "quality", "smollm2")
 _HEADLINE_ARMS = ("ddp_fp32", "ddp_bf16", "ddp_powersgd", *R1RAY_ARMS)
 _BATCHES_PER_STEP = 4  # one for each worker where there are more
 _TRAINING: dict[ModelName, dict[str, Any]] = {
@@ -128,6 +128,7 @@ class WorkerSpec:
 
 def plan_cells(part: str) -> list[Cell]:
     """The cells of one part, in the order in which they run."""
+    arms: tuple[str, ...]
     if part == "headline":
         return [
             _build("headline", arm, 4, rate, seed, 150, eval_every=5)

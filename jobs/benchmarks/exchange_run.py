@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,11 @@ class CellRunner:
         self._task_dir, self._base_dir = task_dir.resolve(), base_dir.resolve()
         self._evaluators: dict[ModelName, Evaluator] = {}
 
-    def run(self, cell: Cell) -> dict[str, Any]:
+    def run(self, cell: Cell, disturb: Callable[[Network], None] | None = None) -> dict[str, Any]:
         """What the cell measured, as JSON values (`summarize`).
 
+        Args:
+            disturb: runs on a thread of its own, beside the workers.
         Raises:
             ExchangeError: a worker failed, or the cell did not end in time.
         """
@@ -59,6 +62,8 @@ class CellRunner:
                     out_dir=directory,
                 )
                 (out_dir / "spec.json").write_text(json.dumps(spec.to_json()), encoding="utf-8")
+                if disturb is not None:
+                    threading.Thread(target=disturb, args=(network,), daemon=True).start()
                 _run_workers(network, cell, out_dir)
             results = [
                 WorkerResult(**json.loads((out_dir / f"rank{rank}.json").read_text()))

@@ -1,0 +1,99 @@
+"""A streaming run over three real processes: gloo for collectives, TCP for the merges."""
+
+import logging
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from r1ray.config.schema import StreamExchangeConfig
+from r1ray.exchange import CollectiveTransport
+from r1ray.exchange.base import StepTotals
+from r1ray.exchange.stream import StreamExchange
+from r1ray.exchange.update_rule import UpdateRule
+from tests.unit.exchange.gloo import TIMEOUT_S, run_ranks
+
+NUM_STEPS = 60
+STALLED_RANK, STALLED_STEP, STALL_S = 2, 10, 1.5
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _run(rank: int, world_size: int) -> dict[str, Any]:
+    messages = _Messages()
+    logging.getLogger("r1ray.exchange").addHandler(messages)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+    teacher = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+    exchange = StreamExchange(
+        StreamExchangeConfig(
+            type="stream",
+            local_steps=12,
+            num_fragments=3,
+            overlap_steps=2,
+            tail_share=0.1,
+            grace_s=0.2,
+            timeout_s=TIMEOUT_S,
+        )
+    )
+    exchange.setup(
+        list(model.parameters()),
+        CollectiveTransport(timeout_s=TIMEOUT_S),
+        UpdateRule(lambda number: 0.01, num_steps=NUM_STEPS),
+    )
+    losses, times = [], []
+    for step in range(NUM_STEPS):
+        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(100 * step + rank))
+        if (rank, step) == (STALLED_RANK, STALLED_STEP):
+            time.sleep(STALL_S)
+        started = time.monotonic()
+        model.zero_grad()
+        loss = ((model(x) - teacher(x)) ** 2).sum()
+        loss.backward()
+        exchange.step(StepTotals(loss.item(), 32, 32))
+        losses.append(loss.item() / 32)
+        times.append(time.monotonic() - started)
+    exchange.flush()
+    stats = exchange.stats()
+    exchange.close()
+    weights = torch.cat([item.detach().flatten() for item in model.parameters()])
+    return {
+        "losses": losses,
+        "weights": weights,
+        "late": [text for text in messages.texts if "merged without ranks" in text],
+        "longest_s": max(times[:24]),
+        "sent_bytes": stats.sent_bytes,
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(_run, 3)
+
+
+def test_loss_falls_on_every_worker(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert sum(rank["losses"][-5:]) < 0.5 * sum(rank["losses"][:5])
+
+
+def test_weights_end_bit_identical(ranks: list[dict[str, Any]]) -> None:
+    assert all(torch.equal(ranks[0]["weights"], rank["weights"]) for rank in ranks[1:])
+
+
+def test_the_stalled_worker_alone_is_left_out_and_nobody_waits_for_all_of_its_stall(
+    ranks: list[dict[str, Any]],
+) -> None:
+    late = [text for rank in ranks for text in rank["late"]]
+    assert late
+    assert all(f"without ranks [{STALLED_RANK}]" in text for text in late)
+    for rank in ranks[:STALLED_RANK]:
+        assert rank["longest_s"] < 0.75 * STALL_S
