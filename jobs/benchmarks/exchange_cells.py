@@ -60,7 +60,7 @@ PARTS = ("links", "faults", "headline", "grid", "bytes", "quality", "smollm2")
 _HEADLINE_ARMS = ("ddp_fp32", "ddp_bf16", "ddp_powersgd", *R1RAY_ARMS)
 _BATCHES_PER_STEP = 4  # one for each worker where there are more
 _TRAINING: dict[ModelName, dict[str, Any]] = {
-    "small": {"learning_rate": 3e-3, "warmup_steps": 10},
+    "small": {"learning_rate": 1.5e-3, "warmup_steps": 10},
     "smollm2": {"learning_rate": 3e-4, "warmup_steps": 2},
 }
 
