@@ -1,8 +1,8 @@
 """When each fragment is merged in streaming, as pure arithmetic that all workers share.
 
-Fragment f is sent after the local steps (f+1)·H/F, then every H steps: version 0, 1, ... of it.
-What the owners make of it is taken over `overlap_steps` later. The phase ends with one more version
-of every fragment, which waits for all workers.
+Fragment f is sent after (f+1)·H/F local steps, rounded up, then every H steps: version 0, 1, ... of
+it. What the owners make of it is taken over `overlap_steps` later. The phase ends with one more
+version of every fragment, which waits for all workers.
 """
 
 from dataclasses import dataclass
@@ -57,4 +57,4 @@ class StreamSchedule:
         return min(1.0, left / self.outer_decay_share)
 
     def _first(self, fragment: int) -> int:
-        return (fragment + 1) * self.local_steps // self.num_fragments
+        return -(-(fragment + 1) * self.local_steps // self.num_fragments)

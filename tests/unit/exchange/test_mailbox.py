@@ -161,13 +161,13 @@ def test_every_worker_reaches_every_other() -> None:
 
 
 class _StrayTransport(ThreadTransport):
-    """Between gathering addresses and connecting, something else connects to rank 0."""
+    """Before rank 1 connects to rank 0, something else does."""
 
     strays: list[socket.socket]
 
     def all_gather(self, x: Tensor) -> Tensor:
         gathered = super().all_gather(x)
-        if self.rank == 0 and not self.strays:
+        if self.rank == 1 and not self.strays:
             port = int.from_bytes(bytes(gathered[0][20:22].tolist()), "big")
             for hello in (b"\0" * 16 + (1).to_bytes(4, "big"), b"GET / HTTP/1.1\r\n\r\n  ", b""):
                 self.strays.append(socket.create_connection(("127.0.0.1", port)))

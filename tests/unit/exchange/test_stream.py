@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -51,9 +52,12 @@ class Worker:
         self.losses: list[float] = []
 
     def _network(self, seed: int) -> nn.Sequential:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 4))
+        model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 4))
+        generator = torch.Generator().manual_seed(seed)  # torch's own is shared by all threads
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0, 0.3, generator=generator)
+        return model
 
     def run(self, start: int, stop: int, before: Callable[[int], None] = lambda step: None) -> None:
         """Steps of these numbers; `before` may be late, or spoil a gradient's batch."""
@@ -245,8 +249,8 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_went_on(at_step: int) -> N
         worker = Worker(transport, _config())
         worker.run(0, at_step)
         worker.exchange.flush()
-        state = worker.exchange.state_dict()
-        model = {name: value.clone() for name, value in worker.model.state_dict().items()}
+        state = deepcopy(worker.exchange.state_dict())  # as saving it does
+        model = deepcopy(worker.model.state_dict())
         worker.run(at_step, NUM_STEPS)
         worker.close()
         return state, model, worker.weights()
@@ -269,7 +273,7 @@ def test_another_number_of_workers_resumes_from_the_global_weights(world_size: i
         worker = Worker(transport, _config())
         worker.run(0, 20)
         worker.exchange.flush()
-        found = worker.exchange.state_dict(), worker.model.state_dict()
+        found = deepcopy((worker.exchange.state_dict(), worker.model.state_dict()))
         worker.close()
         return found
 
