@@ -1,29 +1,48 @@
 """Faults of a training run, caused for real, and what each cost.
 
-A thread waits for the run's first checkpoint, then causes the fault in processes that this one's
-Ray started; the run goes on until it has finished or given up.
+On Ray: a thread waits for the run's first checkpoint, then causes the fault in processes that this
+one's Ray started; the run goes on until it has finished or given up. The link is cut in a cell of
+the exchange benchmark, which needs no Ray.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from jobs.benchmarks.exchange_cells import Cell
+from jobs.benchmarks.exchange_data import build_small_model
+from jobs.benchmarks.exchange_run import CellRunner
+from jobs.benchmarks.links import Network
+from jobs.cli import connected_to_ray
 from r1ray.artifacts import Artifact
-from r1ray.config import PipelineConfig
+from r1ray.config import PipelineConfig, load_config
+from r1ray.errors import ExchangeError
+from r1ray.models.checkpoint import copy_tokenizer, save_model
 from r1ray.pipeline import Pipeline
 
-__all__ = ["FAULTS", "FaultReport", "provoke", "small_disk"]
+__all__ = ["FAULTS", "FaultReport", "cut_link", "measure_faults", "provoke", "small_disk"]
 
 _DEADLINE_S = 180.0
 _WORKER_NAME = "ray::RayTrainWo"
+_CUT_AFTER_BYTES = 4_000_000
+_DISK_BYTES = 1 << 30
+_VOCAB_SIZE = 49_152
+_CONFIG_PATH = "jobs/configs/demo.yaml"
+_OVERRIDES = (
+    "train.num_steps=120",
+    "train.resources.checkpoint_every_steps=10",
+    "train.exchange={type: delta4_async, sync_share: 0}",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,53 @@ def provoke(fault: str, config: PipelineConfig) -> FaultReport:
         recovery = metrics["recoveries"][0]
         return FaultReport(fault, recovery["seconds"], recovery["lost_steps"], trained)
     return FaultReport(fault, max(0.0, metrics["longest_step_s"] - stalled_s[0]), 0, trained)
+
+
+def cut_link(runner: CellRunner, cell: Cell, *, seconds: float) -> float:
+    """Run `cell`, pull one worker's cable for a while, and return how long the step took beyond.
+
+    Raises:
+        ExchangeError: the cell failed, or its workers ended with different weights.
+    """
+
+    def disturb(network: Network) -> None:
+        while network.read_bytes(0).sent < _CUT_AFTER_BYTES:
+            time.sleep(0.05)
+        network.cut(1)
+        time.sleep(seconds)
+        network.restore(1)
+
+    result = runner.run(cell, disturb)
+    if not result["has_equal_weights"] or result["steps_done"] != cell.num_steps:
+        raise ExchangeError(f"after the cut, {cell.name} did not end as it should")
+    ends = [0.0, *result["ended_s"]]
+    longest = max(end - begin for begin, end in itertools.pairwise(ends))
+    if longest < seconds:
+        raise ExchangeError(f"the cable was pulled, and no step of {cell.name} took {seconds:g} s")
+    return longest - seconds
+
+
+def measure_faults(work: Path, base_dir: Path, runner: CellRunner) -> dict[str, float]:
+    """Seconds until training went on, by fault: a small model on this machine's Ray.
+
+    Args:
+        work: an empty directory for the runs.
+        base_dir: a checkpoint whose tokenizer is used.
+    """
+    model_dir = work / "model"
+    model_dir.mkdir(parents=True)
+    save_model(build_small_model(_VOCAB_SIZE, 0), model_dir)
+    copy_tokenizer(base_dir, model_dir)
+    recoveries = {}
+    with connected_to_ray():
+        for fault in FAULTS:
+            root = work / fault
+            with small_disk(root, _DISK_BYTES) if fault == "disk_full" else nullcontext(root):
+                overrides = [*_OVERRIDES, f"base.source={model_dir}", f"run.root={root}"]
+                recoveries[fault] = provoke(fault, load_config(_CONFIG_PATH, overrides)).recovery_s
+    cell = Cell("faults", "delta4", 2, 50, 0, 60)
+    recoveries["link_cut_10s"] = cut_link(runner, cell, seconds=10)
+    return recoveries
 
 
 def _after_checkpoint(root: Path, cause: Callable[[Path], float]) -> float:

@@ -1,7 +1,7 @@
 """Provoked failures: what each arm does with them in fp16 autocast on a CPU.
 
-Each failure is caused in the model and leaves the training problem as it is: in fp32 it learns the
-same with the provocation as without it (but for the one batch that is lost). An arm *survives* if
+Each failure is caused in the model, in a way that does fp32 no harm: the function that it computes
+stays the same, but for one batch, and Adam undoes the scale of gradients. An arm *survives* if
 training runs to its end, all weights are finite, and its loss on held-out text is at most 2% above
 that of the fp32 arm on the same data, under the same provocation.
 
@@ -15,7 +15,7 @@ that of the fp32 arm on the same data, under the same provocation.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -44,9 +44,9 @@ KINDS: dict[str, tuple[Failure, ...]] = {
     "wide range": ("wide_activations", "wide_gradients"),
 }
 """The four kinds; one is survived if all its forms are."""
-NUM_STEPS, ONSET = 240, 60
+NUM_STEPS, ONSET = 400, 60
 PATIENCE = (10, 60)
-VOCAB_SIZE, WIDTH, NUM_LAYERS, ROWS, TOKENS = 64, 64, 3, 8, 32
+VOCAB_SIZE, WIDTH, NUM_LAYERS, ROWS, TOKENS = 16, 32, 3, 8, 32
 LAYER = 1  # where it happens
 MAX_LOSS_RATIO = 1.02
 
@@ -60,7 +60,7 @@ class ScaledGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.factor, None
 
 
@@ -100,7 +100,7 @@ class Provocation:
 
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:
-    return ScaledGradient.apply(x, factor)  # type: ignore[no-any-return]
+    return ScaledGradient.apply(x, factor)
 
 
 def run_failure(failure: Failure, arm: Arm, num_steps: int = NUM_STEPS) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def run_failure(failure: Failure, arm: Arm, num_steps: int = NUM_STEPS) -> dict[
     )
     config = TrainConfig(
         num_steps=num_steps,
-        learning_rate=5e-3,
+        learning_rate=2e-2,
         precision="fp32" if arm == "fp32" else "fp16",
         precision_policy="none",
     )
@@ -143,7 +143,7 @@ def run_failure(failure: Failure, arm: Arm, num_steps: int = NUM_STEPS) -> dict[
     }
 
 
-def has_survived(run: dict[str, Any], reference: dict[str, Any]) -> bool:
+def has_survived(run: Mapping[str, Any], reference: Mapping[str, Any]) -> bool:
     """The definition above; `reference` is the fp32 arm's run."""
     if run["error"] is not None or not run["is_finite"] or run["final_loss"] is None:
         return False

@@ -33,7 +33,7 @@ VOCAB_SIZE, WIDTH, NUM_LAYERS = 512, 256, 4
 ROWS, TOKENS, BATCHES_PER_STEP = 4, 128, 2
 WARMUP_STEPS = 3  # not timed
 PATIENCE = (10, 30)
-POISONED_STEPS, POISONED_LAYER = (20, 24), 1
+POISONED_STEPS, POISONED_LAYER = (12, 14), 1
 _HELDOUT_BATCHES = 16
 
 
@@ -51,11 +51,22 @@ def measure_steps(num_steps: int) -> dict[str, Any]:
 
 
 def run_steps(
-    num_steps: int, *, width: int = WIDTH, rows: int = ROWS, tokens: int = TOKENS
+    num_steps: int,
+    *,
+    width: int = WIDTH,
+    rows: int = ROWS,
+    tokens: int = TOKENS,
+    patience: tuple[int, int] = PATIENCE,
 ) -> dict[str, Any]:
     """From arm -> seconds and controller's seconds of the timed steps, final loss, promotions."""
     targets = BATCHES_PER_STEP * rows * (tokens - 1)
-    states = {arm: _build_state(arm, num_steps, width, tokens, targets) for arm in STEP_ARMS}
+    states = {}
+    for arm in STEP_ARMS:
+        model = build_model(
+            vocab_size=VOCAB_SIZE, width=width, num_layers=NUM_LAYERS, max_positions=tokens
+        )
+        config = _build_config(arm, num_steps)
+        states[arm] = ArmState(model, arm, "bf16", config, patience=patience, targets=targets)
     shape = {"rows": rows, "tokens": tokens, "vocab_size": VOCAB_SIZE}
     results: dict[str, Any] = {arm: {"seconds": [], "controller": []} for arm in STEP_ARMS}
     promoted: dict[Arm, list[int]] = {arm: [] for arm in STEP_ARMS}
@@ -85,25 +96,21 @@ def run_steps(
     return {"arms": results, "step_tokens": BATCHES_PER_STEP * rows * tokens}
 
 
-def _build_state(arm: Arm, num_steps: int, width: int, tokens: int, targets: int) -> ArmState:
-    model = build_model(
-        vocab_size=VOCAB_SIZE, width=width, num_layers=NUM_LAYERS, max_positions=tokens
-    )
-    config = TrainConfig(
+def _build_config(arm: Arm, num_steps: int) -> TrainConfig:
+    return TrainConfig(
         num_steps=num_steps,
-        warmup_steps=min(10, num_steps - 1),
         learning_rate=2e-3,
         precision="fp32" if arm == "fp32" else "bf16",
         precision_policy="none",
     )
-    return ArmState(model, arm, "bf16", config, patience=PATIENCE, targets=targets)
 
 
 def _poison(state: ArmState) -> Any:
     def spoil(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return output * math.nan
 
-    return state.model.model.layers[POISONED_LAYER].mlp.register_forward_hook(spoil)
+    mlp = state.model.model.layers[POISONED_LAYER].get_submodule("mlp")
+    return mlp.register_forward_hook(spoil)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ def build_exchange(config: ExchangeConfig) -> Exchange:
         return DenseExchange(config.dtype)
     if isinstance(config, StreamExchangeConfig):
         return StreamExchange(config)
-    is_async = isinstance(config, Delta4AsyncExchangeConfig)
+    sync_share = config.sync_share if isinstance(config, Delta4AsyncExchangeConfig) else None
     return DeltaExchange(
         config.codec,
         error_feedback=config.error_feedback,
         checksum_every_steps=config.checksum_every_steps,
-        sync_share=config.sync_share if is_async else None,
+        sync_share=sync_share,
     )

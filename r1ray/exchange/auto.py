@@ -83,8 +83,6 @@ class AutoExchange(Exchange):
             self._sums = [gradient.clone() for gradient in gradients]
         else:
             torch._foreach_add_(self._sums, gradients)
-        for parameter in self._parameters:
-            parameter.grad = None
 
     def _take_gradients_back(self) -> None:
         assert self._sums is not None, "there were timed steps"
@@ -127,6 +125,7 @@ class AutoExchange(Exchange):
 
     def state_dict(self) -> dict[str, Any]:
         assert self._chosen is not None, "flush comes first"
+        assert self._config is not None, "it is set with the choice"
         config = TypeAdapter(ExchangeConfig).dump_python(self._config)
         return {"config": config, "chosen": self._chosen.state_dict()}
 

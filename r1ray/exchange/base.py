@@ -88,7 +88,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def step(self, totals: StepTotals) -> StepOutcome:
-        """Take the gradients in `.grad`, which are void afterwards; update the weights.
+        """Take the gradients in `.grad`, and update the weights; the caller clears them afterwards.
 
         Raises:
             ExchangeError: a worker cannot be reached, or no worker had a target token.

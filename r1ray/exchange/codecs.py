@@ -164,7 +164,7 @@ class _ZstdCodec(Codec):
         payload, reconstruction_E = self._inner.encode_with_reconstruction(x_E)
         size = len(payload).to_bytes(8, "little")
         packed = size + self._zstd.compress(payload.numpy(), asbytes=True)
-        return torch.frombuffer(bytearray(packed), dtype=torch.uint8), reconstruction_E
+        return _as_tensor(packed), reconstruction_E
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
         packed = payload.numpy().tobytes()
@@ -175,7 +175,7 @@ class _ZstdCodec(Codec):
             unpacked = self._zstd.decompress(packed[8:], decompressed_size=size, asbytes=True)
         except (OSError, pa.ArrowException) as error:
             raise ExchangeError(f"payload cannot be decompressed: {error}") from error
-        return self._inner.decode(torch.frombuffer(bytearray(unpacked), dtype=torch.uint8), numel)
+        return self._inner.decode(_as_tensor(unpacked), numel)
 
 
 def get_codec(name: str) -> Codec:
@@ -198,6 +198,12 @@ def _check(x_E: Tensor) -> None:
         raise ExchangeError(
             f"a codec takes a float32 vector, not {x_E.dtype} of shape {list(x_E.shape)}"
         )
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    if not data:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _bf16_at_most(limit: float) -> float:

@@ -99,7 +99,6 @@ class DeltaExchange(Exchange):
         self._residual, self._spare = self._flat.empty(), self._flat.empty()
         self._master = _cloned(self._flat.shard(self._weights, transport.rank))
         self.optimizer = rule.build_optimizer([self._master[0]], [self._master[1]])
-        self._parameters = list(parameters)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="exchange")
         self._pending: Future[_Finished] | None = None
 
@@ -110,8 +109,6 @@ class DeltaExchange(Exchange):
         self._num_steps += 1
         self._spare.copy_(self._residual)
         self._flat.add_gradients(self._spare)
-        for parameter in self._parameters:
-            parameter.grad = None
         self._pending = self._thread.submit(self._exchange, totals)
         if self._num_sync_steps is None or self._num_steps <= self._num_sync_steps:
             self._staleness_steps = 0
@@ -237,7 +234,7 @@ class DeltaExchange(Exchange):
     def _compare_weights(self) -> None:
         """Let the owners' weights replace those that differ between workers."""
         started = time.perf_counter()
-        checksum = zlib.crc32(self._flat.gather().cpu().numpy())
+        checksum = zlib.crc32(self._flat.gather().cpu().numpy().tobytes())
         checksums = self._transport.all_gather(torch.tensor(checksum)).tolist()
         if len(set(checksums)) > 1:
             logger.warning(

@@ -46,7 +46,7 @@ def connect_peers(transport: Transport, *, timeout_s: float) -> dict[int, socket
     peers: dict[int, socket.socket] = {}
     host = _own_address()
     with contextlib.ExitStack() as on_error, socket.create_server((host, 0)) as listener:
-        on_error.callback(lambda: [peer.close() for peer in peers.values()])
+        on_error.callback(_close_all, peers)
         card = _CARD.pack(
             secrets.token_bytes(16), socket.inet_aton(host), listener.getsockname()[1]
         )
@@ -155,3 +155,8 @@ def read_exactly(connection: socket.socket, size: int) -> bytearray:
             raise ConnectionError("it closed the connection")
         view = view[count:]
     return buffer
+
+
+def _close_all(peers: dict[int, socket.socket]) -> None:
+    for peer in peers.values():
+        peer.close()

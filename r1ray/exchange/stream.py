@@ -29,6 +29,7 @@ Source: Douillard et al. 2025, arXiv:2501.18512. There the local weights become 
 alpha·local + (1-alpha)·global, which forgets a part of the overlapped steps.
 """
 
+import functools
 import logging
 import math
 import time
@@ -222,7 +223,7 @@ class StreamExchange(Exchange):
         """Raise ExchangeError if they differ between workers. Also a barrier."""
         checksum = 0
         for copy in self._copies:
-            checksum = zlib.crc32(copy.global_E.numpy(), checksum)
+            checksum = zlib.crc32(copy.global_E.numpy().tobytes(), checksum)
         started = time.monotonic()
         checksums = self._control.all_gather(torch.tensor([checksum])).flatten().tolist()
         self._wait_s += time.monotonic() - started
@@ -255,13 +256,12 @@ class StreamExchange(Exchange):
             "residual": self._flatten(torch.zeros_like),
         }
         for name in ("exp_avg", "exp_avg_sq"):
-            moments = {item: self.optimizer.state[item].get(name) for item in self._parameters}
-            state[name] = self._flatten(
-                lambda item, moments=moments: (
-                    torch.zeros_like(item) if moments[item] is None else moments[item]
-                )
-            )
+            state[name] = self._flatten(functools.partial(self._moment, name))
         self._load_tail([state])
+
+    def _moment(self, name: str, item: nn.Parameter) -> Tensor:
+        moment = self.optimizer.state[item].get(name)
+        return torch.zeros_like(item) if moment is None else moment
 
     def _load_tail(self, states: Sequence[dict[str, Any]]) -> None:
         """End what streaming needed; make the steps that are left with `delta4`."""

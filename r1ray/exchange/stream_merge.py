@@ -64,8 +64,9 @@ class Contribution:
     @classmethod
     def unpack(cls, frame: Frame) -> "Contribution":
         """Raises ExchangeError: the frame is too short."""
-        num_targets, code = _split(frame, _NUM_TARGETS.size)
-        return cls(frame.sender, frame.version, *_NUM_TARGETS.unpack(num_targets), code)
+        header, code = _split(frame, _NUM_TARGETS.size)
+        (num_targets,) = _NUM_TARGETS.unpack(header)
+        return cls(frame.sender, frame.version, num_targets, code)
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ class Precision:
         if fault is None or self._meter is None:
             return "which tensor it comes from is not watched"
         group = self._groups[fault[0]]
-        for name, tensor in group.tensors.items():
+        for name, tensor in (item for each in self._groups for item in each.tensors.items()):
             if not tensor.isfinite().all():
                 return f"the weight {name} is itself not finite"
         place = "forward" if fault[1] else "backward"

@@ -1,15 +1,17 @@
 """Dynamic mixed precision by the range of the gradients: a loss scale, and float32 where none fits.
 
 For a low precision of largest number M, loss scale S and each tensor group's largest gradient amax:
-1. *Overflow*: the step is skipped and S falls by 2^4, on a second failure in a row by 2^20; the
-   next finite step shows how large the gradient is and brings S back to what fits, below the S
-   that overflowed. That bound is forgotten after `demote_after` finite steps.
+1. *Overflow*: the step is skipped and S falls by 2^4; if the same group overflows again at once, by
+   2^8, and the group is promoted to float32. The next finite step shows how large the gradients are
+   and brings S to what fits, below an S that overflowed; that bound ends with the promotion of the
+   group that overflowed, or after `demote_after` finite steps.
 2. *Pre-emptive*: S falls as soon as EMA(amax)·S·4 > M, before anything overflows.
 3. *Underflow*: in some group more than 1% of the nonzero gradient has been below the dtype's normal
-   numbers for `raise_after` steps: S rises halfway (in powers of two) into what 4x headroom leaves.
+   numbers for `raise_after` steps, or x% for an x-th of them, but for four at least: S rises as far
+   as 4x headroom allows.
 4. *Both at once*: underflow without headroom. The range is wider than the dtype's, and a group is
-   promoted to float32: the one that holds S down if it starves itself or most groups starve, else
-   those that starve.
+   promoted: the one that holds S down if it starves itself or most groups starve, else those that
+   starve.
 5. *Forward*: S does not act on the forward. A group whose own output is not finite is under
    suspicion, and promoted when that happens again within `demote_after` steps of low precision: one
    poisoned batch is only skipped, activations outside of the dtype's range get the wider one.
@@ -24,7 +26,7 @@ that equals their number for a mean. It never exceeds M/4, because the gradient 
 What can be seen: a weight gradient that was computed in low precision arrives with its flushed
 elements already zero, so elements that were lost cannot be counted there. The *subnormal* share,
 elements still there with fewer bits, is the early sign that rule 3 goes by, and a group without any
-normal number counts as starving. In a promoted group the true range is visible: there, rule 6
+normal number counts as all subnormal. In a promoted group the true range is visible: there, rule 6
 counts what would be flushed. Gradients of activations are seen only through the weight gradients
 that are sums of them.
 
@@ -47,7 +49,8 @@ HEADROOM = 4.0
 UNDERFLOW_SHARE = 0.01
 FLUSHED_SHARE = UNDERFLOW_SHARE / 10  # ten times what evenly spread small numbers would show
 EMA_DECAY = 0.9
-FIRST_DROP, NEXT_DROP = 2.0**4, 2.0**20
+FIRST_DROP, NEXT_DROP = 2.0**4, 2.0**8
+MIN_STARVING_STEPS = 4
 
 
 @dataclass
@@ -56,13 +59,14 @@ class _Group:
 
     Attributes:
         amax: moving average of the largest |g|, unscaled.
-        starving_steps: in a row, with too many subnormal elements, in low precision.
+        starving: steps in a row with too many subnormal elements, in low precision, each counted as
+            often as they exceed what is tolerated.
         clean_steps: in a row, whose gradient would have fitted, while promoted.
         suspect_steps: until an earlier forward fault is forgotten; finite ones, in low precision.
     """
 
     amax: float = 0.0
-    starving_steps: int = 0
+    starving: float = 0.0
     clean_steps: int = 0
     suspect_steps: int = 0
 
@@ -90,7 +94,9 @@ class RangeController(PrecisionPolicy):
     ) -> None:
         super().__init__()
         self._has_products = tuple(has_products)
-        self._max, self._tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+        info, wide = torch.finfo(dtype), torch.finfo(torch.float32)
+        self._max = info.max
+        self._tiny = info.tiny if info.tiny > wide.tiny else 0.0  # with the range of float32, none
         self._raise_after, self._demote_after = raise_after, demote_after
         self._groups = [_Group() for _ in self._has_products]
         self._fault: int | None = None  # group of the last failure
@@ -126,6 +132,8 @@ class RangeController(PrecisionPolicy):
             self._overflow, self._overflow_age = (self.loss_scale, index), 0
             self.loss_scale /= NEXT_DROP if self._is_searching else FIRST_DROP
             self._is_searching = True
+            if self.strikes > 1 and index in self._low():
+                self._promote([index])
 
     def _observe(self, step: StepRange) -> None:
         for index, (group, seen) in enumerate(zip(self._groups, step.groups, strict=True)):
@@ -135,8 +143,9 @@ class RangeController(PrecisionPolicy):
             if index in self.promoted:
                 group.clean_steps = group.clean_steps + 1 if self._would_fit(seen) else 0
             else:
-                is_short = seen.subnormal_share > UNDERFLOW_SHARE or seen.amax < self._tiny
-                group.starving_steps = group.starving_steps + 1 if is_short else 0
+                share = 1.0 if seen.amax < self._tiny else seen.subnormal_share
+                weight = min(share / UNDERFLOW_SHARE, self._raise_after / MIN_STARVING_STEPS)
+                group.starving = group.starving + weight if share > UNDERFLOW_SHARE else 0.0
                 group.suspect_steps = max(0, group.suspect_steps - 1)
         self._overflow_age += 1
         if self._overflow_age >= self._demote_after:
@@ -152,18 +161,16 @@ class RangeController(PrecisionPolicy):
     def _feed(self) -> None:
         """Answer underflow by a higher S, or by promotion where there is no headroom for it."""
         low = self._low()
-        starving = [i for i in low if self._groups[i].starving_steps >= self._raise_after]
+        starving = [i for i in low if self._groups[i].starving >= self._raise_after]
         if not starving:
             return
         if self._ceiling() < 2 * self.loss_scale:
             blocker = self._blocker()
             is_blocked = blocker in starving or 2 * len(starving) > len(low)
             self._promote([blocker] if is_blocked and blocker is not None else starving)
-        headroom = math.log2(self._ceiling() / self.loss_scale)
-        if headroom >= 1:
-            self.loss_scale *= 2.0 ** math.ceil(headroom / 2)
+        self.loss_scale = self._ceiling()
         for group in self._groups:
-            group.starving_steps = 0
+            group.starving = 0.0
 
     def _blocker(self) -> int | None:
         """The group that keeps S from rising; None where the gradient of the logits does."""

@@ -105,6 +105,7 @@ class TrainState:
         loss_scale, num_promoted = self._precision.loss_scale, self._precision.num_promoted
         totals = self._accumulate(batches)
         outcomes = [self.exchange.step(totals)]
+        self.model.zero_grad(set_to_none=True)
         if flush:
             outcomes.append(self.exchange.flush())
         for outcome in outcomes:

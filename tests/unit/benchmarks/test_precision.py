@@ -10,7 +10,7 @@ import torch
 from jobs.benchmarks.precision_arms import ARMS, GradScalerPolicy, draw_batches
 from jobs.benchmarks.precision_failures import FAILURES, has_survived, run_failure
 from jobs.benchmarks.precision_report import failure_rows, render_failures, step_rows
-from jobs.benchmarks.precision_steps import PATIENCE, POISONED_STEPS, STEP_ARMS, run_steps
+from jobs.benchmarks.precision_steps import POISONED_STEPS, STEP_ARMS, run_steps
 from r1ray.data.batch_set import IGNORED
 from r1ray.training.precision_policy import StepRange
 
@@ -44,17 +44,16 @@ def test_a_seed_gives_the_same_text_whose_tokens_but_the_first_are_targets() -> 
 
 
 def test_all_arms_take_the_same_steps_and_the_controller_promotes_and_demotes() -> None:
-    num_steps = POISONED_STEPS[-1] + PATIENCE[1] + 5
-    steps = run_steps(num_steps, width=16, rows=1, tokens=8)
+    clean_steps, num_steps = 5, 25
+    steps = run_steps(num_steps, width=16, rows=1, tokens=8, patience=(10, clean_steps))
     assert set(steps["arms"]) == set(STEP_ARMS)
     for arm, result in steps["arms"].items():
         assert result["num_updates"] == num_steps - len(POISONED_STEPS)
         is_ours = arm == "range"
         assert result["num_promotions"] == result["num_demotions"] == is_ours
         assert (sum(result["controller"]) > 0) == (arm in ("range", "gradscaler"))
-    # One of five groups for the clean steps and the one after them.
-    share = PATIENCE[1] / (5 * num_steps)
-    assert steps["arms"]["range"]["fp32_share"] == pytest.approx(share, rel=0.05)
+    share = clean_steps / (5 * num_steps)  # one of five groups
+    assert steps["arms"]["range"]["fp32_share"] == pytest.approx(share)
     assert {row.id for row in step_rows(steps)} >= {
         "precision.throughput_vs_fp32",
         "precision.loss_gap",
@@ -62,12 +61,15 @@ def test_all_arms_take_the_same_steps_and_the_controller_promotes_and_demotes() 
     }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_in_fp32_a_provocation_leaves_the_problem_as_it_is(failure: Any) -> None:
+@pytest.mark.parametrize("failure", ["underflow", "wide_gradients"])
+def test_in_fp32_a_provocation_does_no_harm(failure: Any) -> None:
+    untouched = run_failure("nan", "fp32", num_steps=20)  # which begins later
     run = run_failure(failure, "fp32", num_steps=20)
-    assert run["error"] is None
-    assert run["num_skipped"] == 0
-    assert run["final_loss"] < 0.95 * math.log(64)
+    for result in (untouched, run):
+        assert result["error"] is None
+        assert result["num_updates"] == 20
+    assert untouched["final_loss"] < math.log(16) - 0.1  # it learns
+    assert run["final_loss"] < 1.01 * untouched["final_loss"]
 
 
 def _run(**changes: Any) -> dict[str, Any]:

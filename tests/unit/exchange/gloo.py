@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from r1ray.exchange import CollectiveTransport
+
 TIMEOUT_S = 60.0
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """`function(rank, world_size, *arguments)` in processes of one gloo group; their results."""
+    """`function(transport, *arguments)` in processes of one gloo group; their results."""
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(_run, (world_size, directory, function, arguments), nprocs=world_size)
         return [
@@ -35,6 +37,7 @@ def _run(
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/init", rank=rank, world_size=world_size
     )
-    torch.save(function(rank, world_size, *arguments), f"{directory}/rank{rank}.pt")
+    transport = CollectiveTransport(timeout_s=TIMEOUT_S)
+    torch.save(function(transport, *arguments), f"{directory}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""`auto` measures, chooses and hands over, over two real gloo processes on loopback."""
+"""`auto` measures, chooses and hands over, over two workers."""
 
 from typing import Any
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from r1ray.config.schema import AutoExchangeConfig
-from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
-from tests.unit.exchange.gloo import TIMEOUT_S, run_ranks
+from r1ray.exchange import LocalTransport, Transport, build_exchange
 from tests.unit.exchange.problem import (
     NUM_ROWS,
     build_parameters,
@@ -16,15 +15,19 @@ from tests.unit.exchange.problem import (
     take_step,
     values_of,
 )
+from tests.unit.exchange.threads import run_workers
 
 AUTO = AutoExchangeConfig(type="auto")
 
 
-def _train(rank: int, world_size: int) -> dict[str, Any]:
+def _train(transport: Transport) -> dict[str, Any]:
     parameters = build_parameters()
     exchange = build_exchange(AUTO)
-    exchange.setup(parameters, CollectiveTransport(timeout_s=TIMEOUT_S), build_rule(6))
-    outcomes = [take_step(exchange, parameters, rows_of(rank, world_size)) for _ in range(6)]
+    exchange.setup(parameters, transport, build_rule(6))
+    outcomes = [
+        take_step(exchange, parameters, rows_of(transport.rank, transport.world_size))
+        for _ in range(6)
+    ]
     outcomes.append(exchange.flush())
     result = {
         "outcomes": outcomes,
@@ -39,7 +42,7 @@ def _train(rank: int, world_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs() -> list[dict[str, Any]]:
-    return run_ranks(_train, 2)
+    return run_workers(2, _train)
 
 
 def test_all_workers_choose_the_same_and_say_why(runs: list[dict[str, Any]]) -> None:

@@ -16,12 +16,12 @@ from r1ray.config.schema import (
 )
 from r1ray.errors import ExchangeError
 from r1ray.exchange import (
-    CollectiveTransport,
     LocalTransport,
     StepTotals,
+    Transport,
     build_exchange,
 )
-from tests.unit.exchange.gloo import TIMEOUT_S, run_ranks
+from tests.unit.exchange.gloo import run_ranks
 from tests.unit.exchange.problem import (
     NUM_ROWS,
     backward,
@@ -31,6 +31,7 @@ from tests.unit.exchange.problem import (
     take_step,
     values_of,
 )
+from tests.unit.exchange.threads import ThreadTransport, run_workers
 
 DELTA4 = Delta4ExchangeConfig(type="delta4")
 ASYNC = Delta4AsyncExchangeConfig(type="delta4_async", sync_share=0.1)
@@ -43,13 +44,12 @@ def _loss_after(parameters: list[Any]) -> float:
     return backward(parameters, range(NUM_ROWS)).loss_sum
 
 
-def _train(rank: int, world_size: int, config: ExchangeConfig) -> dict[str, Any]:
+def _train(transport: Transport, config: ExchangeConfig) -> dict[str, Any]:
     """Twenty steps on one batch; what every worker ends with."""
     parameters = build_parameters()
     exchange = build_exchange(config)
-    transport = CollectiveTransport(timeout_s=TIMEOUT_S)
     exchange.setup(parameters, transport, build_rule(NUM_STEPS))
-    rows = rows_of(rank, world_size)
+    rows = rows_of(transport.rank, transport.world_size)
     outcomes = [take_step(exchange, parameters, rows) for _ in range(NUM_STEPS)]
     outcomes.append(exchange.flush())
     exchange.close()
@@ -62,10 +62,17 @@ def _train(rank: int, world_size: int, config: ExchangeConfig) -> dict[str, Any]
     }
 
 
+def _train_all(
+    transport: Transport, configs: dict[str, ExchangeConfig]
+) -> dict[str, dict[str, Any]]:
+    return {name: _train(transport, config) for name, config in configs.items()}
+
+
 @pytest.fixture(scope="module")
 def runs() -> dict[str, list[dict[str, Any]]]:
     configs = {"dense": DenseExchangeConfig(type="dense"), "delta4": DELTA4, "async": ASYNC}
-    return {name: run_ranks(_train, 3, config) for name, config in configs.items()}
+    by_rank = run_ranks(_train_all, 3, configs)
+    return {name: [results[name] for results in by_rank] for name in configs}
 
 
 @pytest.mark.parametrize("name", ["delta4", "async"])
@@ -116,47 +123,43 @@ def test_totals_are_sums_over_the_workers(runs: dict[str, list[dict[str, Any]]])
 
 
 def test_a_stale_gradient_is_that_of_the_weights_one_update_ago() -> None:
-    """By hand: gradient t is taken on the weights before update t - 1."""
-    parameters, reference = build_parameters(), build_parameters()
-    exchange = build_exchange(
-        Delta4AsyncExchangeConfig(type="delta4_async", codec="int8", sync_share=0)
-    )
-    exchange.setup(parameters, LocalTransport(), build_rule())
-    optimizer = build_rule().build_optimizer(reference[::2], reference[1::2])
-    build_rule().set_rate(optimizer, 1e-2)
-    pending: list[torch.Tensor] | None = None
-    for step in range(4):
-        take_step(exchange, parameters, range(NUM_ROWS), step)
-        optimizer.zero_grad()
-        totals = backward(reference, range(NUM_ROWS), step=step)
-        gradients = [item.grad / totals.num_targets for item in reference if item.grad is not None]
-        if pending is not None:
-            for item, gradient in zip(reference, pending, strict=True):
-                item.grad = gradient
-            optimizer.step()
-        pending = gradients
-    for found, expected in zip(parameters, reference, strict=True):
-        # Three updates of 0.01; int8 rounds weight deltas of 0.01 by up to 1/254 of them.
-        torch.testing.assert_close(found, expected, atol=1.5e-3, rtol=0)
-    exchange.flush()
-    distance = max(float((a - b).abs().max()) for a, b in zip(parameters, reference, strict=True))
-    assert distance > 5e-3  # the fourth update
-    exchange.close()
+    """By hand: a synchronous exchange that is fed gradients of older weights."""
+    parameters, reference, older = build_parameters(), build_parameters(), build_parameters()
+    stale = build_exchange(Delta4AsyncExchangeConfig(type="delta4_async", sync_share=0))
+    stale.setup(parameters, LocalTransport(), build_rule())
+    by_hand = build_exchange(DELTA4)
+    by_hand.setup(reference, LocalTransport(), build_rule())
+    for step in range(5):
+        take_step(stale, parameters, range(NUM_ROWS), step)
+        for item in older:
+            item.grad = None
+        totals = backward(older, range(NUM_ROWS), step=step)
+        before = values_of(reference)
+        for item, source in zip(reference, older, strict=True):
+            item.grad = source.grad
+        by_hand.step(totals)
+        for item, value in zip(older, before, strict=True):
+            item.data.copy_(value)
+        assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+    stale.flush()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, reference, strict=True))
+    stale.close()
+    by_hand.close()
 
 
-def _skip_on_one(rank: int, world_size: int, config: ExchangeConfig) -> dict[str, Any]:
+def _skip_on_one(transport: Transport, config: ExchangeConfig) -> dict[str, Any]:
     """Two steps, the second with a NaN on rank 1, then a third."""
     parameters = build_parameters()
     exchange = build_exchange(config)
-    exchange.setup(parameters, CollectiveTransport(timeout_s=TIMEOUT_S), build_rule())
-    rows = rows_of(rank, world_size)
+    exchange.setup(parameters, transport, build_rule())
+    rows = rows_of(transport.rank, transport.world_size)
     take_step(exchange, parameters, rows)
     exchange.flush()
     before = {"weights": values_of(parameters), "state": exchange.state_dict()}
     for parameter in parameters:
         parameter.grad = None
     totals = backward(parameters, rows)
-    if rank == 1:
+    if transport.rank == 1:
         assert parameters[0].grad is not None
         parameters[0].grad[0, 0] = math.nan
     outcomes = [exchange.step(totals), exchange.flush()]
@@ -169,7 +172,7 @@ def _skip_on_one(rank: int, world_size: int, config: ExchangeConfig) -> dict[str
 
 @pytest.mark.parametrize("config", [DELTA4, ASYNC], ids=lambda config: config.type)
 def test_a_nan_on_one_worker_changes_nothing_on_any(config: ExchangeConfig) -> None:
-    for result in run_ranks(_skip_on_one, 2, config):
+    for result in run_workers(2, lambda transport: _skip_on_one(transport, config)):
         assert "skip" in [outcome.verdict for outcome in result["outcomes"]]
         before, after = _flatten(result["before"]), _flatten(result["after"])
         before.pop("state.num_steps")
@@ -193,37 +196,35 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _drift_on_one(rank: int, world_size: int) -> dict[str, Any]:
+def _drift_on_one(transport: Transport) -> list[torch.Tensor]:
     """Rank 1's weights go astray after step 2; the comparison after step 4 finds it."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("r1ray").addHandler(handler)
     parameters = build_parameters()
     exchange = build_exchange(Delta4ExchangeConfig(type="delta4", checksum_every_steps=4))
-    exchange.setup(parameters, CollectiveTransport(timeout_s=TIMEOUT_S), build_rule())
+    exchange.setup(parameters, transport, build_rule())
     for step in range(5):
-        take_step(exchange, parameters, rows_of(rank, world_size), step)
-        if step == 1 and rank == 1:
+        take_step(exchange, parameters, rows_of(transport.rank, transport.world_size), step)
+        if step == 1 and transport.rank == 1:
             # As a flipped bit in its copy of the shared weights would.
             exchange._weights[3] += 1.0  # type: ignore[attr-defined]
     exchange.close()
-    return {"weights": values_of(parameters), "messages": messages}
+    return values_of(parameters)
 
 
-def test_weights_that_went_astray_are_found_and_replaced_by_the_owners() -> None:
-    first, second = run_ranks(_drift_on_one, 2)
-    for result in (first, second):
-        assert len(result["messages"]) == 1
-        assert "weights differ between workers after step 4" in result["messages"][0]
-    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+def test_weights_that_went_astray_are_found_and_replaced_by_the_owners(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, logger="r1ray")
+    first, second = run_workers(2, _drift_on_one)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2  # one from each worker
+    assert all("weights differ between workers after step 4" in text for text in messages)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def _save_and_resume(rank: int, world_size: int, config: ExchangeConfig) -> dict[str, Any]:
+def _save_and_resume(transport: ThreadTransport, config: ExchangeConfig) -> dict[str, Any]:
     """Six steps with a flush after the third, straight and resumed from a copy after it."""
-    rows = rows_of(rank, world_size)
+    rows = rows_of(transport.rank, transport.world_size)
     straight = build_parameters()
-    transport = CollectiveTransport(timeout_s=TIMEOUT_S)
     exchange = build_exchange(config)
     exchange.setup(straight, transport, build_rule(6))
     for step in range(3):
@@ -235,8 +236,7 @@ def _save_and_resume(rank: int, world_size: int, config: ExchangeConfig) -> dict
     exchange.flush()
     exchange.close()
 
-    states: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(states, saved["state"])
+    states = transport.share(saved["state"])
     resumed = build_parameters()
     for parameter, value in zip(resumed, saved["weights"], strict=True):
         parameter.data.copy_(value)
@@ -252,7 +252,7 @@ def _save_and_resume(rank: int, world_size: int, config: ExchangeConfig) -> dict
 
 @pytest.fixture(scope="module")
 def saved_runs() -> list[dict[str, Any]]:
-    return run_ranks(_save_and_resume, 3, ASYNC)
+    return run_workers(3, lambda transport: _save_and_resume(transport, ASYNC))
 
 
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(

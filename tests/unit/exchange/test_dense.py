@@ -1,5 +1,6 @@
 """The dense exchange alone, and over two real gloo processes."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,15 +10,15 @@ import torch
 from r1ray.config.schema import DenseExchangeConfig
 from r1ray.errors import ExchangeError
 from r1ray.exchange import (
-    CollectiveTransport,
     LocalTransport,
     StepTotals,
+    Transport,
     UpdateRule,
     build_exchange,
     dense,
 )
 from r1ray.exchange.dense import DenseExchange
-from tests.unit.exchange.gloo import TIMEOUT_S, run_ranks
+from tests.unit.exchange.gloo import run_ranks
 from tests.unit.exchange.problem import (
     NUM_ROWS,
     backward,
@@ -35,24 +36,25 @@ CONFIGS = {
 }
 
 
-def _run_worker(rank: int, world_size: int) -> dict[str, Any]:
+def _run_worker(transport: Transport) -> dict[str, Any]:
     """One step of each kind (NaN on rank 1 alone) and what it left behind."""
     dense._BUCKET_BYTES = 300  # several buckets
     results: dict[str, Any] = {}
     for name, config in CONFIGS.items():
         parameters = build_parameters()
         exchange = build_exchange(config)
-        transport = CollectiveTransport(timeout_s=TIMEOUT_S)
         exchange.setup(parameters, transport, build_rule())
-        totals = backward(parameters, rows_of(rank, world_size))
-        if name == "nan" and rank == 1:
+        already_sent = transport.sent_bytes
+        totals = backward(parameters, rows_of(transport.rank, transport.world_size))
+        if name == "nan" and transport.rank == 1:
             gradient = parameters[2].grad
             assert gradient is not None
             gradient[0, 0] = math.nan
+        totals = dataclasses.replace(totals, peaks=(float(transport.rank), 0.5))
         results[name] = {
-            "outcome": exchange.step(StepTotals(**{**vars(totals), "peaks": (float(rank), 0.5)})),
+            "outcome": exchange.step(totals),
             "weights": values_of(parameters),
-            "sent_bytes": exchange.stats().sent_bytes,
+            "sent_bytes": exchange.stats().sent_bytes - already_sent,
         }
     return results
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from r1ray.config.schema import StreamExchangeConfig
-from r1ray.exchange import CollectiveTransport
+from r1ray.exchange import Transport
 from r1ray.exchange.base import StepTotals
 from r1ray.exchange.stream import StreamExchange
 from r1ray.exchange.update_rule import UpdateRule
@@ -28,7 +28,7 @@ class _Messages(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def _run(rank: int, world_size: int) -> dict[str, Any]:
+def _run(transport: Transport) -> dict[str, Any]:
     messages = _Messages()
     logging.getLogger("r1ray.exchange").addHandler(messages)
     torch.manual_seed(0)
@@ -47,13 +47,15 @@ def _run(rank: int, world_size: int) -> dict[str, Any]:
     )
     exchange.setup(
         list(model.parameters()),
-        CollectiveTransport(timeout_s=TIMEOUT_S),
+        transport,
         UpdateRule(lambda number: 0.01, num_steps=NUM_STEPS),
     )
     losses, times = [], []
     for step in range(NUM_STEPS):
-        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(100 * step + rank))
-        if (rank, step) == (STALLED_RANK, STALLED_STEP):
+        x = torch.randn(
+            32, 16, generator=torch.Generator().manual_seed(100 * step + transport.rank)
+        )
+        if (transport.rank, step) == (STALLED_RANK, STALLED_STEP):
             time.sleep(STALL_S)
         started = time.monotonic()
         model.zero_grad()

@@ -60,6 +60,10 @@ class ThreadTransport:
         assert [len(payload) for payload in received] == list(sizes)
         return received
 
+    def share(self, value: Any) -> list[Any]:
+        """Every worker's `value`, in rank order."""
+        return self._world.share(self.rank, value)
+
     def fork(self) -> Self:
         return self
 

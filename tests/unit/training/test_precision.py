@@ -162,10 +162,10 @@ def _dtypes_of_products(state: Worker, promoted: set[int]) -> list[torch.dtype]:
 def test_only_promoted_groups_multiply_in_float32(precision: str, tie_embeddings: bool) -> None:
     state = _state(precision, tie_embeddings=tie_embeddings)
     low = torch.bfloat16 if precision == "bf16" else torch.float16
-    head = 0 if tie_embeddings else 3  # the group of the matrix
+    first = 0 if tie_embeddings else 1  # after the embedding's group
     assert _dtypes_of_products(state, set()) == [low, low, low]
-    assert _dtypes_of_products(state, {1}) == [torch.float32, low, low]
-    assert _dtypes_of_products(state, {2, head}) == [low, torch.float32, torch.float32]
+    assert _dtypes_of_products(state, {first}) == [torch.float32, low, low]
+    assert _dtypes_of_products(state, {first + 1, first + 2}) == [low, *[torch.float32] * 2]
     assert _dtypes_of_products(state, set()) == [low, low, low]
 
 

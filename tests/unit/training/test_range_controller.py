@@ -74,15 +74,26 @@ def test_gradients_that_fit_leave_everything_as_it_is() -> None:
     assert controller.generation == 0
 
 
-@pytest.mark.parametrize("jump", [2.0**17, 2.0**20, 2.0**30])
-def test_an_overflow_costs_few_steps_and_ends_at_a_scale_that_fits(jump: float) -> None:
+@pytest.mark.parametrize(
+    ("jump", "skips", "promoted"), [(2.0**17, 1, []), (2.0**22, 2, [3]), (2.0**29, 3, [3])]
+)
+def test_an_overflow_costs_few_steps_and_ends_at_a_scale_that_fits(
+    jump: float, skips: int, promoted: list[int]
+) -> None:
     controller = _controller()
     _run(controller, *[NORMAL] * 4)
-    larger = (jump, jump / 100)
-    assert 1 <= _run(controller, *[larger] * 4, steps=8) <= 2
+    assert _run(controller, *[(jump, jump / 100)] * 4, steps=8) == skips
     assert controller.loss_scale < 1
     assert 4 * jump * controller.loss_scale <= FP16.max < 64 * jump * controller.loss_scale
-    assert not controller.promoted
+    assert controller.promoted == set(promoted)
+
+
+def test_a_group_that_overflows_again_at_once_is_promoted_and_the_scale_recovers() -> None:
+    controller = _controller()
+    _run(controller, *[NORMAL] * 4)
+    assert _run(controller, NORMAL, (2.0**40, 1.0), NORMAL, NORMAL, steps=6) == 2
+    assert controller.promoted == {1}
+    assert controller.loss_scale >= 1.0
 
 
 def test_one_overflow_returns_to_half_the_scale_that_caused_it() -> None:
@@ -103,24 +114,38 @@ def test_a_growing_gradient_lowers_the_scale_before_it_overflows() -> None:
 
 
 def test_underflow_raises_the_scale_only_when_it_lasts() -> None:
-    controller, small = _controller(raise_after=5), (1e-3, 1e-6)
+    controller = _controller(raise_after=50)
+    short, good = _seen(subnormal=0.0101), _seen(subnormal=0.0099)
     for _ in range(3):
-        _run(controller, *[small] * 4, steps=4)
-        _run(controller, *[NORMAL] * 4)
+        for _ in range(49):
+            _update(controller, short, *[good] * 3)
+        _update(controller, *[good] * 4)
     assert controller.loss_scale == 1.0
-    _run(controller, *[small] * 4, steps=5)
-    assert controller.loss_scale == 2.0**7  # halfway to 2^13, which leaves the logits 4x headroom
-    _run(controller, *[small] * 4, steps=100)
-    assert controller.loss_scale == 2.0**7
+    for _ in range(50):
+        assert controller.loss_scale == 1.0
+        _update(controller, short, *[good] * 3)
+    assert controller.loss_scale == 2.0**13  # which leaves the logits 4x headroom
+    for _ in range(100):
+        _update(controller, *[good] * 4)
+    assert controller.loss_scale == 2.0**13
     assert not controller.promoted
 
 
-@pytest.mark.parametrize("amax", [0.0, 1e-6])
-def test_a_group_without_any_normal_number_left_counts_as_underflow(amax: float) -> None:
-    controller = _controller(raise_after=5)
-    for _ in range(5):
+@pytest.mark.parametrize(
+    ("seen", "num_steps"),
+    [
+        (_seen(subnormal=0.02), 25),
+        (_seen(subnormal=0.1), 5),
+        (_seen(subnormal=0.9), 4),  # one step is no evidence
+        (_seen(0.0), 4),  # nothing is left to be counted
+        (_seen(1e-6), 4),
+    ],
+)
+def test_the_more_underflow_the_sooner_the_scale_rises(seen: GroupRange, num_steps: int) -> None:
+    controller = _controller(raise_after=50)
+    for _ in range(num_steps):
         assert controller.loss_scale == 1.0
-        _update(controller, _seen(amax), *[_seen()] * 3)
+        _update(controller, seen, *[_seen()] * 3)
     assert controller.loss_scale > 1.0
 
 
@@ -252,7 +277,8 @@ def test_what_stays_not_finite_however_far_the_scale_falls_ends_in_three_strikes
     for strikes in (1, 2, 3):
         _update(controller, _seen(), _seen(math.inf, nonfinite=1), _seen(), _seen())
         assert controller.strikes == strikes
-    assert controller.loss_scale < 2.0**-40
+    assert controller.loss_scale == 2.0**-20
+    assert controller.promoted == {1}
 
 
 def test_the_fault_is_the_first_in_the_forward_or_else_the_first_in_the_backward() -> None:
@@ -265,7 +291,7 @@ def test_the_fault_is_the_first_in_the_forward_or_else_the_first_in_the_backward
 def test_an_overflow_bounds_the_scale_for_a_while() -> None:
     controller = _controller(demote_after=50)
     small = (1e-3, 1e-6)
-    _run(controller, *[small] * 4)
+    _run(controller, *[NORMAL] * 4)
     _update(controller, *[_seen(math.inf, nonfinite=1)] * 3, _seen())  # group 2 did it
     _run(controller, *[small] * 4, steps=3)
     assert controller.loss_scale == 0.5
@@ -294,7 +320,7 @@ def test_a_group_that_is_only_looked_up_is_left_alone() -> None:
 
 def test_bfloat16_needs_no_scale_where_fp16_does() -> None:
     controller = RangeController([True] * 2, torch.bfloat16, raise_after=5)
-    for amax in (1e-20, 1.0, 1e30):
+    for amax in (0.0, 1e-20, 1.0, 1e30):
         for _ in range(20):
             _update(controller, _seen(amax), _seen(amax))
     assert controller.loss_scale == 1.0

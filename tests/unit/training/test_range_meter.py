@@ -106,6 +106,17 @@ def test_elements_that_are_not_finite_are_counted_and_their_tensor_is_named(valu
     assert meter.culprits == {1: "bad.1"}
 
 
+def test_a_matrix_that_is_embedding_and_head_is_to_blame_only_if_nothing_else_is() -> None:
+    model = tiny_model(tie_embeddings=True)
+    meter = RangeMeter(split_groups(model), torch.float16)
+    shared, layer = model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight
+    shared.grad = torch.full_like(shared, math.nan)
+    assert [seen.num_nonfinite for seen in meter.measure()] == [0, 0, shared.numel()]
+    layer.grad = torch.full_like(layer, math.inf)
+    assert [seen.num_nonfinite for seen in meter.measure()] == [layer.numel(), 0, 0]
+    assert meter.culprits == {0: "model.layers.0.mlp.up_proj.weight"}
+
+
 def test_the_limits_are_those_of_the_dtype() -> None:
     group = _group("any", (64, 64))
     (seen,) = RangeMeter([group], torch.bfloat16).measure()
@@ -136,14 +147,19 @@ def test_an_output_that_is_not_finite_is_seen_once() -> None:
 def test_every_trainable_tensor_belongs_to_one_group(tie_embeddings: bool) -> None:
     model = tiny_model("qwen3", tie_embeddings=tie_embeddings)
     groups = split_groups(model)
-    assert [group.name for group in groups] == ["embedding", "layers.0", "layers.1", "head"]
+    assert [group.name for group in groups] == [
+        *([] if tie_embeddings else ["embedding"]),
+        "layers.0",
+        "layers.1",
+        "head",
+    ]
     names = Counter(name for group in groups for name in group.tensors)
     assert names == Counter(name for name, _ in model.named_parameters())
     for group in groups:
         for name, tensor in group.tensors.items():
             assert model.get_parameter(name) is tensor
-    owner = groups[0 if tie_embeddings else 3]
-    assert owner.products == (model.lm_head,)  # where the matrix is multiplied
+    assert groups[-1].products == (model.lm_head,)
+    assert any(tensor is model.lm_head.weight for tensor in groups[-1].tensors.values())
 
 
 def test_frozen_tensors_are_left_out() -> None:
