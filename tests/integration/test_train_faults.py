@@ -16,6 +16,7 @@ from tests.fakes import write_tiny_model
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 NUM_STEPS = 60
+CHECKPOINT_EVERY = 5
 
 
 def _configure(directory: Path, *overrides: str, root: Path | None = None) -> PipelineConfig:
@@ -26,7 +27,7 @@ def _configure(directory: Path, *overrides: str, root: Path | None = None) -> Pi
             f"run.root={root or directory}",
             f"base.source={directory / 'model'}",
             f"train.num_steps={NUM_STEPS}",
-            "train.resources.checkpoint_every_steps=5",
+            f"train.resources.checkpoint_every_steps={CHECKPOINT_EVERY}",
             *overrides,
         ],
     )
@@ -52,11 +53,11 @@ def test_a_worker_killed_while_an_exchange_is_under_way_costs_the_steps_since_th
         int(found[1]) for text in messages if (found := re.match(r"resuming .* (\d+)", text))
     ]
     assert len(resumed) == 1
-    assert resumed[0] >= 5
-    assert resumed[0] % 5 == 0
+    assert resumed[0] >= CHECKPOINT_EVERY
+    assert resumed[0] % CHECKPOINT_EVERY == 0
     assert 0 < report.recovery_s < 60
-    # The driver sees steps a moment after they are done: up to an interval is done again.
-    assert report.lost_steps <= 5
+    # A checkpoint counts once Ray Train's controller knows of it: the latest may not yet.
+    assert report.lost_steps < 2 * CHECKPOINT_EVERY
 
 
 def test_a_worker_stopped_for_20_seconds_is_waited_for(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_a_full_disk_at_a_checkpoint_costs_the_steps_since_the_one_before(tmp_pa
             report = provoke("disk_full", _configure(tmp_path, root=root))
             _check_finished(report)
             assert len(report.trained.manifest.metrics["recoveries"]) >= 1
-            assert report.lost_steps <= 5
+            assert report.lost_steps < 2 * CHECKPOINT_EVERY
     except PermissionError as error:
         pytest.skip(str(error))
 
