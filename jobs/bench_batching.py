@@ -6,12 +6,11 @@ about an hour on 2 cores; nothing else should run meanwhile.
 
 import argparse
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1ray.errors import R1RayError
+from jobs.cli import run_guarded
 
 PARTS = ("padding", "throughput", "preallocation", "scale")
 
@@ -32,20 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments.work.mkdir(parents=True, exist_ok=True)
     benchmark = BatchingBenchmark(arguments.work, arguments.batches, arguments.repetitions)
-    try:
+
+    def measure() -> None:
         for part in arguments.only:
             print(f"bench_batching: {part}", flush=True)
             getattr(benchmark, part)()
         if set(arguments.only) == set(PARTS):
             command = shlex.join(["python", "-m", "jobs.bench_batching", *sys.argv[1:]])
             print(benchmark.file_record(command))
-    except (R1RayError, OSError, subprocess.SubprocessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from where it was", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_guarded(measure)
 
 
 if __name__ == "__main__":

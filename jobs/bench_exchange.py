@@ -7,14 +7,12 @@ this machine (Linux, root, iproute2); where they cannot be had, only the arithme
 
 import argparse
 import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.benchmarks.links import why_unavailable
-from r1ray.errors import R1RayError
+from jobs.cli import run_guarded
 
 PARTS = ("links", "faults", "headline", "grid", "bytes", "quality", "smollm2")
 
@@ -38,22 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"links cannot be shaped here: {reason}; only the arithmetic follows\n")
         print(render_arithmetic())
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that links are removed
     arguments.work.mkdir(parents=True, exist_ok=True)
     budget_s = None if arguments.budget_minutes is None else 60 * arguments.budget_minutes
     benchmark = ExchangeBenchmark(arguments.work, budget_s)
-    try:
+
+    def measure() -> None:
         is_complete = benchmark.run(arguments.only)
         if is_complete and set(arguments.only) == set(PARTS):
             command = shlex.join(["python", "-m", "jobs.bench_exchange", *sys.argv[1:]])
             print(benchmark.file_record(command))
-    except (R1RayError, OSError, subprocess.SubprocessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from where it was", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_guarded(measure)
 
 
 if __name__ == "__main__":

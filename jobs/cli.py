@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from r1ray.config import PipelineConfig, load_config
 from r1ray.config.loader import describe_fields
 from r1ray.errors import ConfigError, R1RayError
 
-__all__ = ["connected_to_ray", "print_summary", "run_job", "run_stage"]
+__all__ = ["connected_to_ray", "print_summary", "run_guarded", "run_job", "run_stage"]
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -41,12 +42,21 @@ def run_job(
         "overrides", nargs="*", metavar="section.key=value", help="override a configuration key"
     )
     arguments = parser.parse_args(argv)
-    _exit_on_sigterm()
-    try:
+
+    def load_and_run() -> None:
         config = load_config(arguments.config, arguments.overrides)
         _check_root(config)
         body(config)
-    except (R1RayError, OSError) as error:
+
+    return run_guarded(load_and_run)
+
+
+def run_guarded(body: Callable[[], None]) -> int:
+    """Run `body`; the exit code. What a user can mend is told in one line, without a traceback."""
+    _exit_on_sigterm()
+    try:
+        body()
+    except (R1RayError, OSError, subprocess.SubprocessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:

@@ -31,7 +31,10 @@ from jobs.benchmarks.batching_data import (
     build_micro_batch,
     load_lengths,
 )
-from r1ray.config.schema import DenseExchangeConfig, TrainConfig
+from r1ray.config.exchange import DenseExchangeConfig
+from r1ray.config.schema import (
+    TrainConfig,
+)
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import Decoder, ModelConfig
 from r1ray.models.config import RopeConfig

@@ -1,6 +1,6 @@
 """Bringing workers together: codecs and transports below, strategies above."""
 
-from r1ray.config.schema import (
+from r1ray.config.exchange import (
     AutoExchangeConfig,
     Delta4AsyncExchangeConfig,
     DenseExchangeConfig,

@@ -17,7 +17,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from r1ray.config.schema import ExchangeConfig
+from r1ray.config.exchange import ExchangeConfig
 from r1ray.exchange.base import Exchange, ExchangeStats, StepOutcome, StepTotals
 from r1ray.exchange.planner import (
     Measurements,
@@ -47,6 +47,7 @@ class AutoExchange(Exchange):
         self._build = build
         self._chosen: Exchange | None = None
         self._config: ExchangeConfig | None = None
+        self._num_steps_before = 0  # they only measured
 
     def setup(
         self, parameters: Sequence[nn.Parameter], transport: Transport, rule: UpdateRule
@@ -104,13 +105,15 @@ class AutoExchange(Exchange):
         )
         estimates = [estimate(config, measured) for config in candidates()]
         self.plan = describe_plan(measured, estimates)
-        return self._adopt(choose(estimates).config)
+        return self._adopt(choose(estimates).config, num_steps_before=len(self._totals) - 1)
 
-    def _adopt(self, config: ExchangeConfig) -> Exchange:
+    def _adopt(self, config: ExchangeConfig, *, num_steps_before: int) -> Exchange:
+        """Hand over; the chosen exchange sees only the steps that are left."""
         self._probe.close()
-        self._config = config
+        self._config, self._num_steps_before = config, num_steps_before
         self._chosen = self._build(config)
-        self._chosen.setup(self._parameters, self._transport, self._rule)
+        rule = dataclasses.replace(self._rule, num_steps=self._rule.num_steps - num_steps_before)
+        self._chosen.setup(self._parameters, self._transport, rule)
         return self._chosen
 
     def flush(self) -> StepOutcome:
@@ -127,11 +130,16 @@ class AutoExchange(Exchange):
         assert self._chosen is not None, "flush comes first"
         assert self._config is not None, "it is set with the choice"
         config = TypeAdapter(ExchangeConfig).dump_python(self._config)
-        return {"config": config, "chosen": self._chosen.state_dict()}
+        return {
+            "config": config,
+            "num_steps_before": self._num_steps_before,
+            "chosen": self._chosen.state_dict(),
+        }
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         config = TypeAdapter(ExchangeConfig).validate_python(states[0]["config"])
-        self._adopt(config).load_state_dict([state["chosen"] for state in states])
+        chosen = self._adopt(config, num_steps_before=states[0]["num_steps_before"])
+        chosen.load_state_dict([state["chosen"] for state in states])
 
     def stats(self) -> ExchangeStats:
         stats = ExchangeStats(0, 0, 0.0) if self._chosen is None else self._chosen.stats()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from r1ray.config.schema import (
+from r1ray.config.exchange import (
     Delta4AsyncExchangeConfig,
     Delta4ExchangeConfig,
     DenseExchangeConfig,

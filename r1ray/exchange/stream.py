@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r1ray.config.schema import StreamExchangeConfig
+from r1ray.config.exchange import StreamExchangeConfig
 from r1ray.errors import ExchangeError
 from r1ray.exchange.base import Exchange, ExchangeStats, StepOutcome, StepTotals
 from r1ray.exchange.codecs import get_codec

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1ray.config import PipelineConfig, load_config
+from r1ray.config.exchange import DenseExchangeConfig
 from r1ray.config.loader import describe_fields, parse_config
 from r1ray.config.schema import (
     BucketsConfig,
-    DenseExchangeConfig,
     FileSourceConfig,
     PackingConfig,
     TaskSourceConfig,

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from r1ray.config.schema import AutoExchangeConfig
-from r1ray.exchange import LocalTransport, Transport, build_exchange
+from r1ray.config.exchange import AutoExchangeConfig, StreamExchangeConfig
+from r1ray.exchange import LocalTransport, Transport, auto, build_exchange
 from tests.unit.exchange.problem import (
     NUM_ROWS,
     build_parameters,
@@ -62,6 +62,32 @@ def test_the_first_update_covers_the_timed_steps_as_well(runs: list[dict[str, An
 def test_workers_end_with_identical_bits(runs: list[dict[str, Any]]) -> None:
     pairs = zip(runs[0]["weights"], runs[1]["weights"], strict=True)
     assert all(torch.equal(first, second) for first, second in pairs)
+
+
+@pytest.mark.parametrize("checkpoint_after", [None, 1, 4])
+def test_a_schedule_of_the_chosen_exchange_ends_with_the_run(
+    checkpoint_after: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streaming leaves the same weights everywhere only after its last merge."""
+    stream = StreamExchangeConfig(
+        type="stream", local_steps=4, num_fragments=1, overlap_steps=1, tail_share=0
+    )
+    monkeypatch.setattr(auto, "candidates", lambda: [stream])
+
+    def work(transport: Transport) -> list[torch.Tensor]:
+        parameters = build_parameters()
+        exchange = build_exchange(AUTO)
+        exchange.setup(parameters, transport, build_rule(12))
+        for step in range(12):
+            take_step(exchange, parameters, rows_of(transport.rank, transport.world_size), step)
+            if step + 1 == checkpoint_after:
+                exchange.flush()
+        exchange.flush()
+        exchange.close()
+        return values_of(parameters)
+
+    first, second = run_workers(2, work)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_an_early_checkpoint_hastens_the_choice_and_loses_nothing() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from r1ray.config.schema import (
+from r1ray.config.exchange import (
     Delta4AsyncExchangeConfig,
     Delta4ExchangeConfig,
     DenseExchangeConfig,

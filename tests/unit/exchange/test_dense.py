@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from r1ray.config.schema import DenseExchangeConfig
+from r1ray.config.exchange import DenseExchangeConfig
 from r1ray.errors import ExchangeError
 from r1ray.exchange import (
     LocalTransport,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r1ray.config.schema import StreamExchangeConfig
+from r1ray.config.exchange import StreamExchangeConfig
 from r1ray.errors import ExchangeError
 from r1ray.exchange.base import StepTotals
 from r1ray.exchange.stream import StreamExchange

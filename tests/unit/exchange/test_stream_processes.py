@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from r1ray.config.schema import StreamExchangeConfig
+from r1ray.config.exchange import StreamExchangeConfig
 from r1ray.exchange import Transport
 from r1ray.exchange.base import StepTotals
 from r1ray.exchange.stream import StreamExchange
