@@ -109,13 +109,15 @@ def test_a_pipeline_interrupted_while_training_leaves_only_finished_artifacts(
     process = start_job("pipeline", *settings)
     train = workspace / root / "tiny" / "train"
     deadline = time.monotonic() + 120
-    while not list(train.glob("*/checkpoints/checkpoint_manager_snapshot*")):
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.monotonic() < deadline, "no checkpoint within two minutes"
-        time.sleep(0.05)
-    os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=90)
-    stop(process)
+    try:
+        while not list(train.glob("*/checkpoints/checkpoint_manager_snapshot*")):
+            assert process.poll() is None, process.stdout.read() if process.stdout else ""
+            assert time.monotonic() < deadline, "no checkpoint within two minutes"
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        output, _ = process.communicate(timeout=90)
+    finally:
+        stop(process)
     assert process.returncode == exit_code, output
     assert ("the same command goes on" in output) == (number == signal.SIGINT)
     assert set(_manifests(workspace, root)) == {"base", "prepare"}
