@@ -8,7 +8,7 @@ from typing import Any
 from jobs.benchmarks.precision_arms import ARMS
 from jobs.benchmarks.precision_failures import FAILURES, run_failure
 from jobs.benchmarks.precision_report import failure_rows, render_failures, step_rows
-from jobs.benchmarks.precision_steps import measure_steps
+from jobs.benchmarks.precision_steps import SHAPES, measure_steps
 from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
 from r1ray.manifest import read_commit
 
@@ -25,8 +25,13 @@ class PrecisionBenchmark:
         self._commits: dict[str, str | None] = {}  # of the code that measured each part
 
     def steps(self) -> dict[str, Any]:
-        """Step times and losses of the arms, which take turns."""
-        return dict(self._once(f"steps_{self._num_steps}", measure_steps, self._num_steps))
+        """From layers' shape -> step times and losses of the arms, which take turns."""
+        return {
+            shape: self._once(
+                f"steps_{shape}_{self._num_steps}", measure_steps, shape, self._num_steps
+            )
+            for shape in SHAPES
+        }
 
     def failures(self) -> dict[str, dict[str, dict[str, Any]]]:
         """From failure -> arm -> what training did."""
@@ -42,7 +47,7 @@ class PrecisionBenchmark:
     def file_record(self, command: str) -> str:
         """Write the record and its tables; returns the tables."""
         steps, failures = self.steps(), self.failures()
-        rows = [*step_rows(steps), *failure_rows(failures)]
+        rows = [*step_rows(**steps), *failure_rows(failures)]
         circumstances = {**describe_circumstances(), "commits_of_parts": self._commits}
         record = build_record("precision", command, rows, circumstances)
         _TARGET.mkdir(parents=True, exist_ok=True)
@@ -72,17 +77,18 @@ class PrecisionBenchmark:
 
 
 _NOTES = """
-- Steps: a 4-layer decoder of the demo's family (width 256, 3.1M parameters), two micro-batches of
-  4 x 128 tokens, dense exchange, all threads; the arms take each step in turn, in one process. The
-  ratio is that of the summed times, with a bootstrapped 95% interval, promoted and skipped steps
-  included. bf16 pays only where the processor multiplies it: the bar is for AVX512-BF16 (flags
-  above).
+- Steps: four layers of SmolLM2's sizes (width 576, 14M parameters), two micro-batches of 4 x 128
+  tokens, dense exchange, all threads; the arms take each step in turn, in one process. The ratio is
+  that of the summed times, with a bootstrapped 95% interval, promoted and skipped steps included.
+  bf16 pays only where the processor multiplies it: the bar is for AVX512-BF16 (flags above).
+  `.width_256` is the same with four layers of width 256 (3.1M parameters): less of its step is
+  matrix products.
 - The controller's share is the time in its measuring pass, its decisions and its forward hooks;
   what the promoted group's fp32 products cost is in the throughput. Its patience is shortened (10
   steps of underflow, 30 clean steps), so that a promotion and a demotion fall into the run; they
   are brought about by two batches with a layer's output NaN, which every arm skips.
 - Loss gap: |loss / fp32's - 1| on held-out text, evaluated in fp32.
-- Failures: fp16 autocast on the CPU, a 3-layer decoder of width 64, 240 steps; patience 10 and 60.
+- Failures: fp16 autocast on the CPU, a 3-layer decoder of width 32, 400 steps; patience 10 and 60.
   Survived: training runs to its end, all weights are finite, and the held-out loss is at most 2%
   above that of fp32 under the same provocation. `wide range` counts as survived when both of its
   forms are. `plain` is autocast alone (policy none): r1ray's exchange skips steps that are not

@@ -6,15 +6,14 @@ one before that, each by a table of four successors. A model that trains badly s
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from r1ray.config.exchange import DenseExchangeConfig
-from r1ray.config.schema import (
-    TrainConfig,
-)
+from r1ray.config.schema import TrainConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.exchange import LocalTransport, StepOutcome, build_exchange
 from r1ray.models import Decoder, ModelConfig
@@ -31,11 +30,23 @@ __all__ = [
     "Arm",
     "ArmState",
     "GradScalerPolicy",
+    "LayerShape",
     "TimedPrecision",
     "build_model",
     "draw_batches",
     "heldout_loss",
 ]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Of a decoder's layers: the sizes of its matrix products."""
+
+    width: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+
 
 Arm = Literal["fp32", "plain", "gradscaler", "threshold", "range"]
 ARMS: tuple[Arm, ...] = ("fp32", "plain", "gradscaler", "threshold", "range")
@@ -129,17 +140,19 @@ class ArmState(TrainState):
         return precision.seconds if isinstance(precision, TimedPrecision) else 0.0
 
 
-def build_model(*, vocab_size: int, width: int, num_layers: int, max_positions: int) -> Decoder:
+def build_model(
+    shape: LayerShape, *, vocab_size: int, num_layers: int, max_positions: int
+) -> Decoder:
     """A seeded model of the demo's family: Llama, grouped queries, tied head."""
     config = ModelConfig(
         family="llama",
         vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
+        hidden_size=shape.width,
+        intermediate_size=shape.intermediate,
         num_layers=num_layers,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=width // 4,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.width // shape.num_heads,
         max_positions=max_positions,
         rms_norm_eps=1e-5,
         rope=RopeConfig(theta=10_000.0),

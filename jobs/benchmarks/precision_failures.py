@@ -21,7 +21,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from jobs.benchmarks.precision_arms import Arm, ArmState, build_model, draw_batches, heldout_loss
+from jobs.benchmarks.precision_arms import (
+    Arm,
+    ArmState,
+    LayerShape,
+    build_model,
+    draw_batches,
+    heldout_loss,
+)
 from r1ray.config.schema import TrainConfig
 from r1ray.errors import ExchangeError
 from r1ray.exchange import DenseExchange
@@ -46,7 +53,8 @@ KINDS: dict[str, tuple[Failure, ...]] = {
 """The four kinds; one is survived if all its forms are."""
 NUM_STEPS, ONSET = 400, 60
 PATIENCE = (10, 60)
-VOCAB_SIZE, WIDTH, NUM_LAYERS, ROWS, TOKENS = 16, 32, 3, 8, 32
+LAYERS = LayerShape(width=32, intermediate=88, num_heads=4, num_kv_heads=2)
+VOCAB_SIZE, NUM_LAYERS, ROWS, TOKENS = 16, 3, 8, 32
 LAYER = 1  # where it happens
 MAX_LOSS_RATIO = 1.02
 
@@ -106,9 +114,7 @@ def _scale_gradient(x: Tensor, factor: float) -> Tensor:
 def run_failure(failure: Failure, arm: Arm, num_steps: int = NUM_STEPS) -> dict[str, Any]:
     """Train under `failure` in `arm`: how it ended, and what it did on the way."""
     targets = ROWS * (TOKENS - 1)
-    model = build_model(
-        vocab_size=VOCAB_SIZE, width=WIDTH, num_layers=NUM_LAYERS, max_positions=TOKENS
-    )
+    model = build_model(LAYERS, vocab_size=VOCAB_SIZE, num_layers=NUM_LAYERS, max_positions=TOKENS)
     config = TrainConfig(
         num_steps=num_steps,
         learning_rate=2e-2,

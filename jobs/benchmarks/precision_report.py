@@ -16,10 +16,14 @@ _DRAWS, _SEED = 2000, 0
 _NAMES = {"plain": "bf16", "gradscaler": "bf16_gradscaler", "range": "bf16_range"}
 
 
-def step_rows(steps: Mapping[str, Any]) -> list[Row]:
-    """Throughput, loss, the controller's share; ids without an arm are the range controller's."""
-    arms, tokens = steps["arms"], steps["step_tokens"]
-    seconds = {arm: np.array(arms[arm]["seconds"]) for arm in arms}
+def step_rows(smollm2: Mapping[str, Any], small: Mapping[str, Any]) -> list[Row]:
+    """Throughput, loss, the controller's share; ids without an arm are the range controller's.
+
+    Args:
+        smollm2, small: the steps with layers of either shape; the bars are for the former.
+    """
+    arms, tokens = smollm2["arms"], smollm2["step_tokens"]
+    seconds = _seconds(smollm2)
     speed = tokens / seconds["fp32"].mean()
     loss = arms["fp32"]["final_loss"]
     rows = [
@@ -50,7 +54,22 @@ def step_rows(steps: Mapping[str, Any]) -> list[Row]:
                 "<= 0.005" if is_ours else None,
             ),
         ]
+    narrow = _seconds(small)
+    rows.append(
+        Row(
+            "precision.throughput_vs_fp32.width_256",
+            float(narrow["fp32"].sum() / narrow["range"].sum()),
+            "x",
+            _interval(narrow["fp32"], narrow["range"]),
+            "fp32, tokens/s",
+            float(small["step_tokens"] / narrow["fp32"].mean()),
+        )
+    )
     return rows + _controller_rows(arms["range"], seconds)
+
+
+def _seconds(steps: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
+    return {arm: np.array(run["seconds"]) for arm, run in steps["arms"].items()}
 
 
 def _controller_rows(ours: Mapping[str, Any], seconds: Mapping[str, Any]) -> list[Row]:

@@ -1,9 +1,10 @@
 """Step times and final loss of four arms, taken in turn in one process.
 
-A 4-layer decoder of the demo's family learns the same batches in fp32, in plain bf16 autocast, in
-bf16 with GradScaler's loss scale, and in bf16 under the range controller. So that the controller
-has something to do where bfloat16's range suffices, the output of one layer is NaN in two batches,
-in every arm: all skip those, and the controller runs that layer in fp32 until it has been clean.
+Decoders of four layers, with SmolLM2's sizes and with smaller ones, learn the same batches in fp32,
+in plain bf16 autocast, in bf16 with GradScaler's loss scale, and in bf16 under the range
+controller. So that the controller has something to do where bfloat16's range suffices, the output
+of one layer is NaN in two batches, in every arm: all skip those, and the controller runs that layer
+in fp32 until it has been clean.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from jobs.benchmarks.precision_arms import (
     Arm,
     ArmState,
+    LayerShape,
     build_model,
     draw_batches,
     heldout_loss,
@@ -26,10 +28,14 @@ from jobs.benchmarks.precision_arms import (
 from r1ray.config.schema import TrainConfig
 from r1ray.training.memory import KEEP_FREED_MEMORY
 
-__all__ = ["STEP_ARMS", "measure_steps", "run_steps"]
+__all__ = ["SHAPES", "STEP_ARMS", "measure_steps", "run_steps"]
 
 STEP_ARMS: tuple[Arm, ...] = ("fp32", "plain", "gradscaler", "range")
-VOCAB_SIZE, WIDTH, NUM_LAYERS = 512, 256, 4
+SHAPES = {
+    "smollm2": LayerShape(width=576, intermediate=1536, num_heads=9, num_kv_heads=3),
+    "small": LayerShape(width=256, intermediate=704, num_heads=4, num_kv_heads=2),
+}
+VOCAB_SIZE, NUM_LAYERS = 512, 4
 ROWS, TOKENS, BATCHES_PER_STEP = 4, 128, 2
 WARMUP_STEPS = 3  # not timed
 PATIENCE = (10, 30)
@@ -37,9 +43,9 @@ POISONED_STEPS, POISONED_LAYER = (12, 14), 1
 _HELDOUT_BATCHES = 16
 
 
-def measure_steps(num_steps: int) -> dict[str, Any]:
+def measure_steps(shape: str, num_steps: int) -> dict[str, Any]:
     """`run_steps` in a process with the malloc settings of workers."""
-    command = [sys.executable, "-m", "jobs.benchmarks.precision_steps", str(num_steps)]
+    command = [sys.executable, "-m", "jobs.benchmarks.precision_steps", shape, str(num_steps)]
     finished = subprocess.run(
         command,
         check=True,
@@ -51,9 +57,9 @@ def measure_steps(num_steps: int) -> dict[str, Any]:
 
 
 def run_steps(
+    layers: LayerShape,
     num_steps: int,
     *,
-    width: int = WIDTH,
     rows: int = ROWS,
     tokens: int = TOKENS,
     patience: tuple[int, int] = PATIENCE,
@@ -63,7 +69,7 @@ def run_steps(
     states = {}
     for arm in STEP_ARMS:
         model = build_model(
-            vocab_size=VOCAB_SIZE, width=width, num_layers=NUM_LAYERS, max_positions=tokens
+            layers, vocab_size=VOCAB_SIZE, num_layers=NUM_LAYERS, max_positions=tokens
         )
         config = _build_config(arm, num_steps)
         states[arm] = ArmState(model, arm, "bf16", config, patience=patience, targets=targets)
@@ -114,4 +120,4 @@ def _poison(state: ArmState) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_steps(int(sys.argv[1]))))
+    print(json.dumps(run_steps(SHAPES[sys.argv[1]], int(sys.argv[2]))))
