@@ -20,6 +20,7 @@ from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
 from r1ray.models.rope import apply_rotary, rotary_tables
+from r1ray.ops.causal_attention import causal_attention
 from r1ray.ops.packed_attention import Documents, packed_attention
 
 __all__ = ["Decoder"]
@@ -78,9 +79,7 @@ class Attention(nn.Module):
         if documents is not None:
             out_BNTH = packed_attention(q_BNTH, k_BKTH, v_BKTH, documents)
         elif cache is None or cache.max_start == 0:
-            out_BNTH = F.scaled_dot_product_attention(
-                q_BNTH, k_BKTH, v_BKTH, is_causal=tokens > 1, enable_gqa=True
-            )
+            out_BNTH = causal_attention(q_BNTH, k_BKTH, v_BKTH)
         else:
             out_BNTH = self._attend_cached(q_BNTH, k_BKSH, v_BKSH, positions_BT)
         return self.o_proj(out_BNTH.transpose(1, 2).reshape(batch, tokens, -1))

@@ -3,7 +3,7 @@
 A packed row holds documents one after the other; padding, where there is any, is the last of them.
 
 1. `Documents` names their lengths, once per forward; positions restart at each.
-2. CPU: one `scaled_dot_product_attention` per document, concatenated. The row is split, not sliced:
+2. CPU: one `causal_attention` per document, concatenated. The row is split, not sliced:
    the backward of a split is one concatenation, that of each slice a whole row of zeros.
 3. CUDA: FlexAttention, compiled once, with a block mask of "not later, and the same document" that
    all layers of a forward share. `varlen_attn`, the alternative, runs in half precision alone, and
@@ -25,11 +25,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from r1ray.errors import ShapeError
+from r1ray.ops.causal_attention import causal_attention
 
 __all__ = ["Documents", "packed_attention"]
 
@@ -116,8 +116,7 @@ def _attend_each(q_1NTH: Tensor, k_1KTH: Tensor, v_1KTH: Tensor, documents: Docu
     parts = []
     for document in zip(*splits, strict=True):
         q, k, v = (x.transpose(1, 2) for x in document)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
-        parts.append(out.transpose(1, 2))
+        parts.append(causal_attention(q, k, v).transpose(1, 2))
     return torch.cat(parts, dim=1).transpose(1, 2)
 
 
