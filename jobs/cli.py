@@ -20,6 +20,15 @@ from r1ray.errors import ConfigError, R1RayError
 
 __all__ = ["connected_to_ray", "print_summary", "run_guarded", "run_job", "run_stage"]
 
+_RAY_DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_AUTH_MODE": "token",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # notice the end at once
+}
+for _name, _value in _RAY_DEFAULTS.items():  # here, since Ray reads some when it is imported
+    os.environ.setdefault(_name, _value)
+
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -89,10 +98,6 @@ def print_summary(directory: Path) -> None:
 @contextmanager
 def connected_to_ray() -> Iterator[None]:
     """Inside a submitted job, that job's cluster; else RAY_ADDRESS, or a local Ray of our own."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # notice the end at once
     import ray
 
     from r1ray.observability.logging import setup_logging

@@ -140,7 +140,7 @@ def build_small_model(vocab_size: int, seed: int) -> Decoder:
         num_heads=6,
         num_kv_heads=2,
         head_dim=32,
-        max_positions=512,
+        max_positions=2048,
         rms_norm_eps=1e-5,
         rope=RopeConfig(theta=10_000.0),
         tie_embeddings=True,

@@ -8,11 +8,13 @@ the exchange benchmark, which needs no Ray.
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from r1ray.pipeline import Pipeline
 __all__ = ["FAULTS", "FaultReport", "cut_link", "measure_faults", "provoke", "small_disk"]
 
 _DEADLINE_S = 180.0
+_CHECKPOINTS = "*/checkpoints/checkpoint_manager_snapshot*"
 _WORKER_NAME = "ray::RayTrainWo"
 _CUT_AFTER_BYTES = 4_000_000
 _DISK_BYTES = 1 << 30
@@ -106,6 +109,37 @@ def cut_link(runner: CellRunner, cell: Cell, *, seconds: float) -> float:
     return longest - seconds
 
 
+def restart_driver(root: Path, overrides: Sequence[str]) -> float:
+    """End the driver by SIGTERM after a checkpoint, and give the same command again.
+
+    Args:
+        root: `run.root` of `overrides`; data is prepared there, and nothing trained.
+    Returns:
+        Seconds from the signal to the first step of the second run.
+    Raises:
+        ExchangeError: the second run failed, or did not go on from a checkpoint.
+    """
+    command = [sys.executable, "-m", "jobs.train", "--config", _CONFIG_PATH, *overrides]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        _wait_for(lambda: any(root.glob(f"*/train/{_CHECKPOINTS}")), "checkpoint")
+        began = time.monotonic()
+        first.send_signal(signal.SIGTERM)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as second:
+        assert second.stdout is not None
+        steps = (re.search(r"train: step (\d+)/", line) for line in second.stdout)
+        found = next((match for match in steps if match), None)
+        seconds = time.monotonic() - began
+        second.stdout.read()
+    if second.returncode != 0 or found is None or int(found[1]) == 1:
+        raise ExchangeError(
+            f"after SIGTERM the same command ended with {second.returncode}, its first step was "
+            f"{found and found[1]}"
+        )
+    return seconds
+
+
 def measure_faults(work: Path, base_dir: Path, runner: CellRunner) -> dict[str, float]:
     """Seconds until training went on, by fault: a small model on this machine's Ray.
 
@@ -122,20 +156,33 @@ def measure_faults(work: Path, base_dir: Path, runner: CellRunner) -> dict[str, 
         for fault in FAULTS:
             root = work / fault
             with small_disk(root, _DISK_BYTES) if fault == "disk_full" else nullcontext(root):
-                overrides = [*_OVERRIDES, f"base.source={model_dir}", f"run.root={root}"]
-                recoveries[fault] = provoke(fault, load_config(_CONFIG_PATH, overrides)).recovery_s
+                config = load_config(_CONFIG_PATH, [*_OVERRIDES, *_locate(model_dir, root)])
+                recoveries[fault] = provoke(fault, config).recovery_s
+        config = load_config(_CONFIG_PATH, [*_OVERRIDES, *_locate(model_dir, work / "restarted")])
+        Pipeline(config).prepare()
+    recoveries["driver_restarted"] = restart_driver(
+        work / "restarted", [*_OVERRIDES, *_locate(model_dir, work / "restarted")]
+    )
     cell = Cell("faults", "delta4", 2, 50, 0, 60)
     recoveries["link_cut_10s"] = cut_link(runner, cell, seconds=10)
     return recoveries
 
 
+def _locate(model_dir: Path, root: Path) -> list[str]:
+    return [f"base.source={model_dir}", f"run.root={root}"]
+
+
 def _after_checkpoint(root: Path, cause: Callable[[Path], float]) -> float:
+    _wait_for(lambda: any(root.glob(_CHECKPOINTS)) and bool(_find_workers()), "checkpoint")
+    return cause(root)
+
+
+def _wait_for(is_there: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + _DEADLINE_S
-    while time.monotonic() < deadline:
-        if list(root.glob("*/checkpoints/checkpoint_manager_snapshot*")) and _find_workers():
-            return cause(root)
+    while not is_there():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no {what} within {_DEADLINE_S:.0f} s")
         time.sleep(0.02)
-    raise TimeoutError(f"no checkpoint below {root} within {_DEADLINE_S:.0f} s")
 
 
 def _find_workers() -> list[psutil.Process]:
