@@ -5,6 +5,7 @@ R1RayError
 ├── ArtifactError    a file or directory is missing, damaged or of the wrong kind
 ├── ShapeError       a tensor or a list of lengths does not fit
 ├── ExchangeError    workers could not exchange gradients or weights
+├── DivergenceError  training does not get better by trying again: its gradients are not finite
 └── ServingError     a request cannot be answered; carries the HTTP status and OpenAI's error code
 
 Messages name the value, the rule and the fix. `assert` is kept for r1ray's own invariants.
@@ -13,6 +14,7 @@ Messages name the value, the rule and the fix. `assert` is kept for r1ray's own 
 __all__ = [
     "ArtifactError",
     "ConfigError",
+    "DivergenceError",
     "ExchangeError",
     "R1RayError",
     "ServingError",
@@ -38,6 +40,10 @@ class ShapeError(R1RayError):
 
 class ExchangeError(R1RayError):
     """Workers could not exchange gradients or weights."""
+
+
+class DivergenceError(R1RayError):
+    """Gradients are not finite, step after step, whatever was done against it."""
 
 
 class ServingError(R1RayError):

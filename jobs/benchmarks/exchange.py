@@ -1,5 +1,6 @@
 """The exchange benchmark: its cells, each stored when it has been measured, and the record."""
 
+import dataclasses
 import json
 import tempfile
 import time
@@ -7,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.exchange_cells import PARTS, RATES_MBIT, Cell, plan_cells
+from jobs.benchmarks.exchange_cells import PARTS, RATES_MBIT, Cell, plan_cells, train_values
 from jobs.benchmarks.exchange_data import build_task
 from jobs.benchmarks.exchange_report import build_rows
 from jobs.benchmarks.exchange_run import CellRunner
@@ -65,11 +66,17 @@ class ExchangeBenchmark:
             if not self._is_done(cell):
                 raise ExchangeError(f"{cell.name} was not measured; run the benchmark again")
             results.append(self._read(cell.name))
+        commits = sorted({str(item["commit"]) for item in results})
+        if changed := [commit for commit in commits if commit.endswith("+")]:
+            raise ExchangeError(
+                f"cells were measured with uncommitted changes ({', '.join(changed)}); commit, "
+                f"remove {self._work}, and run the benchmark again"
+            )
         links = self._once("links", _measure_links)
         faults = self._once("faults", self._measure_faults)
         rows = build_rows(results, links, faults["recovery_s"])
         circumstances = describe_circumstances()
-        circumstances["commits_of_cells"] = sorted({str(item["commit"]) for item in results})
+        circumstances["commits_of_cells"] = commits
         circumstances["cells"] = [
             {name: value for name, value in item.items() if name not in ("ended_s", "sent")}
             for item in results
@@ -80,12 +87,15 @@ class ExchangeBenchmark:
         return write_report(record, rows, results, _TARGET)
 
     def _is_done(self, cell: Cell) -> bool:
-        return (self._work / f"{cell.name}.json").exists() and "error" not in self._read(cell.name)
+        if not (self._work / f"{cell.name}.json").exists():
+            return False
+        stored = self._read(cell.name)
+        return "error" not in stored and stored.get("settings") == _settings_of(cell)
 
     def _run_cell(self, cell: Cell) -> dict[str, Any]:
         """The cell's figures, stored; or its error, stored to be seen, and tried again later."""
         try:
-            result = self._cell_runner().run(cell)
+            result = {"settings": _settings_of(cell), **self._cell_runner().run(cell)}
         except ExchangeError as error:
             result = {"error": str(error)}
         self._store(cell.name, result)
@@ -140,6 +150,12 @@ def _measure_links() -> dict[str, Any]:
                 ),
             }
     return {"mbit_per_s": measured}
+
+
+def _settings_of(cell: Cell) -> dict[str, Any]:
+    """What a stored result must have been measured with, as JSON has it."""
+    settings = {"cell": dataclasses.asdict(cell), "train": train_values(cell)}
+    return dict(json.loads(json.dumps(settings)))
 
 
 def _describe(result: dict[str, Any]) -> str:

@@ -5,8 +5,9 @@ that a model of 8 MB is sent while the backward pass still runs; gradients that 
 and the global number of target tokens known to it for free, where r1ray's arms send it. Its hooks:
 
 - `ddp_bf16`: cast, asynchronous all-reduce, cast back. Torch's own hook refuses gloo.
-- `ddp_powersgd`: torch's PowerSGD of rank 4 with error feedback after 10 plain steps, in a single
-  bucket: with several, its chained collectives would be issued in a different order on each worker.
+- `ddp_powersgd`: torch's PowerSGD of rank 4 with error feedback after a fifteenth of the run in
+  plain steps, in a single bucket: with several, its chained collectives would be issued in a
+  different order on each worker.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ __all__ = ["DDP_PREFIX", "ArmRunner", "build_arm"]
 
 DDP_PREFIX = "ddp_"
 _BUCKET_MIB, _ONE_BUCKET_MIB = 1, 1 << 14
-_POWERSGD_RANK, _POWERSGD_START = 4, 10
+_POWERSGD_RANK, _POWERSGD_PLAIN_SHARE = 4, 1 / 15
 
 
 class ArmRunner(Protocol):
@@ -115,7 +116,7 @@ class _DdpRunner:
             state = powerSGD_hook.PowerSGDState(
                 None,
                 matrix_approximation_rank=_POWERSGD_RANK,
-                start_powerSGD_iter=_POWERSGD_START,
+                start_powerSGD_iter=max(2, round(_POWERSGD_PLAIN_SHARE * config.num_steps)),
             )
             self._ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 

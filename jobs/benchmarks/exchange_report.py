@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from jobs.benchmarks.exchange_cells import R1RAY_ARMS, SEEDS
+from r1ray.errors import ExchangeError
 from r1ray.evaluation.record import Row
 
 __all__ = [
@@ -141,6 +142,8 @@ def gap_rows(results: Results) -> list[Row]:
         dense = [cell["final_loss"] for cell in find_cells(cells, arm="dense")]
         for arm in dict.fromkeys(cell["arm"] for cell in cells):
             mine = find_cells(cells, arm=arm)
+            if any(cell["steps_done"] != cell["num_steps"] for cell in mine):
+                raise ExchangeError(f"a quality cell of {arm} was capped: steps are not equal")
             accuracies = [cell["accuracy"] for cell in mine]
             rows.append(
                 Row(
@@ -153,7 +156,7 @@ def gap_rows(results: Results) -> list[Row]:
             if arm == "dense":
                 continue
             gaps = [cell["final_loss"] / base - 1 for cell, base in zip(mine, dense, strict=True)]
-            bar = {"delta4": "<= 0.01", "delta4_async": "<= 0.015"}.get(arm)
+            bar = {"delta4": "<= 0.01", "delta4_async": "<= 0.015"}.get(arm, "<= 0.02")
             rows.append(
                 Row(
                     f"exchange.{arm}_loss_gap{suffix}",
@@ -203,11 +206,13 @@ def _crossings(results: Results, arm: str, rate_mbit: int) -> list[Mapping[str, 
         (base,) = find_cells(at_rate, arm="ddp_fp32", seed=seed)
         (cell,) = find_cells(at_rate, arm=arm, seed=seed)
         target = _MARGIN * base["final_loss"]
+        if base["steps_done"] != base["num_steps"]:
+            raise ExchangeError(f"{base['arm']} at {rate_mbit} Mbit/s was capped: no target")
         points.append(next((item for item in cell["curve"] if item["loss"] <= target), None))
     return points
 
 
 def _ratios(base: Iterable[float], other: Iterable[float]) -> list[float]:
-    """base / other, pair by pair; 0 where `other` never arrives."""
+    """base / other, pair by pair; 0 where `other` never arrives, or where only it does."""
     pairs = zip(base, other, strict=True)
-    return [0.0 if math.isinf(mine) else slow / mine for slow, mine in pairs]
+    return [0.0 if math.isinf(mine) or math.isinf(slow) else slow / mine for slow, mine in pairs]

@@ -188,8 +188,8 @@ _NOTES = """
   is over its streaming phase; `.whole_run` has its synchronous tail.
 - Baselines: torch's DDP over gloo, tuned (buckets of 1 MiB, gradients as views, the number of
   target tokens known for free); `ddp_bf16` casts, all-reduces asynchronously and casts back in a
-  hook of our own, since torch's refuses gloo; `ddp_powersgd` is torch's hook at rank 4 after 10
-  plain steps.
+  hook of our own, since torch's refuses gloo; `ddp_powersgd` is torch's hook at rank 4 after a
+  fifteenth of the run in plain steps.
 - Quality: equal steps on unlimited links. Loss gap: final validation loss over `dense`'s of the
   same seed, - 1. SmolLM2's rows: SmolLM2-135M itself, 2 workers.
 """

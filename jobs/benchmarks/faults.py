@@ -81,7 +81,8 @@ def provoke(fault: str, config: PipelineConfig) -> FaultReport:
     metrics = trained.manifest.metrics
     if metrics["recoveries"]:
         recovery = metrics["recoveries"][0]
-        return FaultReport(fault, recovery["seconds"], recovery["lost_steps"], trained)
+        seconds = recovery["seconds"] - stalled_s[0]
+        return FaultReport(fault, seconds, recovery["lost_steps"], trained)
     return FaultReport(fault, max(0.0, metrics["longest_step_s"] - stalled_s[0]), 0, trained)
 
 
@@ -120,24 +121,39 @@ def restart_driver(root: Path, overrides: Sequence[str]) -> float:
         ExchangeError: the second run failed, or did not go on from a checkpoint.
     """
     command = [sys.executable, "-m", "jobs.train", "--config", _CONFIG_PATH, *overrides]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+    with _running(command) as first:
         _wait_for(lambda: any(root.glob(f"*/train/{_CHECKPOINTS}")), "checkpoint")
         began = time.monotonic()
         first.send_signal(signal.SIGTERM)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as second:
-        assert second.stdout is not None
-        steps = (re.search(r"train: step (\d+)/", line) for line in second.stdout)
+        first.communicate()
+    with _running(command) as second:
+        assert second.stderr is not None, "it is a pipe"
+        steps = (re.search(r"train: step (\d+)/", line) for line in second.stderr)
         found = next((match for match in steps if match), None)
         seconds = time.monotonic() - began
-        second.stdout.read()
+        second.communicate()
     if second.returncode != 0 or found is None or int(found[1]) == 1:
         raise ExchangeError(
             f"after SIGTERM the same command ended with {second.returncode}, its first step was "
             f"{found and found[1]}"
         )
     return seconds
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """The process of `command`, its stderr kept; killed when the block is left or takes long."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    watchdog = threading.Timer(2 * _DEADLINE_S, process.kill)
+    watchdog.start()
+    try:
+        yield process
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
 
 
 def measure_faults(work: Path, base_dir: Path, runner: CellRunner) -> dict[str, float]:
@@ -195,9 +211,13 @@ def _find_workers() -> list[psutil.Process]:
 
 
 def _kill(root: Path) -> float:
+    """Kill one worker when the others wait for it in an exchange."""
     del root
-    os.kill(_find_workers()[-1].pid, signal.SIGKILL)
-    return 0.0
+    pid = _find_workers()[-1].pid
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(1.0)
+    os.kill(pid, signal.SIGKILL)
+    return 1.0
 
 
 def _stop(root: Path, seconds: float = 20.0) -> float:
@@ -216,6 +236,7 @@ def _slow(root: Path, seconds: float = 5.0, slice_s: float = 0.02) -> float:
     del root
     pid = _find_workers()[-1].pid
     end = time.monotonic() + seconds
+    os.kill(pid, signal.SIGCONT)  # it is there
     with contextlib.suppress(ProcessLookupError):  # training may be over before
         while time.monotonic() < end:
             os.kill(pid, signal.SIGSTOP)

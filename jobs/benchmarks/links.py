@@ -43,7 +43,7 @@ __all__ = [
 INTERFACE = "eth0"
 _SUBNET = "10.77.0"
 _PORT = 29_400
-_BURST_BYTES, _QUEUE_MS = 16 << 10, 50
+_BURST_MS, _MIN_BURST_BYTES, _QUEUE_MS = 1.0, 16 << 10, 50
 _BLOCK = bytes(64 << 10)
 _TIMEOUT_S = 30
 _serial = itertools.count()  # of the networks of this process
@@ -212,7 +212,8 @@ def measure_rate(
 
 
 def _shape(namespace: str, device: str, rate_mbit: float) -> None:
-    limits = ("rate", f"{rate_mbit * 1e6:.0f}bit", "burst", f"{_BURST_BYTES}b")
+    burst = max(_MIN_BURST_BYTES, round(rate_mbit * 1e3 * _BURST_MS / 8))
+    limits = ("rate", f"{rate_mbit * 1e6:.0f}bit", "burst", f"{burst}b")
     root = ("qdisc", "add", "dev", device, "root", "tbf")
     _run("tc", "-n", namespace, *root, *limits, "latency", f"{_QUEUE_MS}ms")
 

@@ -25,12 +25,11 @@ class PrecisionBenchmark:
         self._commits: dict[str, str | None] = {}  # of the code that measured each part
 
     def steps(self) -> dict[str, Any]:
-        """From layers' shape -> step times and losses of the arms, which take turns."""
+        """From a model's shape -> step times and losses of the arms, which take turns."""
+        counts = {shape: self._num_steps // (8 if shape == "smollm2" else 1) for shape in SHAPES}
         return {
-            shape: self._once(
-                f"steps_{shape}_{self._num_steps}", measure_steps, shape, self._num_steps
-            )
-            for shape in SHAPES
+            shape: self._once(f"steps_{shape}_{count}", measure_steps, shape, count)
+            for shape, count in counts.items()
         }
 
     def failures(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -47,7 +46,7 @@ class PrecisionBenchmark:
     def file_record(self, command: str) -> str:
         """Write the record and its tables; returns the tables."""
         steps, failures = self.steps(), self.failures()
-        rows = [*step_rows(**steps), *failure_rows(failures)]
+        rows = [*step_rows(steps), *failure_rows(failures)]
         circumstances = {**describe_circumstances(), "commits_of_parts": self._commits}
         record = build_record("precision", command, rows, circumstances)
         _TARGET.mkdir(parents=True, exist_ok=True)
@@ -77,12 +76,13 @@ class PrecisionBenchmark:
 
 
 _NOTES = """
-- Steps: four layers of SmolLM2's sizes (width 576, 14M parameters), two micro-batches of 4 x 128
-  tokens, dense exchange, all threads; the arms take each step in turn, in one process. The ratio is
-  that of the summed times, with a bootstrapped 95% interval, promoted and skipped steps included.
-  bf16 pays only where the processor multiplies it: the bar is for AVX512-BF16 (flags above).
-  `.width_256` is the same with four layers of width 256 (3.1M parameters): less of its step is
-  matrix products.
+- Steps: four layers of SmolLM2's sizes and a vocabulary of 512 (14M parameters), two micro-batches
+  of 4 x 128 tokens, dense exchange, all threads; the arms take each step in turn, in one process.
+  The ratio is that of the summed times, with a bootstrapped 95% interval, promoted and skipped
+  steps included. bf16 pays only where the processor multiplies it: the bar is for AVX512-BF16
+  (flags above). `.width_256`: four layers of width 256 (3.1M parameters), where less of a step is
+  matrix products. `.smollm2`: all of SmolLM2's size, 30 layers and 49,152 tokens, for an eighth of
+  the steps.
 - The controller's share is the time in its measuring pass, its decisions and its forward hooks;
   what the promoted group's fp32 products cost is in the throughput. Its patience is shortened (10
   steps of underflow, 30 clean steps), so that a promotion and a demotion fall into the run; they
@@ -94,6 +94,7 @@ _NOTES = """
   forms are. `plain` is autocast alone (policy none): r1ray's exchange skips steps that are not
   finite in every arm, and training stops after three in a row (except under GradScaler's
   semantics, which never gives up); a plain torch loop would have NaN weights after the first.
-- GradScaler: scale 2^16 of the mean loss, halved on overflow, doubled after 2,000 clean steps; a
-  unit test holds the reimplementation against torch.amp.GradScaler.
+- GradScaler: scale 2^16 of the mean loss, halved on overflow, doubled after twice as many clean
+  steps as the controller demotes after (2,000 by default, shortened with its patience); a unit test
+  holds the reimplementation against torch.amp.GradScaler.
 """

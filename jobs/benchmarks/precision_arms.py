@@ -30,7 +30,7 @@ __all__ = [
     "Arm",
     "ArmState",
     "GradScalerPolicy",
-    "LayerShape",
+    "Shape",
     "TimedPrecision",
     "build_model",
     "draw_batches",
@@ -39,13 +39,15 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """Of a decoder's layers: the sizes of its matrix products."""
+class Shape:
+    """Of a decoder: the sizes of its matrix products, and how many there are."""
 
     width: int
     intermediate: int
     num_heads: int
     num_kv_heads: int
+    num_layers: int
+    vocab_size: int
 
 
 Arm = Literal["fp32", "plain", "gradscaler", "threshold", "range"]
@@ -104,7 +106,8 @@ class ArmState(TrainState):
 
     Args:
         low: what arms other than fp32 multiply in.
-        patience: (steps of underflow before the controller acts, clean steps before it demotes).
+        patience: (steps of underflow before the controller acts, clean steps before it demotes);
+            GradScaler raises its scale after twice the latter, as by default.
         targets: of a step; GradScaler's scale is that of a mean loss, r1ray's of the sum.
     """
 
@@ -124,7 +127,9 @@ class ArmState(TrainState):
         self.num_product_groups = sum(bool(group.products) for group in groups)
         has_products = [bool(group.products) for group in groups]
         policies: dict[Arm, Callable[[], PrecisionPolicy]] = {
-            "gradscaler": lambda: GradScalerPolicy(2.0 ** round(16 - np.log2(targets))),
+            "gradscaler": lambda: GradScalerPolicy(
+                2.0 ** round(16 - np.log2(targets)), growth_interval=2 * patience[1]
+            ),
             "threshold": lambda: ThresholdPolicy(has_products),
             "range": lambda: RangeController(
                 has_products, _DTYPES[low], raise_after=patience[0], demote_after=patience[1]
@@ -140,16 +145,14 @@ class ArmState(TrainState):
         return precision.seconds if isinstance(precision, TimedPrecision) else 0.0
 
 
-def build_model(
-    shape: LayerShape, *, vocab_size: int, num_layers: int, max_positions: int
-) -> Decoder:
+def build_model(shape: Shape, *, max_positions: int) -> Decoder:
     """A seeded model of the demo's family: Llama, grouped queries, tied head."""
     config = ModelConfig(
         family="llama",
-        vocab_size=vocab_size,
+        vocab_size=shape.vocab_size,
         hidden_size=shape.width,
         intermediate_size=shape.intermediate,
-        num_layers=num_layers,
+        num_layers=shape.num_layers,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.width // shape.num_heads,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from jobs.benchmarks.precision_arms import (
     Arm,
     ArmState,
-    LayerShape,
+    Shape,
     build_model,
     draw_batches,
     heldout_loss,
@@ -53,8 +53,10 @@ KINDS: dict[str, tuple[Failure, ...]] = {
 """The four kinds; one is survived if all its forms are."""
 NUM_STEPS, ONSET = 400, 60
 PATIENCE = (10, 60)
-LAYERS = LayerShape(width=32, intermediate=88, num_heads=4, num_kv_heads=2)
-VOCAB_SIZE, NUM_LAYERS, ROWS, TOKENS = 16, 3, 8, 32
+VOCAB_SIZE, ROWS, TOKENS = 16, 8, 32
+SHAPE = Shape(
+    width=32, intermediate=88, num_heads=4, num_kv_heads=2, num_layers=3, vocab_size=VOCAB_SIZE
+)
 LAYER = 1  # where it happens
 MAX_LOSS_RATIO = 1.02
 
@@ -114,7 +116,7 @@ def _scale_gradient(x: Tensor, factor: float) -> Tensor:
 def run_failure(failure: Failure, arm: Arm, num_steps: int = NUM_STEPS) -> dict[str, Any]:
     """Train under `failure` in `arm`: how it ended, and what it did on the way."""
     targets = ROWS * (TOKENS - 1)
-    model = build_model(LAYERS, vocab_size=VOCAB_SIZE, num_layers=NUM_LAYERS, max_positions=TOKENS)
+    model = build_model(SHAPE, max_positions=TOKENS)
     config = TrainConfig(
         num_steps=num_steps,
         learning_rate=2e-2,

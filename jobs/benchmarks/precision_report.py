@@ -16,14 +16,14 @@ _DRAWS, _SEED = 2000, 0
 _NAMES = {"plain": "bf16", "gradscaler": "bf16_gradscaler", "range": "bf16_range"}
 
 
-def step_rows(smollm2: Mapping[str, Any], small: Mapping[str, Any]) -> list[Row]:
+def step_rows(steps: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Throughput, loss, the controller's share; ids without an arm are the range controller's.
 
     Args:
-        smollm2, small: the steps with layers of either shape; the bars are for the former.
+        steps: by the model's shape; ids without one are those of `layers`.
     """
-    arms, tokens = smollm2["arms"], smollm2["step_tokens"]
-    seconds = _seconds(smollm2)
+    arms, tokens = steps["layers"]["arms"], steps["layers"]["step_tokens"]
+    seconds = _seconds(steps["layers"])
     speed = tokens / seconds["fp32"].mean()
     loss = arms["fp32"]["final_loss"]
     rows = [
@@ -54,17 +54,19 @@ def step_rows(smollm2: Mapping[str, Any], small: Mapping[str, Any]) -> list[Row]
                 "<= 0.005" if is_ours else None,
             ),
         ]
-    narrow = _seconds(small)
-    rows.append(
-        Row(
-            "precision.throughput_vs_fp32.width_256",
-            float(narrow["fp32"].sum() / narrow["range"].sum()),
-            "x",
-            _interval(narrow["fp32"], narrow["range"]),
-            "fp32, tokens/s",
-            float(small["step_tokens"] / narrow["fp32"].mean()),
+    for shape in ("width_256", "smollm2"):
+        spent = _seconds(steps[shape])
+        rows.append(
+            Row(
+                f"precision.throughput_vs_fp32.{shape}",
+                float(spent["fp32"].sum() / spent["range"].sum()),
+                "x",
+                _interval(spent["fp32"], spent["range"]),
+                "fp32, tokens/s",
+                float(steps[shape]["step_tokens"] / spent["fp32"].mean()),
+                ">= 1.4",
+            )
         )
-    )
     return rows + _controller_rows(arms["range"], seconds)
 
 
@@ -127,8 +129,8 @@ def render_failures(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """What each arm did with each failure, as a Markdown table."""
     lines = [
         "| failure | arm | survived | held-out loss | updates | skipped | loss scale | "
-        "most groups in fp32 | end |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "most groups in fp32 | groups x steps in fp32 | end |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for failure, arms in runs.items():
         for arm in ARMS:
@@ -142,7 +144,7 @@ def render_failures(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             lines.append(
                 f"| {failure} | {arm} | {survived} | {_number(run['final_loss'])} | "
                 f"{run['num_updates']} | {run['num_skipped']} | {scales} | "
-                f"{run['max_promoted']} | {weights}{end} |"
+                f"{run['max_promoted']} | {run['fp32_share']:.0%} | {weights}{end} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,10 @@
 """Step times and final loss of four arms, taken in turn in one process.
 
-Decoders of four layers, with SmolLM2's sizes and with smaller ones, learn the same batches in fp32,
-in plain bf16 autocast, in bf16 with GradScaler's loss scale, and in bf16 under the range
-controller. So that the controller has something to do where bfloat16's range suffices, the output
-of one layer is NaN in two batches, in every arm: all skip those, and the controller runs that layer
-in fp32 until it has been clean.
+Decoders of four layers, with SmolLM2's sizes and with smaller ones, and one of SmolLM2's whole size
+learn the same batches in fp32, in plain bf16 autocast, in bf16 with GradScaler's loss scale, and in
+bf16 under the range controller. So that the controller has something to do where bfloat16's range
+suffices, the output of one layer is NaN in two batches, in every arm: all skip those, and the
+controller runs that layer in fp32 until it has been clean.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from jobs.benchmarks.precision_arms import (
     Arm,
     ArmState,
-    LayerShape,
+    Shape,
     build_model,
     draw_batches,
     heldout_loss,
@@ -31,11 +31,13 @@ from r1ray.training.memory import KEEP_FREED_MEMORY
 __all__ = ["SHAPES", "STEP_ARMS", "measure_steps", "run_steps"]
 
 STEP_ARMS: tuple[Arm, ...] = ("fp32", "plain", "gradscaler", "range")
+_LAYER = {"width": 576, "intermediate": 1536, "num_heads": 9, "num_kv_heads": 3}  # SmolLM2's
+_SMALL_LAYER = {"width": 256, "intermediate": 704, "num_heads": 4, "num_kv_heads": 2}
 SHAPES = {
-    "smollm2": LayerShape(width=576, intermediate=1536, num_heads=9, num_kv_heads=3),
-    "small": LayerShape(width=256, intermediate=704, num_heads=4, num_kv_heads=2),
+    "layers": Shape(**_LAYER, num_layers=4, vocab_size=512),
+    "width_256": Shape(**_SMALL_LAYER, num_layers=4, vocab_size=512),
+    "smollm2": Shape(**_LAYER, num_layers=30, vocab_size=49_152),
 }
-VOCAB_SIZE, NUM_LAYERS = 512, 4
 ROWS, TOKENS, BATCHES_PER_STEP = 4, 128, 2
 WARMUP_STEPS = 3  # not timed
 PATIENCE = (10, 30)
@@ -57,7 +59,7 @@ def measure_steps(shape: str, num_steps: int) -> dict[str, Any]:
 
 
 def run_steps(
-    layers: LayerShape,
+    shape: Shape,
     num_steps: int,
     *,
     rows: int = ROWS,
@@ -68,12 +70,10 @@ def run_steps(
     targets = BATCHES_PER_STEP * rows * (tokens - 1)
     states = {}
     for arm in STEP_ARMS:
-        model = build_model(
-            layers, vocab_size=VOCAB_SIZE, num_layers=NUM_LAYERS, max_positions=tokens
-        )
+        model = build_model(shape, max_positions=tokens)
         config = _build_config(arm, num_steps)
         states[arm] = ArmState(model, arm, "bf16", config, patience=patience, targets=targets)
-    shape = {"rows": rows, "tokens": tokens, "vocab_size": VOCAB_SIZE}
+    language = {"rows": rows, "tokens": tokens, "vocab_size": shape.vocab_size}
     results: dict[str, Any] = {arm: {"seconds": [], "controller": []} for arm in STEP_ARMS}
     promoted: dict[Arm, list[int]] = {arm: [] for arm in STEP_ARMS}
     for step in range(num_steps):
@@ -82,14 +82,14 @@ def run_steps(
             state, result = states[arm], results[arm]
             before = state.controller_seconds
             poison = _poison(state) if step in POISONED_STEPS else None
-            record = state.run_step(draw_batches(BATCHES_PER_STEP, seed=step, **shape))
+            record = state.run_step(draw_batches(BATCHES_PER_STEP, seed=step, **language))
             if poison is not None:
                 poison.remove()
             promoted[arm].append(record.num_promoted)
             if step >= WARMUP_STEPS:
                 result["seconds"].append(record.seconds)
                 result["controller"].append(state.controller_seconds - before)
-    heldout = draw_batches(_HELDOUT_BATCHES, seed=num_steps, **shape)
+    heldout = draw_batches(_HELDOUT_BATCHES, seed=num_steps, **language)
     for arm, state in states.items():
         changes = [after - before for before, after in itertools.pairwise([0, *promoted[arm]])]
         results[arm] |= {

@@ -82,7 +82,7 @@ class StreamExchangeConfig:
     grace_s: Annotated[float, Field(ge=0, le=3600)] = 10
     """How long a merge that half of the workers are ready for waits for the others, in seconds."""
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120
-    """Longest wait for another worker before the run counts as failed."""
+    """Longest time without news of any worker, in seconds, before the run counts as failed."""
 
     @model_validator(mode="after")
     def _a_merge_ends_before_the_next(self) -> "StreamExchangeConfig":

@@ -66,6 +66,10 @@ class AutoExchange(Exchange):
         """Updates applied by the chosen exchange."""
         return 0 if self._chosen is None else self._chosen.num_updates
 
+    @property
+    def is_local(self) -> bool:  # type: ignore[override]
+        return self._chosen is not None and self._chosen.is_local
+
     def step(self, totals: StepTotals) -> StepOutcome:
         if self._chosen is not None:
             return self._chosen.step(totals)
@@ -103,7 +107,7 @@ class AutoExchange(Exchange):
             link_rate=slowest[1],
             codec_rate=slowest[2],
         )
-        estimates = [estimate(config, measured) for config in candidates()]
+        estimates = [estimate(config, measured) for config in candidates(self._rule.num_steps)]
         self.plan = describe_plan(measured, estimates)
         return self._adopt(choose(estimates).config, num_steps_before=len(self._totals) - 1)
 

@@ -57,7 +57,8 @@ class ExchangeStats:
 
     Attributes:
         sent_bytes, received_bytes: payload, as the transport's algorithm moves it.
-        wait_s: time the training thread spent on other workers.
+        wait_s: time the training thread waited for the exchange: for the network, for others, and
+            for what is encoded and decoded in the meantime.
         residual_norm: of the error feedback kept for later steps, as last known.
         staleness_steps: age of the gradient in the last update.
     """
@@ -75,10 +76,12 @@ class Exchange(ABC):
     Attributes:
         num_updates: updates applied: the clock of the learning rate.
         plan: why this exchange was chosen, where one was.
+        is_local: whether the next step's outcome is of this worker alone: totals and verdict too.
     """
 
     num_updates: int = 0
     plan: str | None = None
+    is_local: bool = False
 
     @abstractmethod
     def setup(
@@ -95,7 +98,10 @@ class Exchange(ABC):
         """
 
     def flush(self) -> StepOutcome:
-        """Finish what is under way, before a checkpoint and at the end; `wait` if nothing is."""
+        """Finish what is under way, before a checkpoint and at the end; `wait` if nothing is.
+
+        The caller clears the gradients afterwards.
+        """
         return StepOutcome("wait")
 
     @abstractmethod

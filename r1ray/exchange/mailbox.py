@@ -5,7 +5,8 @@ and whoever waits says for how long.
 
 1. Per peer, one daemon thread sends and one receives. A frame is a header of 15 bytes (kind,
    fragment, version, payload size) and the payload. `send` never blocks.
-2. A connection that ends, or that carries anything but such frames, is a failure: whoever waits
+2. `tell` says how far this worker is, so that others tell a slow worker from one that hangs.
+3. A connection that ends, or that carries anything but such frames, is a failure: whoever waits
    gets an ExchangeError that names the rank, and so does whoever asks later.
 
 There is no farewell and no reconnection: workers close after a collective that all of them passed,
@@ -20,6 +21,7 @@ import queue
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ class Kind(IntEnum):
 
     CONTRIBUTION = 1
     BROADCAST = 2
+    STEP = 3  # no inbox: the version is the number of steps made
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Mailbox:
         self._max_payload_bytes = max_payload_bytes
         self._max_waiting = max_waiting
         self._inboxes: dict[Kind, deque[Frame]] = {kind: deque() for kind in Kind}
+        self._steps = dict.fromkeys(peers, 0)
+        self._heard_at = time.monotonic()
         self._changed = threading.Condition()
         self._failure: str | None = None
         self._is_closed = False
@@ -129,6 +134,38 @@ class Mailbox:
             )
             self.check()
             return inbox.popleft() if inbox and not self._is_closed else None
+
+    def tell(self, step: int) -> None:
+        """Let all others know that this worker has made so many steps."""
+        for peer in self._peers:
+            self.send(peer, Kind.STEP, 0, step, bytearray())
+
+    def begin_to_listen(self) -> None:
+        """Count `silent_s` from here."""
+        with self._changed:
+            self._heard_at = time.monotonic()
+
+    def silent_s(self) -> float:
+        """Seconds since anything came from anybody."""
+        return time.monotonic() - self._heard_at
+
+    def wait_for_step(self, step: int, timeout_s: float) -> list[int]:
+        """Wait until all others have told of `step` steps; who has not, after a long silence.
+
+        Args:
+            timeout_s: without a word from anybody.
+        Raises:
+            ExchangeError: a worker is gone.
+        """
+        self.begin_to_listen()
+        with self._changed:
+            while behind := [peer for peer, done in self._steps.items() if done < step]:
+                self.check()
+                left_s = timeout_s - self.silent_s()
+                if left_s <= 0 or self._is_closed:
+                    return behind
+                self._changed.wait(left_s)
+        return []
 
     def check(self) -> None:
         """Raise what went wrong, if anything did."""
@@ -190,7 +227,7 @@ class Mailbox:
         ):
             raise ExchangeError(
                 f"rank {peer} sent a frame of kind {kind}, fragment {fragment} and {size} bytes; "
-                f"kinds are 1 and 2, fragments end at {self._num_fragments}, payloads at "
+                f"kinds end at {max(Kind)}, fragments at {self._num_fragments}, payloads at "
                 f"{self._max_payload_bytes} bytes: do all workers run the same configuration?"
             )
         payload = read_exactly(self._peers[peer], size)
@@ -198,6 +235,11 @@ class Mailbox:
 
     def _deliver(self, frame: Frame) -> None:
         with self._changed:
+            self._heard_at = time.monotonic()
+            if frame.kind == Kind.STEP:
+                self._steps[frame.sender] = frame.version
+                self._changed.notify_all()
+                return
             inbox = self._inboxes[frame.kind]
             if len(inbox) >= self._max_waiting:
                 raise ExchangeError(

@@ -40,6 +40,7 @@ __all__ = [
 _BYTES_PER_ELEMENT = {"fp32": 4.0, "bf16": 2.0, "delta4": 4 / 9}
 _TOLERANCE = 1.1
 _STREAM_WEIGHT = 2.0
+_MERGES, _MIN_LOCAL_STEPS, _MAX_LOCAL_STEPS = 30, 4, 100
 _PROBE_S = 0.2
 _MAX_PROBE_BYTES = 16 << 20
 
@@ -162,12 +163,23 @@ def measure_codec_rate(codec: str, device: torch.device) -> float:
     return len(x) / (time.perf_counter() - started)
 
 
-def candidates() -> list[ExchangeConfig]:
-    """What there is to choose from, from exact to approximate."""
-    return [
+def candidates(num_steps: int) -> list[ExchangeConfig]:
+    """What there is to choose from for a run of so many steps, from exact to approximate.
+
+    Streaming merges every fragment thirty times, or at every hundredth step; runs too short for
+    that at four local steps a merge do without it.
+    """
+    exact: list[ExchangeConfig] = [
         DenseExchangeConfig(type="dense"),
         DenseExchangeConfig(type="dense", dtype="bf16"),
         Delta4ExchangeConfig(type="delta4"),
         Delta4AsyncExchangeConfig(type="delta4_async"),
-        StreamExchangeConfig(type="stream"),
     ]
+    local_steps = min(num_steps // _MERGES, _MAX_LOCAL_STEPS)
+    if local_steps < _MIN_LOCAL_STEPS:
+        return exact
+    overlap_steps = min(5, local_steps // 4)
+    stream = StreamExchangeConfig(
+        type="stream", local_steps=local_steps, overlap_steps=overlap_steps
+    )
+    return [*exact, stream]

@@ -58,6 +58,8 @@ __all__ = ["StreamExchange"]
 
 logger = logging.getLogger(__name__)
 
+_TELL_EVERY_S = 1.0
+
 
 class StreamExchange(Exchange):
     """The training thread's side: local steps, sending and taking over on a fixed schedule.
@@ -73,6 +75,8 @@ class StreamExchange(Exchange):
         self._wait_s = 0.0
         self._residual_norm = 0.0
         self._staleness_steps = 0
+        self._told_at = 0.0
+        self._tell_every_s = min(_TELL_EVERY_S, config.timeout_s / 4)
 
     def setup(
         self, parameters: Sequence[nn.Parameter], transport: Transport, rule: UpdateRule
@@ -115,8 +119,8 @@ class StreamExchange(Exchange):
         self._owner_state = self._owner.state_dict()
 
     @property
-    def is_streaming(self) -> bool:
-        """Whether weights differ between workers."""
+    def is_local(self) -> bool:  # type: ignore[override]
+        """True while streaming: weights differ between workers, too."""
         return not self._mailbox.is_closed
 
     def step(self, totals: StepTotals) -> StepOutcome:
@@ -132,6 +136,8 @@ class StreamExchange(Exchange):
         self._mailbox.check()
         outcome = self._step_locally(totals)
         self.num_updates += 1
+        if time.monotonic() - self._told_at >= self._tell_every_s:
+            self._tell()
         for fragment, version in self._schedule.sends(self.num_updates):
             self._contribute(fragment, version)
         for fragment, copy in enumerate(self._copies):
@@ -147,7 +153,7 @@ class StreamExchange(Exchange):
         """Take over what is under way; weights are the same only when streaming is over."""
         if self._tail is not None:
             return self._tail.flush()
-        if self.is_streaming:
+        if self.is_local:
             self._complete()
             # Nobody can go on, and have this owner merge, before all have come to the comparison.
             self._owner_state = self._owner.state_dict()
@@ -197,21 +203,34 @@ class StreamExchange(Exchange):
         """Wait for all that is under way (of all fragments if none is given), and take it over.
 
         Raises:
-            ExchangeError: it has not come within `timeout_s`.
+            ExchangeError: nothing was heard of any worker for `timeout_s`.
         """
-        timeout_s = self._config.timeout_s
         for fragment in fragments or range(len(self._copies)):
             copy = self._copies[fragment]
             if copy.under_way is None:
                 continue
-            self._take_over(fragment, timeout_s)
-            if owners := copy.lacking():
-                # Where this worker's own shard is not merged, the owners themselves wait.
-                late = self._owner.missing(fragment) if self._transport.rank in owners else []
-                raise ExchangeError(
-                    f"rank {', '.join(map(str, late or owners))} has not answered for "
-                    f"{timeout_s:g} s; start again from the last checkpoint"
-                )
+            self._tell()
+            self._mailbox.begin_to_listen()
+            while copy.under_way is not None and copy.lacking():
+                if self._mailbox.silent_s() >= self._config.timeout_s:
+                    # Where this worker's own shard is not merged, the owners themselves wait.
+                    owners = copy.lacking()
+                    late = self._owner.missing(fragment) if self._transport.rank in owners else []
+                    raise self._silence(late or owners)
+                self._take_over(fragment, self._tell_every_s)
+            if copy.under_way is not None:
+                self._take_over(fragment, 0.0)
+
+    def _tell(self) -> None:
+        """Let the others know that this worker goes on: they wait for whoever is merely slow."""
+        self._told_at = time.monotonic()
+        self._mailbox.tell(self.num_updates)
+
+    def _silence(self, ranks: Sequence[int]) -> ExchangeError:
+        return ExchangeError(
+            f"rank {', '.join(map(str, ranks))} has not answered, and no worker has made a step, "
+            f"for {self._config.timeout_s:g} s; start again from the last checkpoint"
+        )
 
     def _age(self, fragment: int) -> int:
         """Steps made since the fragment's version under way was sent."""
@@ -225,6 +244,9 @@ class StreamExchange(Exchange):
         for copy in self._copies:
             checksum = zlib.crc32(copy.global_E.numpy().tobytes(), checksum)
         started = time.monotonic()
+        self._tell()
+        if behind := self._mailbox.wait_for_step(self.num_updates, self._config.timeout_s):
+            raise self._silence(behind)
         checksums = self._control.all_gather(torch.tensor([checksum])).flatten().tolist()
         self._wait_s += time.monotonic() - started
         if len(set(checksums)) > 1:
@@ -276,7 +298,7 @@ class StreamExchange(Exchange):
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"num_updates": self.num_updates}
-        if self.is_streaming:
+        if self.is_local:
             state["optimizer"] = self.optimizer.state_dict()
             state["owner"] = self._owner_state
             state["copies"] = [copy.state_dict() for copy in self._copies]

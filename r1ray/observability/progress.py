@@ -77,9 +77,10 @@ class StageProgress:
             self._bar.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
+        is_first = self._first is None
         if self._first is None:
             self._first = (done, now)
-        if now - self._last_line < _LINE_EVERY_S and done != self._total:
+        if now - self._last_line < _LINE_EVERY_S and done != self._total and not is_first:
             return
         self._last_line = now
         of_total = "" if self._total is None else f"/{self._total}"

@@ -19,7 +19,7 @@ from r1ray.errors import ArtifactError
 from r1ray.models.checkpoint import load_model, save_model
 from r1ray.training.step import StepRecord, TrainState
 
-__all__ = ["load_checkpoint", "load_history", "save_checkpoint"]
+__all__ = ["is_whole", "load_checkpoint", "load_history", "save_checkpoint"]
 
 STATE_NAME = "state.pt"
 HISTORY_NAME = "history.json"
@@ -61,6 +61,18 @@ def load_checkpoint(directory: Path, state: TrainState) -> list[StepRecord]:
     ranks = range(shared["world_size"])
     state.load_state_dict(shared, [_load(directory / exchange_name(rank)) for rank in ranks])
     return load_history(directory)
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether `load_checkpoint` can read everything in `directory`."""
+    try:
+        load_model(directory)
+        for rank in range(_load(directory / STATE_NAME)["world_size"]):
+            _load(directory / exchange_name(rank))
+        load_history(directory)
+    except ArtifactError:
+        return False
+    return True
 
 
 def load_history(directory: Path) -> list[StepRecord]:

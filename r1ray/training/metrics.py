@@ -21,6 +21,8 @@ class StepMetrics:
         tags = {"run": run or "", "rank": str(rank)}
         self._metrics: list[tuple[str, Counter | Gauge]] = []
         for metric in TRAIN_METRICS:
+            if metric.is_shared and rank != 0:
+                continue
             kind = Counter if metric.kind == "counter" else Gauge
             exported = kind(metric.name, description=metric.description, tag_keys=_TAGS)
             exported.set_default_tags(tags)

@@ -10,6 +10,7 @@ over the gradients where S is not 1.
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from r1ray.config.schema import TrainConfig
-from r1ray.errors import ExchangeError
+from r1ray.errors import DivergenceError
 from r1ray.exchange import StepOutcome, Transport
 from r1ray.models.decoder import Decoder
 from r1ray.training.precision_policy import (
@@ -72,7 +73,7 @@ def agree_precision(
 
 
 class Precision:
-    """The number format of one worker's steps; the same on every worker.
+    """The number format of one worker's steps; the same on every worker, but for `is_local` steps.
 
     Args:
         model: its modules run in float32 from the next forward on, when their group is promoted.
@@ -90,6 +91,7 @@ class Precision:
         policy: PrecisionPolicy | None = None,
     ) -> None:
         self._device = model.model.norm.weight.device
+        self._transport = transport
         self._rank, self._world_size = transport.rank, transport.world_size
         mine = resolve_precision(config.precision, config.precision_policy, self._device)
         self.name = agree_precision(mine, self._device, transport)
@@ -138,27 +140,41 @@ class Precision:
             torch._foreach_mul_(gradients, 1.0 / self.loss_scale)
         return tuple(peaks)
 
-    def update(self, outcome: StepOutcome) -> None:
+    def update(self, outcome: StepOutcome, *, is_local: bool = False) -> None:
         """Take in what became of a step, and decide on the next.
 
+        Args:
+            is_local: the outcome is of this worker alone, and so is what follows from it.
         Raises:
-            ExchangeError: several steps in a row were not finite, whatever was done.
+            DivergenceError: several steps in a row were not finite, whatever was done.
         """
         if outcome.verdict == "wait":
             return
-        step = self._read(outcome)
+        step = self._read(outcome, 1 if is_local else self._world_size)
         before = self._policy.promoted
         self._policy.update(step)
         self._log_changes(before)
         if self._policy.strikes >= MAX_STRIKES:
-            raise ExchangeError(
+            raise DivergenceError(
                 f"the gradient was not finite in {MAX_STRIKES} steps in a row; {self._blame(step)} "
                 f"(the loss was scaled by {self.loss_scale:g} at last); "
                 "lower train.learning_rate or look at the data"
             )
 
+    def agree(self) -> None:
+        """Go on from rank 0's decisions, after steps that were local; every worker calls it."""
+        if not self._policy.is_watching:
+            return
+        text = json.dumps(self._policy.state_dict()).encode()
+        size = int(self._transport.all_gather(torch.tensor([len(text)]))[0])
+        mine = torch.zeros(size, dtype=torch.uint8)
+        if self._transport.rank == 0:
+            mine = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        shared = self._transport.all_gather(mine)[0].numpy().tobytes()
+        self._policy.load_state_dict(json.loads(shared))
+
     def state_dict(self) -> dict[str, Any]:
-        """Plain values; the same on every worker."""
+        """Plain values; the same on every worker after a step that was not local, or `agree`."""
         return {"precision": self.name, "policy": self._policy.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -188,7 +204,7 @@ class Precision:
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, always_call=True)
 
-    def _read(self, outcome: StepOutcome) -> StepRange:
+    def _read(self, outcome: StepOutcome, num_workers: int) -> StepRange:
         generation, *values = outcome.totals.peaks or (0.0,)
         groups = [
             GroupRange(*values[begin : begin + _NUM_FIELDS])
@@ -202,7 +218,7 @@ class Precision:
             is_finite=outcome.verdict == "apply",
             groups=tuple(groups),
             generation=int(generation),
-            targets_per_worker=max(1.0, outcome.totals.num_targets / self._world_size),
+            targets_per_worker=max(1.0, outcome.totals.num_targets / num_workers),
         )
 
     def _log_changes(self, before: frozenset[int]) -> None:

@@ -26,6 +26,8 @@ __all__ = ["StepRecord", "TrainState", "learning_rate_at"]
 class StepRecord:
     """What one step did, over all workers.
 
+    Sums are over all workers, but for an exchange whose steps are local (`Exchange.is_local`).
+
     The first block is of the updates that finished in this step: its own with a synchronous
     exchange, an earlier one's with an asynchronous one, none at its first step, two where a
     checkpoint waits for what is under way.
@@ -97,19 +99,22 @@ class TrainState:
             batches: each is used up before the next one is asked for: they may share memory.
             flush: finish what the exchange has under way, as before a checkpoint.
         Raises:
-            ExchangeError: the workers could not be brought together, or the gradient was not finite
-                for several steps in a row.
+            ExchangeError: the workers could not be brought together.
+            DivergenceError: the gradient was not finite for several steps in a row.
         """
         started = time.perf_counter()
         before = self.exchange.stats()
         loss_scale, num_promoted = self._precision.loss_scale, self._precision.num_promoted
         totals = self._accumulate(batches)
+        is_local = self.exchange.is_local
         outcomes = [self.exchange.step(totals)]
-        self.model.zero_grad(set_to_none=True)
         if flush:
             outcomes.append(self.exchange.flush())
+        self.model.zero_grad(set_to_none=True)
         for outcome in outcomes:
-            self._precision.update(outcome)
+            self._precision.update(outcome, is_local=is_local)
+        if is_local and (flush or not self.exchange.is_local):
+            self._precision.agree()
         self.step += 1
         after = self.exchange.stats()
         applied = [item for item in outcomes if item.verdict == "apply"]

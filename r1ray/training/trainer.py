@@ -8,7 +8,6 @@
 
 import json
 import logging
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,9 +21,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.config.schema import TrainConfig
-from r1ray.errors import ExchangeError, R1RayError
+from r1ray.errors import DivergenceError, ExchangeError, R1RayError
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
-from r1ray.training.checkpoint import HISTORY_NAME, load_history
+from r1ray.training.checkpoint import HISTORY_NAME, is_whole, load_history
 from r1ray.training.memory import KEEP_FREED_MEMORY
 from r1ray.training.step import StepRecord
 from r1ray.training.watch import Posted, Recovery, Watch
@@ -40,7 +39,7 @@ _POLL_S = 0.5
 
 @ray.remote(num_cpus=0)
 class _Board:
-    """What rank 0 posts about its progress; the driver reads it."""
+    """What rank 0 posts about its progress, and any worker of its divergence; the driver reads."""
 
     def __init__(self) -> None:
         self._posted = Posted()
@@ -50,6 +49,9 @@ class _Board:
 
     def post(self, record: StepRecord, plan: str | None) -> None:
         self._posted = self._posted.with_record(record, plan)
+
+    def stop(self, reason: str) -> None:
+        self._posted = self._posted.with_divergence(reason)
 
     def read(self) -> Posted:
         return self._posted
@@ -70,9 +72,11 @@ def train_model(
 
     Raises:
         ExchangeError: more workers failed than `train.resources.max_failures` allows.
+        DivergenceError: the gradients are not finite, step after step.
     """
     resources = config.resources
     board = _Board.remote()  # type: ignore[attr-defined]
+    salvaged = _salvage_checkpoint(Path(store.directory("train", run_id)) / CHECKPOINTS_DIR)
     job = WorkerJob(
         config=config,
         seed=seed,
@@ -81,6 +85,7 @@ def train_model(
         base_run_id=base.manifest.run_id,
         batches_run_id=prepared.manifest.run_id,
         board=board,
+        salvaged=None if salvaged is None else str(salvaged),
     )
     trainer = TorchTrainer(
         run_worker,
@@ -104,7 +109,6 @@ def train_model(
             backend="nccl" if resources.use_gpu else "gloo", timeout_s=int(resources.timeout_s)
         ),
     )
-    _drop_damaged_checkpoints(store, run_id)
     result, recoveries = _fit(trainer, board, on_step)
     assert result.checkpoint is not None, "the last step reports a checkpoint"
     with result.checkpoint.as_directory() as directory:
@@ -139,6 +143,8 @@ def _fit(
             watch.look(ray.get(board.read.remote(), timeout=10))
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             continue  # progress is a convenience; training goes on without it
+    if reason := ray.get(board.read.remote()).diverged:
+        raise DivergenceError(reason)
     return _unwrap(outcome), watch.recoveries
 
 
@@ -157,19 +163,28 @@ def _unwrap(outcome: "Future[ray.train.Result]") -> ray.train.Result:
         ) from error
 
 
-def _drop_damaged_checkpoints(store: ArtifactStore, run_id: str) -> None:
-    """Forget checkpoints whose index Ray Train cannot read: it rewrites that file in place.
+def _salvage_checkpoint(root: Path) -> Path | None:
+    """The newest whole checkpoint in `root`, where Ray Train's index of them cannot tell.
 
-    A kill in that moment would otherwise make every later start of the run fail.
+    Ray Train rewrites that file in place. After a kill or a full disk in that moment it would
+    refuse to start the run again, so the damaged file is removed.
     """
-    root = Path(store.directory("train", run_id)) / CHECKPOINTS_DIR
-    for snapshot in root.glob("checkpoint_manager_snapshot*"):
+    indices = list(root.glob("checkpoint_manager_snapshot*"))
+    for index in indices:
         try:
-            json.loads(snapshot.read_text(encoding="utf-8"))
+            json.loads(index.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            logger.warning("%s is damaged (%s); training starts from the beginning", root, error)
-            shutil.rmtree(root)
-            return
+            logger.warning("%s is damaged (%s) and removed", index, error)
+            index.unlink()
+            indices.remove(index)
+            break
+    if indices:
+        return None
+    found = sorted(path for path in root.glob("checkpoint_*") if path.is_dir())
+    whole = next((path for path in reversed(found) if is_whole(path)), None)
+    if found and whole is None:
+        logger.warning("%s holds no whole checkpoint; training starts from the beginning", root)
+    return whole
 
 
 def _summarize(history: list[StepRecord]) -> dict[str, Any]:

@@ -21,18 +21,23 @@ class Posted:
         started_at: the step that its last start went on from.
         last: the latest record since that start.
         plan: why the exchange was chosen, where one was.
+        diverged: why training stopped, where starting it again would only lead to the same point.
     """
 
     num_starts: int = 0
     started_at: int = 0
     last: StepRecord | None = None
     plan: str | None = None
+    diverged: str | None = None
 
     def with_start(self, step: int) -> "Posted":
         return replace(self, num_starts=self.num_starts + 1, started_at=step, last=None)
 
     def with_record(self, record: StepRecord, plan: str | None) -> "Posted":
         return replace(self, last=record, plan=plan)
+
+    def with_divergence(self, reason: str) -> "Posted":
+        return replace(self, diverged=reason)
 
 
 @dataclass(frozen=True)

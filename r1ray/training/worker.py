@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -17,6 +18,7 @@ import torch
 from r1ray.artifacts import ArtifactStore
 from r1ray.config.schema import TrainConfig
 from r1ray.data.batch_set import BatchSet, plan_order
+from r1ray.errors import DivergenceError
 from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
 from r1ray.models.checkpoint import load_model
 from r1ray.observability.logging import setup_logging
@@ -34,7 +36,8 @@ class WorkerJob:
     Attributes:
         root, name: of the artifact store; every worker's node must reach it.
         base_run_id, batches_run_id: the `base` and `prepare` artifacts to read there.
-        board: actor that rank 0 posts step records to.
+        board: actor that step records are posted to, and divergence.
+        salvaged: checkpoint directory to go on from where Ray Train knows of none.
     """
 
     config: TrainConfig
@@ -44,12 +47,15 @@ class WorkerJob:
     base_run_id: str
     batches_run_id: str
     board: Any
+    salvaged: str | None = None
 
 
 def run_worker(loop_config: dict[str, Any]) -> None:
     """Train to `num_steps` from the base model or from the run's last checkpoint."""
     setup_logging()
     job: WorkerJob = loop_config["job"]
+    if ray.get(job.board.read.remote()).diverged:
+        return  # this start is one too many
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if not job.config.resources.use_gpu:
@@ -70,7 +76,12 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     while state.step < job.config.num_steps:
         indices = [index for _, index in itertools.islice(order, per_step // world_size)]
         is_saved = _is_saved_after(state.step + 1, job.config)
-        record = state.run_step((batches.read(index, buffers) for index in indices), flush=is_saved)
+        chosen = (batches.read(index, buffers) for index in indices)
+        try:
+            record = state.run_step(chosen, flush=is_saved)
+        except DivergenceError as error:
+            ray.get(job.board.stop.remote(str(error)))
+            raise
         history.append(record)
         metrics.observe(record)
         if rank == 0:
@@ -101,6 +112,8 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
     )
     history: list[StepRecord] = []
     checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None and job.salvaged is not None:
+        checkpoint = ray.train.Checkpoint.from_directory(job.salvaged)
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
             history = load_checkpoint(Path(directory), state)

@@ -2,14 +2,17 @@
 
 import json
 import logging
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.benchmarks.faults import FaultReport, provoke, small_disk
 from r1ray.config import PipelineConfig, load_config
-from r1ray.errors import ExchangeError
+from r1ray.errors import DivergenceError, ExchangeError
+from r1ray.models.checkpoint import load_model, save_model
 from r1ray.pipeline import Pipeline
 from tests.fakes import write_tiny_model
 
@@ -87,11 +90,28 @@ def test_a_full_disk_at_a_checkpoint_costs_the_steps_since_the_one_before(tmp_pa
 
 
 def test_one_failure_too_many_names_the_limit_and_another_number_of_workers_takes_over(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, logger="r1ray")
     overrides = ("train.exchange={type: delta4}", "train.resources.max_failures=0")
     with pytest.raises(ExchangeError, match=r"gave up after train\.resources\.max_failures"):
         provoke("worker_killed", _configure(tmp_path, *overrides))
     assert not list(tmp_path.glob("tiny/train/*/manifest.json"))
     trained = Pipeline(_configure(tmp_path, *overrides, "train.resources.num_workers=1")).train()
     _check_finished(FaultReport("", 0, 0, trained))
+    assert re.search(r"resuming after step [1-9]", caplog.text)
+
+
+def test_gradients_that_are_never_finite_end_training_for_good(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="r1ray")
+    config = _configure(tmp_path)
+    model = load_model(tmp_path / "model")
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    save_model(model, tmp_path / "model")
+    pipeline = Pipeline(config)
+    pipeline.prepare()
+    with pytest.raises(DivergenceError, match="not finite in 3 steps in a row"):
+        pipeline.train()

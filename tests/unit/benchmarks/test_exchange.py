@@ -8,7 +8,7 @@ import pytest
 
 from jobs.benchmarks import exchange
 from jobs.benchmarks.exchange import ExchangeBenchmark
-from jobs.benchmarks.exchange_cells import PARTS, Cell, plan_cells, train_values
+from jobs.benchmarks.exchange_cells import ARMS, PARTS, Arm, Cell, plan_cells, train_values
 from jobs.benchmarks.exchange_report import (
     build_rows,
     bytes_rows,
@@ -194,3 +194,7 @@ def test_cells_are_stored_and_only_what_failed_is_run_again(
     assert runner.ran == [cells[2].name]
     with pytest.raises(ExchangeError, match="was not measured"):
         benchmark.file_record("x")
+    monkeypatch.setitem(ARMS, cells[1].arm, Arm({"type": "dense", "dtype": "bf16"}))
+    again = _benchmark(tmp_path, runner)
+    again.run(["smollm2"])
+    assert runner.ran == [cells[1].name]

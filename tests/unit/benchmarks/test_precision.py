@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.benchmarks.precision_arms import ARMS, GradScalerPolicy, LayerShape, draw_batches
+from jobs.benchmarks.precision_arms import ARMS, GradScalerPolicy, Shape, draw_batches
 from jobs.benchmarks.precision_failures import FAILURES, has_survived, run_failure
 from jobs.benchmarks.precision_report import failure_rows, render_failures, step_rows
-from jobs.benchmarks.precision_steps import POISONED_STEPS, STEP_ARMS, run_steps
+from jobs.benchmarks.precision_steps import POISONED_STEPS, SHAPES, STEP_ARMS, run_steps
 from r1ray.data.batch_set import IGNORED
 from r1ray.training.precision_policy import StepRange
 
@@ -45,8 +45,8 @@ def test_a_seed_gives_the_same_text_whose_tokens_but_the_first_are_targets() -> 
 
 def test_all_arms_take_the_same_steps_and_the_controller_promotes_and_demotes() -> None:
     clean_steps, num_steps = 5, 25
-    layers = LayerShape(width=16, intermediate=44, num_heads=4, num_kv_heads=2)
-    steps = run_steps(layers, num_steps, rows=1, tokens=8, patience=(10, clean_steps))
+    shape = Shape(16, 44, num_heads=4, num_kv_heads=2, num_layers=4, vocab_size=64)
+    steps = run_steps(shape, num_steps, rows=1, tokens=8, patience=(10, clean_steps))
     assert set(steps["arms"]) == set(STEP_ARMS)
     for arm, result in steps["arms"].items():
         assert result["num_updates"] == num_steps - len(POISONED_STEPS)
@@ -55,7 +55,7 @@ def test_all_arms_take_the_same_steps_and_the_controller_promotes_and_demotes() 
         assert (sum(result["controller"]) > 0) == (arm in ("range", "gradscaler"))
     share = clean_steps / (5 * num_steps)  # one of five groups
     assert steps["arms"]["range"]["fp32_share"] == pytest.approx(share)
-    assert {row.id for row in step_rows(steps, steps)} >= {
+    assert {row.id for row in step_rows(dict.fromkeys(SHAPES, steps))} >= {
         "precision.throughput_vs_fp32",
         "precision.loss_gap",
         "precision.controller_overhead_share",
@@ -75,7 +75,7 @@ def test_in_fp32_a_provocation_does_no_harm(failure: Any) -> None:
 
 def _run(**changes: Any) -> dict[str, Any]:
     run = {"error": None, "is_finite": True, "final_loss": 1.0, "num_updates": 9, "num_skipped": 0}
-    return {**run, "loss_scales": [1.0, 2.0], "max_promoted": 0, **changes}
+    return {**run, "loss_scales": [1.0, 2.0], "max_promoted": 0, "fp32_share": 0.0, **changes}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_ratios_are_those_of_the_summed_times() -> None:
     arms = {"fp32": arm(3.0, 0.0, 2.0), "plain": arm(1.0, 0.0, 2.1), "gradscaler": arm(1, 0, 2)}
     arms["range"] = arm(2.0, 0.1, 1.98)
     steps = {"arms": arms, "step_tokens": 600}
-    rows = {row.id: row for row in step_rows(steps, steps)}
+    rows = {row.id: row for row in step_rows(dict.fromkeys(SHAPES, steps))}
     assert rows["precision.throughput_vs_fp32"].value == pytest.approx(1.5)
     assert rows["precision.throughput_vs_fp32"].met
     assert rows["precision.throughput_vs_fp32"].baseline_value == pytest.approx(200.0)

@@ -72,7 +72,7 @@ def test_a_schedule_of_the_chosen_exchange_ends_with_the_run(
     stream = StreamExchangeConfig(
         type="stream", local_steps=4, num_fragments=1, overlap_steps=1, tail_share=0
     )
-    monkeypatch.setattr(auto, "candidates", lambda: [stream])
+    monkeypatch.setattr(auto, "candidates", lambda _: [stream])
 
     def work(transport: Transport) -> list[torch.Tensor]:
         parameters = build_parameters()

@@ -324,8 +324,27 @@ def test_a_worker_that_hangs_is_named_after_the_timeout() -> None:
     started = time.monotonic()
     errors = run_workers(3, work)
     assert errors[1] is None
-    assert any("rank 1 has not answered for 0.4 s" in str(errors[rank]) for rank in (0, 2))
+    assert any(
+        "rank 1 has not answered, and no worker has made a step, for 0.4 s" in str(errors[rank])
+        for rank in (0, 2)
+    )
     assert time.monotonic() - started < 5.0
+
+
+def test_a_slow_worker_is_waited_for_beyond_the_timeout() -> None:
+    """The last merge waits for all of its steps, 1.6 s; each of them is news."""
+
+    def work(transport: ThreadTransport) -> None:
+        worker = Worker(transport, _config(grace_s=0.05, timeout_s=0.4, tail_share=0), 16)
+        try:
+            for step in range(16):
+                time.sleep(0.1 if worker.rank == 1 else 0.0)
+                worker.run(step, step + 1)
+            worker.exchange.flush()
+        finally:
+            worker.exchange.close()
+
+    assert run_workers(2, work) == [None, None]
 
 
 def test_global_weights_that_differ_are_found_at_the_next_flush() -> None:

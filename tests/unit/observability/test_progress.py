@@ -33,14 +33,14 @@ def test_time_left_leaves_out_the_start_up_before_the_first_update(clock: FakeCl
     assert "train: step 2/10 loss 2.0, 2.7 min left" in out.getvalue()
 
 
-def test_lines_come_at_most_every_ten_seconds_but_always_at_the_end(clock: FakeClock) -> None:
+def test_lines_come_at_most_every_ten_seconds_but_always_at_both_ends(clock: FakeClock) -> None:
     out = io.StringIO()
     with StageProgress("train", "step", 30, Console(file=out, width=200)) as progress:
         for step in range(1, 31):
             clock.now += 1.0
             progress.update(step)
     steps = [line.split()[2] for line in out.getvalue().splitlines() if "step" in line]
-    assert steps == ["10/30", "20/30", "30/30"]
+    assert steps == ["1/30", "11/30", "21/30", "30/30"]
 
 
 def test_a_stage_that_fails_says_by_what(clock: FakeClock) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from r1ray.config.exchange import StreamExchangeConfig
 from r1ray.config.schema import TrainConfig
-from r1ray.errors import ExchangeError
-from r1ray.exchange import LocalTransport, StepOutcome, StepTotals
+from r1ray.errors import DivergenceError
+from r1ray.exchange import LocalTransport, StepOutcome, StepTotals, build_exchange
 from r1ray.exchange.dense import DenseExchange
 from r1ray.training.loss import summed_loss
 from r1ray.training.precision import Precision, agree_precision, resolve_precision
@@ -17,6 +18,7 @@ from r1ray.training.range_controller import RangeController
 from r1ray.training.range_meter import split_groups
 from r1ray.training.step import TrainState
 from tests.fakes import tiny_model
+from tests.unit.exchange.threads import run_workers
 from tests.unit.training.batches import random_batch, split
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -272,7 +274,7 @@ def test_three_steps_that_are_not_finite_end_training(policy: str) -> None:
     expected = "not finite in 3 steps in a row"
     if policy != "none":
         expected += r"; the weight model\.layers\.1\.mlp\.up_proj\.weight is itself not finite"
-    with pytest.raises(ExchangeError, match=expected):
+    with pytest.raises(DivergenceError, match=expected):
         state.run_step([batch])
 
 
@@ -283,8 +285,39 @@ def test_what_persists_as_the_scale_falls_is_traced_to_its_tensor() -> None:
     for _ in range(2):
         assert state.run_step([batch]).was_skipped
     name = r"model\.layers\.1\.self_attn\.o_proj\.weight"
-    with pytest.raises(ExchangeError, match=f"backward of layers.1, .* gradient of {name}"):
+    with pytest.raises(DivergenceError, match=f"backward of layers.1, .* gradient of {name}"):
         state.run_step([batch])
+
+
+def test_after_streaming_all_workers_go_on_from_rank_0s_decisions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While streaming, a fault on one worker is its own; the tail judges the steps of all."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    exchange = StreamExchangeConfig(
+        type="stream", local_steps=4, num_fragments=1, overlap_steps=1, tail_share=0.25
+    )
+
+    def work(transport: Any) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        state = TrainState(tiny_model(), _config(num_steps=12), build_exchange(exchange), transport)
+        is_faulty = transport.rank == 1
+        hook = state.model.lm_head.register_forward_hook(
+            lambda *arguments: arguments[2] * (math.nan if is_faulty else 1.0)
+        )
+        for step in range(12):
+            if step == 1:
+                hook.remove()
+            if step == 8:
+                before = state.shared_state_dict()["precision"]
+            state.run_step([random_batch(2, 8, seed=step)])
+        state.exchange.flush()
+        state.exchange.close()
+        return before, state.shared_state_dict()["precision"]
+
+    (one, first), (other, second) = run_workers(2, work)
+    assert one != other
+    assert first == second
 
 
 def test_the_state_survives_a_checkpoint(tmp_path: Path) -> None:

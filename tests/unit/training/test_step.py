@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from r1ray.config.exchange import AutoExchangeConfig
 from r1ray.config.schema import (
     BucketsConfig,
     FileSourceConfig,
@@ -22,8 +23,8 @@ from r1ray.data.batch_set import SUMMARY_NAME, BatchSet, MicroBatch
 from r1ray.data.batch_writer import BatchWriter
 from r1ray.data.planners import BatchPlanner, FixedBuckets, PackingPlanner
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA
-from r1ray.errors import ArtifactError, ExchangeError
-from r1ray.exchange import LocalTransport, StepOutcome, StepTotals, UpdateRule
+from r1ray.errors import ArtifactError, DivergenceError
+from r1ray.exchange import LocalTransport, StepOutcome, StepTotals, UpdateRule, build_exchange
 from r1ray.exchange.dense import DenseExchange
 from r1ray.training.checkpoint import (
     HISTORY_NAME,
@@ -195,8 +196,16 @@ def test_three_steps_in_a_row_that_are_not_finite_end_training_with_the_reason()
     state.model.lm_head.register_forward_hook(lambda *arguments: arguments[2] * math.nan)
     for _ in range(2):
         assert state.run_step([batch]).was_skipped
-    with pytest.raises(ExchangeError, match="not finite in 3 steps in a row"):
+    with pytest.raises(DivergenceError, match="not finite in 3 steps in a row"):
         state.run_step([batch])
+
+
+def test_a_checkpoint_before_auto_has_chosen_leaves_no_gradient_behind() -> None:
+    exchange = build_exchange(AutoExchangeConfig(type="auto"))
+    state = TrainState(tiny_model(), _config(), exchange, LocalTransport())
+    record = state.run_step([random_batch(4, 16, seed=0)], flush=True)
+    assert record.loss is not None
+    assert all(parameter.grad is None for parameter in state.model.parameters())
 
 
 def test_gradients_are_clipped_to_the_global_norm() -> None:
