@@ -97,8 +97,10 @@ class TimedPrecision(Precision):
         peaks: tuple[float, ...] = self._timed(super().measure)()
         return peaks
 
-    def update(self, outcome: StepOutcome) -> None:
-        self._timed(super().update)(outcome)
+    def update(self, outcome: StepOutcome, *, is_local: bool = False) -> None:
+        started = time.perf_counter()
+        super().update(outcome, is_local=is_local)
+        self.seconds += time.perf_counter() - started
 
 
 class ArmState(TrainState):

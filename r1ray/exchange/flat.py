@@ -55,11 +55,14 @@ class FlatParameters:
             if parameter.grad is not None:
                 flat[start : start + parameter.numel()] += parameter.grad.flatten()
 
-    def scatter(self, flat: Tensor) -> None:
-        """Set the parameters to the values in `flat`."""
+    def scatter(self, flat: Tensor, change: Tensor | None = None) -> None:
+        """Set the parameters to the values in `flat`, plus those in `change`."""
         with torch.no_grad():
             for parameter, start in self._slices:
-                parameter.copy_(flat[start : start + parameter.numel()].view_as(parameter))
+                part = slice(start, start + parameter.numel())
+                parameter.copy_(flat[part].view_as(parameter))
+                if change is not None:
+                    parameter.add_(change[part].view_as(parameter))
 
     def shard(self, flat: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Views of the (matrix, vector) part of `flat` that worker `index` owns."""

@@ -298,9 +298,11 @@ def test_after_streaming_all_workers_go_on_from_rank_0s_decisions(
         type="stream", local_steps=4, num_fragments=1, overlap_steps=1, tail_share=0.25
     )
 
+    models = [tiny_model() for _ in range(2)]
+
     def work(transport: Any) -> tuple[Any, Any]:
-        torch.manual_seed(0)
-        state = TrainState(tiny_model(), _config(num_steps=12), build_exchange(exchange), transport)
+        model, config = models[transport.rank], _config(num_steps=12)
+        state = TrainState(model, config, build_exchange(exchange), transport)
         is_faulty = transport.rank == 1
         hook = state.model.lm_head.register_forward_hook(
             lambda *arguments: arguments[2] * (math.nan if is_faulty else 1.0)

@@ -17,7 +17,7 @@ from tests.unit.training.batches import random_batch
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Two checkpoints, the newer one cut off, and the index of Ray Train that names the older."""
-    config = TrainConfig(num_steps=4, precision="fp32")
+    config = TrainConfig(num_steps=4, warmup_steps=1, precision="fp32")
     state = TrainState(tiny_model(), config, DenseExchange(), LocalTransport())
     history = [state.run_step([random_batch(2, 8, seed=0)], flush=True)]
     for name in ("checkpoint_1", "checkpoint_2"):
