@@ -47,8 +47,12 @@ ARMS = {
     "dense": Arm({"type": "dense"}),
     "delta4": Arm({"type": "delta4"}),
     "delta4_async": Arm({"type": "delta4_async"}),
-    "stream": Arm({"type": "stream", "local_steps": 20, "tail_share": 0.02}),
-    "stream_h50": Arm({"type": "stream", "local_steps": 50, "tail_share": 0.01}),
+    "stream": Arm(
+        {"type": "stream", "local_steps": 8, "overlap_steps": 2, "tail_share": 0.02},
+        steps_factor=1.6,
+    ),
+    "stream_h8": Arm({"type": "stream", "local_steps": 8, "overlap_steps": 2, "tail_share": 0.02}),
+    "stream_h20": Arm({"type": "stream", "local_steps": 20, "tail_share": 0.02}),
     "stream_h100": Arm({"type": "stream", "local_steps": 100, "tail_share": 0.01}),
     "alone": Arm({"type": "dense"}),  # every worker by itself: the time of computing
 }
@@ -154,7 +158,7 @@ def plan_cells(part: str) -> list[Cell]:
         ]
         return [*counted, _build("bytes", "stream_h100", 4, None, 0, 500)]
     if part == "quality":
-        arms = ("dense", "delta4", "delta4_async", "stream", "stream_h50", "stream_h100")
+        arms = ("dense", "delta4", "delta4_async", "stream_h8", "stream_h20", "stream_h100")
         small = [
             _build("quality", arm, 4, None, seed, 400, eval_every=40)
             for seed in SEEDS

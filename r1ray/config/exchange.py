@@ -56,8 +56,10 @@ class Delta4AsyncExchangeConfig:
     """Add what rounding took from a gradient to the next one."""
     checksum_every_steps: Annotated[int, Field(ge=1)] = 50
     """Steps between two comparisons of the weights over the workers."""
-    sync_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    sync_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the run, from its start, in which gradients are not stale."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.7
+    """In place of train.adam_beta1, over the whole run: a stale gradient acts as more momentum."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -75,7 +77,7 @@ class StreamExchangeConfig:
     """Parts of the weights, merged in turn."""
     overlap_steps: Annotated[int, Field(ge=0)] = 5
     """Steps from sending a fragment to taking its merge over."""
-    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Nesterov momentum of merges; it falls to 0 over the last fifth of the streaming phase."""
     tail_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the run, at its end, made with delta4; even so it sends about as many bytes."""

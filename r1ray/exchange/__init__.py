@@ -37,10 +37,11 @@ def build_exchange(config: ExchangeConfig) -> Exchange:
         return DenseExchange(config.dtype)
     if isinstance(config, StreamExchangeConfig):
         return StreamExchange(config)
-    sync_share = config.sync_share if isinstance(config, Delta4AsyncExchangeConfig) else None
+    stale = config if isinstance(config, Delta4AsyncExchangeConfig) else None
     return DeltaExchange(
         config.codec,
         error_feedback=config.error_feedback,
         checksum_every_steps=config.checksum_every_steps,
-        sync_share=sync_share,
+        sync_share=stale.sync_share if stale else None,
+        beta1=stale.adam_beta1 if stale else None,
     )

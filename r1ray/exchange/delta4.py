@@ -18,16 +18,19 @@ verifies every so many steps; owners send float32 where it differs.
 Asynchronous: steps 1 to 4 run on a thread and a process group of their own while the next gradient
 is computed, and their update is applied before the exchange after it starts. Every gradient is then
 exactly one update old, on every worker alike. It is computed ahead, on ŵ plus the change that ŵ saw
-last: a guess of what the update under way will do, which takes most of the staleness away.
+last: a guess of what the update under way will do. What staleness is left acts as momentum, so
+Adam's own is lowered.
 
 Price, a step and worker: 2(N-1)/N · about 0.44 bytes per parameter on the wire (1/9 of fp32), two
 encodes and decodes of a shard's worth per worker; memory: 16 bytes per parameter (ŵ, its last
 change, e, z) and 12/N for the owned shard.
 
 Source: error feedback, Seide et al. 2014; both directions at 4 bits, SDP4Bit, arXiv 2410.15526;
-computing ahead, as weight prediction in pipelines, Chen et al. 2018, arXiv 1809.02839.
+computing ahead, as weight prediction in pipelines, Chen et al. 2018, arXiv 1809.02839; staleness
+as momentum, Mitliagkas et al. 2016, arXiv 1605.09774.
 """
 
+import dataclasses
 import logging
 import math
 import time
@@ -70,6 +73,7 @@ class DeltaExchange(Exchange):
         error_feedback: keep what rounding takes from a gradient for the next one.
         checksum_every_steps: between two comparisons of the weights over the workers.
         sync_share: asynchronous after this share of the steps; None is synchronous throughout.
+        beta1: in place of the rule's; None keeps that.
     """
 
     def __init__(
@@ -79,12 +83,13 @@ class DeltaExchange(Exchange):
         error_feedback: bool = True,
         checksum_every_steps: int = 50,
         sync_share: float | None = None,
+        beta1: float | None = None,
     ) -> None:
         self._codec = get_codec(codec)
         self._vector_codec = get_codec("bf16")
         self._error_feedback = error_feedback
         self._checksum_every_steps = checksum_every_steps
-        self._sync_share = sync_share
+        self._sync_share, self._beta1 = sync_share, beta1
         self._wait_s = self._residual_norm = 0.0
         self._num_steps = self._staleness_steps = 0
 
@@ -92,6 +97,8 @@ class DeltaExchange(Exchange):
         self, parameters: Sequence[nn.Parameter], transport: Transport, rule: UpdateRule
     ) -> None:
         self._transport = transport.fork()
+        if self._beta1 is not None:
+            rule = dataclasses.replace(rule, betas=(self._beta1, rule.betas[1]))
         self._rule = rule
         self._num_sync_steps = (
             None if self._sync_share is None else math.ceil(self._sync_share * rule.num_steps)

@@ -125,7 +125,9 @@ def test_totals_are_sums_over_the_workers(runs: dict[str, list[dict[str, Any]]])
 def test_a_stale_gradient_is_that_of_older_weights_moved_on_by_their_last_change() -> None:
     """By hand: a synchronous exchange that is fed gradients of such weights."""
     parameters, reference, older = build_parameters(), build_parameters(), build_parameters()
-    stale = build_exchange(Delta4AsyncExchangeConfig(type="delta4_async", sync_share=0))
+    stale = build_exchange(
+        Delta4AsyncExchangeConfig(type="delta4_async", sync_share=0, adam_beta1=0.9)
+    )
     stale.setup(parameters, LocalTransport(), build_rule())
     by_hand = build_exchange(DELTA4)
     by_hand.setup(reference, LocalTransport(), build_rule())

@@ -31,6 +31,7 @@ def _config(**changes: Any) -> StreamExchangeConfig:
         "local_steps": 8,
         "num_fragments": 2,
         "overlap_steps": 2,
+        "outer_momentum": 0.5,
         "tail_share": 0.1,
         "timeout_s": 10.0,
     }
