@@ -1,11 +1,14 @@
 """Fixtures shared by all tests: at most one local Ray per session."""
 
 import os
+import secrets
 from collections.abc import Iterator
 
-# Both are read when Ray, or a process that it starts, comes up: before anything imports it.
+# Read when Ray, or a process that it starts, comes up: before anything imports it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 import pytest
 

@@ -6,6 +6,7 @@ def test_the_exception_tree_is_exactly_what_the_module_draws() -> None:
     assert errors.__all__ == [
         "ArtifactError",
         "ConfigError",
+        "DivergenceError",
         "ExchangeError",
         "R1RayError",
         "ServingError",
