@@ -213,6 +213,6 @@ def _crossings(results: Results, arm: str, rate_mbit: int) -> list[Mapping[str, 
 
 
 def _ratios(base: Iterable[float], other: Iterable[float]) -> list[float]:
-    """base / other, pair by pair; 0 where `other` never arrives, or where only it does."""
+    """base / other, pair by pair; 0 where one of them never arrives."""
     pairs = zip(base, other, strict=True)
     return [0.0 if math.isinf(mine) or math.isinf(slow) else slow / mine for slow, mine in pairs]

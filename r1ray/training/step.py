@@ -106,8 +106,9 @@ class TrainState:
         before = self.exchange.stats()
         loss_scale, num_promoted = self._precision.loss_scale, self._precision.num_promoted
         totals = self._accumulate(batches)
-        is_local = self.exchange.is_local
+        was_local = self.exchange.is_local
         outcomes = [self.exchange.step(totals)]
+        is_local = was_local or self.exchange.is_local  # it may begin or end with a step
         if flush:
             outcomes.append(self.exchange.flush())
         self.model.zero_grad(set_to_none=True)
