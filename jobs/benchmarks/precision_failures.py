@@ -30,7 +30,7 @@ from jobs.benchmarks.precision_arms import (
     heldout_loss,
 )
 from r1ray.config.schema import TrainConfig
-from r1ray.errors import ExchangeError
+from r1ray.errors import DivergenceError
 from r1ray.exchange import DenseExchange
 from r1ray.models import Decoder
 
@@ -134,7 +134,7 @@ def run_failure(failure: Failure, arm: Arm, num_steps: int = NUM_STEPS) -> dict[
         provocation.step = step
         try:
             records.append(state.run_step(draw_batches(1, seed=step, **shape)))
-        except ExchangeError as stop:
+        except DivergenceError as stop:
             error = str(stop)
             break
     provocation.step = num_steps

@@ -73,6 +73,12 @@ def test_in_fp32_a_provocation_does_no_harm(failure: Any) -> None:
     assert run["final_loss"] < 1.01 * untouched["final_loss"]
 
 
+def test_an_arm_that_gives_up_is_a_result() -> None:
+    run = run_failure("wide_gradients", "plain", num_steps=20)
+    assert run["num_updates"] == 0
+    assert "not finite in 3 steps in a row" in run["error"]
+
+
 def _run(**changes: Any) -> dict[str, Any]:
     run = {"error": None, "is_finite": True, "final_loss": 1.0, "num_updates": 9, "num_skipped": 0}
     return {**run, "loss_scales": [1.0, 2.0], "max_promoted": 0, "fp32_share": 0.0, **changes}
