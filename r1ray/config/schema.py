@@ -26,7 +26,9 @@ __all__ = [
     "PrepareConfig",
     "PrepareResources",
     "RunConfig",
+    "Scheme",
     "ServeConfig",
+    "StudentConfig",
     "TaskSourceConfig",
     "TasksConfig",
     "TrainConfig",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+Scheme = Literal["w8a8", "w4a8"]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
@@ -180,6 +183,20 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class StudentConfig:
+    """A smaller model to train, cut out of the base; what is not named stays as it is."""
+
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Layers to keep, in their order; 0 is the first."""
+    hidden_size: Annotated[int, Field(ge=1)] | None = None
+    """Channels of the residual stream to keep."""
+    intermediate_size: Annotated[int, Field(ge=1)] | None = None
+    """Neurons of every MLP to keep."""
+    num_kv_heads: Annotated[int, Field(ge=1)] | None = None
+    """Key/value heads of every layer to keep, with their query heads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class TrainResources:
     """Where `train` runs and how it survives failures."""
 
@@ -223,6 +240,8 @@ class TrainConfig:
     """Autocast dtype of matmuls; auto is what the hardware multiplies: bf16, fp16, else fp32."""
     precision_policy: Literal["range", "threshold", "none"] = "range"
     """range: loss scaling, and fp32 for groups it cannot help; threshold: fp32 where |g| > 6."""
+    fake_quant: Scheme | None = None
+    """Train through the rounding of this scheme (quantization-aware); null trains in float."""
     exchange: ExchangeConfig = DenseExchangeConfig(type="dense")
     resources: TrainResources = TrainResources()
 
@@ -245,8 +264,10 @@ class TrainConfig:
 class CompressConfig:
     """From the trained checkpoint to the served format."""
 
-    scheme: Literal["w8a8"] = "w8a8"
-    """w8a8: int8 weights per output channel, int8 activations per token, int8 embeddings."""
+    scheme: Scheme = "w8a8"
+    """w8a8: int8 weights per output channel, int8 activations per token; w4a8: 4-bit weights."""
+    exports: list[Literal["compressed_tensors", "gguf"]] = dataclasses.field(default_factory=list)
+    """Further copies for other programs: for transformers and vLLM, or for llama.cpp (Q8_0)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -303,6 +324,15 @@ class PipelineConfig:
     compress: CompressConfig
     evaluate: EvaluateConfig
     serve: ServeConfig
+
+    @model_validator(mode="after")
+    def _trained_for_the_served_scheme(self) -> "PipelineConfig":
+        if self.train.fake_quant not in (None, self.compress.scheme):
+            raise ValueError(
+                f"train.fake_quant ({self.train.fake_quant}) is not compress.scheme "
+                f"({self.compress.scheme}); serve what was trained for: change one of them"
+            )
+        return self
 
 
 def identity(*sections: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from r1ray.errors import ExchangeError
+from r1ray.ops.nibbles import pack_nibbles, unpack_nibbles
 
 __all__ = ["BLOCK_SIZE", "Codec", "CodecName", "get_codec"]
 
@@ -225,8 +226,7 @@ def _pack(code_E: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return code_E
     if bits == 4:
-        low, high = _parts(code_E, 2)
-        return low | (high << 4)
+        return pack_nibbles(code_E)
     # One byte of each bit plane holds that bit of eight codes.
     parts = _parts(code_E, 8)
     planes = []
@@ -242,7 +242,7 @@ def _unpack(packed: Tensor, numel: int, bits: int) -> Tensor:
     if bits == 8:
         return packed
     if bits == 4:
-        return torch.cat([packed & 15, packed >> 4])[:numel]
+        return unpack_nibbles(packed, numel)
     planes = packed.view(3, -1)
     parts = []
     for position in range(8):

@@ -1,7 +1,7 @@
 """Model directories: `config.json`, `*.safetensors`, tokenizer files and `r1ray.json`.
 
 A plain Hugging Face checkpoint is a model directory. `r1ray.json` is there when r1ray quantized the
-weights: it names the scheme, and the quantized modules hold `weight` (int8) and `weight_scale`.
+weights: it names the scheme (`r1ray.models.quantization`).
 """
 
 import json
@@ -13,22 +13,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from r1ray.config.schema import Scheme
 from r1ray.errors import ArtifactError
 from r1ray.models.config import CONFIG_NAME, ModelConfig
 from r1ray.models.decoder import Decoder
-from r1ray.ops.int8 import Int8Embedding, Int8Linear
+from r1ray.models.quantization import (
+    SCHEMES,
+    pack_tensors,
+    quantize_modules,
+    tie_head,
+    unpack_tensors,
+)
 
 __all__ = [
     "QUANTIZATION_NAME",
     "TOKENIZER_FILES",
+    "WEIGHTS_NAME",
     "assign_weights",
     "copy_tokenizer",
     "load_model",
-    "quantize_modules",
     "save_model",
-    "tie_head",
 ]
 
 QUANTIZATION_NAME = "r1ray.json"
@@ -58,8 +64,10 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Decoder
     with torch.device("meta"):
         model = Decoder(config)
         if scheme is not None:
-            quantize_modules(model)
+            quantize_modules(model, scheme)
     tensors = _read_tensors(path)
+    if scheme is not None:
+        tensors = unpack_tensors(tensors, scheme, model.state_dict())
     for name, tensor in tensors.items():
         if dtype is not None and tensor.is_floating_point() and not name.endswith("_scale"):
             tensors[name] = tensor.to(dtype)
@@ -82,12 +90,14 @@ def save_model(
         for name, tensor in model.state_dict().items()
         if not (model.config.tie_embeddings and name.startswith("lm_head."))
     }
+    if model.scheme is not None:
+        tensors = pack_tensors(tensors, model.scheme)
     save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
     config = model.config.to_hf()
     config["torch_dtype"] = str(model.model.norm.weight.dtype).removeprefix("torch.")
     _write_json(path / CONFIG_NAME, config)
-    if isinstance(model.model.embed_tokens, Int8Embedding):
-        record = {"quantization": {"scheme": "w8a8"}, "provenance": dict(provenance or {})}
+    if model.scheme is not None:
+        record = {"quantization": {"scheme": model.scheme}, "provenance": dict(provenance or {})}
         _write_json(path / QUANTIZATION_NAME, record)
 
 
@@ -98,27 +108,7 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
-def quantize_modules(model: Decoder) -> None:
-    """Replace every linear layer and the embedding of `model` by their INT8 forms, in place.
-
-    A tied head shares the embedding's integers and scales.
-    """
-    for module in list(model.model.layers.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear.from_float(child))
-    embedding, head = model.model.embed_tokens, model.lm_head
-    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise ArtifactError("the model is already quantized")
-    quantized = Int8Embedding.from_float(embedding)
-    model.model.embed_tokens = quantized
-    if model.config.tie_embeddings:
-        tie_head(model)
-    else:
-        model.lm_head = Int8Linear.from_float(head)
-
-
-def _read_scheme(path: Path) -> str | None:
+def _read_scheme(path: Path) -> Scheme | None:
     record_path = path / QUANTIZATION_NAME
     if not record_path.is_file():
         return None
@@ -126,9 +116,10 @@ def _read_scheme(path: Path) -> str | None:
         scheme = json.loads(record_path.read_text(encoding="utf-8"))["quantization"]["scheme"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{record_path}: no quantization scheme in it ({error!r})") from error
-    if scheme != "w8a8":
-        raise ArtifactError(f"{record_path}: scheme {scheme!r} is not w8a8")
-    return scheme
+    for known in SCHEMES:
+        if scheme == known:
+            return known
+    raise ArtifactError(f"{record_path}: scheme {scheme!r} is none of {', '.join(SCHEMES)}")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -186,17 +177,6 @@ def assign_weights(model: Decoder, tensors: dict[str, Tensor], *, where: Path) -
         raise ArtifactError(f"{where}: weights do not fit: {'; '.join(problems[:5])}{more}")
     model.load_state_dict({name: tensors[name] for name in expected}, strict=False, assign=True)
     tie_head(model)
-
-
-def tie_head(model: Decoder) -> None:
-    """Let a tied head share the embedding's tensors, also after `Module.to` copied them apart."""
-    if not model.config.tie_embeddings:
-        return
-    embedding = model.model.embed_tokens
-    if isinstance(embedding, Int8Embedding):
-        model.lm_head = Int8Linear(embedding.weight, embedding.weight_scale)
-    else:
-        model.lm_head.weight = embedding.weight
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r1ray.config.schema import Scheme
 from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
@@ -149,7 +150,13 @@ class DecoderStack(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model; `Decoder(input_ids_BT)` gives logits [B, T, V]."""
+    """A causal language model; `Decoder(input_ids_BT)` gives logits [B, T, V].
+
+    Attributes:
+        scheme: how its weights are quantized (`r1ray.models.quantization`); None in float.
+    """
+
+    scheme: Scheme | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

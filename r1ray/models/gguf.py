@@ -18,10 +18,10 @@ from r1ray.models.checkpoint import assign_weights
 from r1ray.models.config import Family, ModelConfig, RopeConfig
 from r1ray.models.decoder import Decoder
 
-__all__ = ["load_gguf_model", "save_gguf_tokenizer"]
+__all__ = ["BLOCK_NAMES", "OUTER_NAMES", "interleave", "load_gguf_model", "save_gguf_tokenizer"]
 
 _FAMILIES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -34,7 +34,7 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_OUTER_NAMES = {
+OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -127,18 +127,34 @@ def _read_config(reader: Any, names: set[str], *, where: str | Path) -> ModelCon
 
 
 def _translate(name: str, *, where: str | Path) -> str:
-    if name in _OUTER_NAMES:
-        return _OUTER_NAMES[name]
+    if name in OUTER_NAMES:
+        return OUTER_NAMES[name]
     parts = name.split(".")
-    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in _BLOCK_NAMES:
+    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in BLOCK_NAMES:
         raise ArtifactError(f"{where}: tensor {name!r} has no place in a Llama or Qwen decoder")
-    return f"model.layers.{parts[1]}.{_BLOCK_NAMES[parts[2]]}.{parts[3]}"
+    return f"model.layers.{parts[1]}.{BLOCK_NAMES[parts[2]]}.{parts[3]}"
+
+
+def interleave(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """The tensor as GGUF has it under `name`: rotary halves next to each other, where it is so."""
+    heads = _count_interleaved(name, config)
+    if heads is None:
+        return tensor
+    pairs = tensor.reshape(heads, 2, config.head_dim // 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
 def _uninterleave(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    kind = name.split(".")[-2]
-    if config.family != "llama" or kind not in ("attn_q", "attn_k"):
+    heads = _count_interleaved(name, config)
+    if heads is None:
         return tensor
-    heads = config.num_heads if kind == "attn_q" else config.num_kv_heads
     pairs = tensor.reshape(heads, config.head_dim // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
+def _count_interleaved(name: str, config: ModelConfig) -> int | None:
+    """Heads in the tensor `name` if its rotary halves are interleaved, else None."""
+    kind = name.split(".")[-2]
+    if config.family != "llama" or kind not in ("attn_q", "attn_k"):
+        return None
+    return config.num_heads if kind == "attn_q" else config.num_kv_heads

@@ -4,10 +4,11 @@
 2. Activations: symmetric int8 per token, at run time.
 3. The product of the two integer matrices is exact; one multiplication by both scales follows.
 
-Price: 1/4 of the bytes of fp32. Where the processor has int8 dot products (VNNI), the product is
-`torch._int_mm`. Elsewhere torch's integer product is 20-60x slower than its float one, so the
-integers are multiplied as float32: exact while sums stay below 2^24, which needs
-in_features <= 1040 in the worst case, and off by less than one part in 10^7 beyond.
+Price: 1/4 of the bytes of fp32. On a CPU all three steps are one native kernel (`ops.native`),
+where it was built. Else the product is `torch._int_mm` if the processor has int8 dot products
+(VNNI); elsewhere torch's integer product is 20-60x slower than its float one, so the integers are
+multiplied as float32: exact while sums stay below 2^24, which needs in_features <= 1040 in the
+worst case, and off by less than one part in 10^7 beyond.
 
 Shape legend: M tokens, I input features, O output features, V vocabulary, D hidden size.
 """
@@ -18,28 +19,44 @@ import torch
 from torch import Tensor, nn
 
 from r1ray.errors import ShapeError
+from r1ray.ops import native
 
-__all__ = ["Int8Embedding", "Int8Linear", "int8_linear", "quantize_int8"]
+__all__ = [
+    "Int8Embedding",
+    "Int8Linear",
+    "int8_linear",
+    "quantize_int8",
+    "row_scale",
+    "torch_int8_linear",
+]
 
 
-def quantize_int8(w_OI: Tensor) -> tuple[Tensor, Tensor]:
+def row_scale(x: Tensor, limit: int) -> Tensor:
+    """Size of an integer step by which the largest of a row becomes `limit`: float32 [..., 1] > 0.
+
+    1 where a row is zero throughout; not finite where a row is not.
+    """
+    scale = x.float().abs().amax(dim=-1, keepdim=True) / float(limit)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)  # NaN stays NaN
+
+
+def quantize_int8(w_OI: Tensor, limit: int = 127) -> tuple[Tensor, Tensor]:
     """Symmetric per-row INT8: w ~= q * scale[:, None].
 
     Args:
         w_OI: float [out, in]; rows may be all zero.
+        limit: largest integer used: 127, or 7 for weights that fit 4 bits.
     Returns:
-        (q_OI int8 in [-127, 127], scale_O float32 > 0; not finite where a row is not).
+        (q_OI int8 in [-limit, limit], scale_O float32 > 0; not finite where a row is not).
     Raises:
         ShapeError: w_OI is not 2-D.
     Source: Jacob et al. 2018, arXiv:1712.05877. -128 is unused, to keep symmetry.
     """
     if w_OI.dim() != 2:
         raise ShapeError(f"quantize_int8 takes a matrix, got shape {tuple(w_OI.shape)}")
-    wide = w_OI.float()
-    scale_O = wide.abs().amax(dim=1) / 127.0
-    scale_O = torch.where(scale_O == 0, torch.ones_like(scale_O), scale_O)  # NaN stays NaN
-    q_OI = (wide / scale_O[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return q_OI, scale_O
+    scale_O1 = row_scale(w_OI, limit)
+    q_OI = (w_OI.float() / scale_O1).round().clamp(-limit, limit).to(torch.int8)
+    return q_OI, scale_O1.squeeze(1)
 
 
 def int8_linear(
@@ -57,6 +74,16 @@ def int8_linear(
         raise ShapeError(
             f"int8_linear: input {tuple(x_MI.shape)} does not fit weight {tuple(weight_OI.shape)}"
         )
+    is_native = x_MI.device.type == "cpu" and native.is_available()
+    if is_native and x_MI.shape[1] <= native.MAX_INPUTS:
+        return native.int8_linear(x_MI, weight_OI, scale_O, bias_O).to(x_MI.dtype)
+    return torch_int8_linear(x_MI, weight_OI, scale_O, bias_O)
+
+
+def torch_int8_linear(
+    x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None
+) -> Tensor:
+    """`int8_linear` without native kernels; the two agree bit for bit where products are exact."""
     q_MI, scale_M = quantize_int8(x_MI)
     product_MO = _integer_product(q_MI, weight_OI)
     out_MO = product_MO * scale_M[:, None] * scale_O
@@ -69,7 +96,7 @@ def _integer_product(q_MI: Tensor, weight_OI: Tensor) -> Tensor:
     """q @ weightᵀ of int8 matrices, as float32 [M, O]."""
     if q_MI.is_cuda:
         return _cuda_product(q_MI, weight_OI)
-    if _has_vnni():
+    if _has_vnni() and q_MI.shape[1] > 1:  # of one column it returns zeros (torch 2.13)
         return torch._int_mm(q_MI, weight_OI.t()).float()
     return q_MI.float() @ weight_OI.float().t()
 
@@ -102,8 +129,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias_O)
 
     @classmethod
-    def from_float(cls, linear: nn.Linear) -> "Int8Linear":
-        weight_OI, scale_O = quantize_int8(linear.weight.detach())
+    def from_float(cls, linear: nn.Linear, weight_limit: int = 127) -> "Int8Linear":
+        weight_OI, scale_O = quantize_int8(linear.weight.detach(), weight_limit)
         return cls(weight_OI, scale_O, None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 
 from r1ray.errors import ConfigError, ServingError
 from r1ray.models import ModelConfig, load_model
-from r1ray.models.checkpoint import tie_head
 from r1ray.models.generation import BatchGenerator, GenerationRequest, TokenEvent
+from r1ray.models.quantization import tie_head
 from r1ray.observability.logging import setup_logging
 from r1ray.serving.engine import Engine
 

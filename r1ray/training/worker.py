@@ -21,6 +21,7 @@ from r1ray.data.batch_set import BatchSet, plan_order
 from r1ray.errors import DivergenceError
 from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
 from r1ray.models.checkpoint import load_model
+from r1ray.models.quantization import fake_quantize_modules
 from r1ray.observability.logging import setup_logging
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
 from r1ray.training.metrics import StepMetrics
@@ -102,8 +103,11 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
     prepared = store.require("prepare", job.batches_run_id, hint=hint, verify=False)
     device = ray.train.torch.get_device()
     torch.manual_seed(job.seed)
+    model = load_model(base.local_dir, dtype=torch.float32).to(device)
+    if job.config.fake_quant is not None:
+        fake_quantize_modules(model, job.config.fake_quant)
     state = TrainState(
-        load_model(base.local_dir, dtype=torch.float32).to(device),
+        model,
         job.config,
         build_exchange(job.config.exchange),
         CollectiveTransport(timeout_s=job.config.resources.timeout_s)

@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from r1ray.models.config import Family
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -28,6 +30,8 @@ _CLASSES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
 }
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+
+FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
 
 
 def build_oracle(family: str, *, seed: int = 0, **changes: Any) -> Any:

@@ -156,6 +156,10 @@ def test_wrong_overrides_are_named(override: str, complaint: str) -> None:
             ["train.warmup_steps=20"],
             "train: warmup_steps (20) is not below num_steps (20); lower warmup_steps",
         ),
+        (
+            ["train.fake_quant=w4a8"],
+            "train.fake_quant (w4a8) is not compress.scheme (w8a8); serve what was trained for",
+        ),
     ],
 )
 def test_rules_across_fields_name_both_values(overrides: list[str], complaint: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from r1ray.errors import ArtifactError
 from r1ray.models import load_model, save_model
 from r1ray.models.base import count_parameters, import_base, resolve_source
-from r1ray.models.checkpoint import quantize_modules
+from r1ray.models.quantization import quantize_modules
 from r1ray.models.tokenizer import Tokenizer
 from tests.fakes import tiny_model, write_tiny_model
 from tests.unit.oracle import random_ids

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.models import Decoder
-from r1ray.models.config import Family, RopeConfig
+from r1ray.models.config import RopeConfig
 from r1ray.models.kv_cache import CacheSlice
 from tests.fakes import VOCAB_SIZE, tiny_model
+from tests.unit.oracle import FAMILIES
 
 # Both sides compute in float32 what is equal in exact arithmetic, over rows of different length:
 # the matrix products sum in a different order, a few ulp (2^-23) of logits and of gradients
 # around 10.
 TOLERANCE = 1e-5
 LENGTHS = (7, 1, 19, 7, 40, 3)
-FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
+
 # Trained on 16 tokens: some documents above are shorter, some longer, and the row is longer still.
 ROPES: dict[str, RopeConfig] = {
     "dynamic": RopeConfig(theta=100.0, type="dynamic", parameters={"factor": 2.0}),

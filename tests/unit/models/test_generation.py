@@ -7,7 +7,6 @@ import torch
 
 from r1ray.errors import ShapeError
 from r1ray.models import Decoder
-from r1ray.models.checkpoint import quantize_modules
 from r1ray.models.config import RopeConfig
 from r1ray.models.generation import (
     BatchGenerator,
@@ -15,6 +14,7 @@ from r1ray.models.generation import (
     TokenEvent,
     generate_batch,
 )
+from r1ray.models.quantization import quantize_modules
 from r1ray.models.sampling import SamplingParams
 from tests.fakes import tiny_config, tiny_model
 from tests.unit.oracle import random_ids

@@ -6,7 +6,13 @@ from torch import Tensor, nn
 
 from r1ray.errors import ShapeError
 from r1ray.ops import int8
-from r1ray.ops.int8 import Int8Embedding, Int8Linear, int8_linear, quantize_int8
+from r1ray.ops.int8 import (
+    Int8Embedding,
+    Int8Linear,
+    int8_linear,
+    quantize_int8,
+    torch_int8_linear,
+)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -78,9 +84,9 @@ def test_only_matrices_are_quantized(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("uses_int_mm", [False, True])
 # Inner sizes around 1040, above which the float product may round, and single rows and columns.
 @pytest.mark.parametrize(
-    ("tokens", "inner", "outer"), [(1, 7, 5), (5, 1040, 8), (3, 4096, 16), (17, 64, 1)]
+    ("tokens", "inner", "outer"), [(1, 7, 5), (5, 1040, 8), (3, 4096, 16), (17, 64, 1), (2, 1, 3)]
 )
-def test_int8_linear_equals_exact_integers(
+def test_the_torch_path_equals_exact_integers(
     tokens: int, inner: int, outer: int, uses_int_mm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8, "_has_vnni", lambda: uses_int_mm)
@@ -89,7 +95,7 @@ def test_int8_linear_equals_exact_integers(
     q_x, scale_x = quantize_int8(x)
     integers = (q_x.int()[:, None, :] * weight.int()[None]).sum(-1)  # exact in int32 and int64
     exact = integers.double() * scale_x[:, None].double() * scale.double() + bias.double()
-    found = int8_linear(x, weight, scale, bias)
+    found = torch_int8_linear(x, weight, scale, bias)
     # Two float32 multiplications and one addition.
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
 

@@ -1,0 +1,151 @@
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from r1ray.ops import native
+from r1ray.ops.int8 import int8_linear, quantize_int8, torch_int8_linear
+
+needs_native = pytest.mark.skipif(not native.is_available(), reason=native.describe())
+ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def two_threads() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 11),
+    inner=st.integers(1, 200),
+    outer=st.integers(1, 41),
+    has_bias=st.booleans(),
+    exponent=st.integers(-30, 30),
+    seed=st.integers(0, 1000),
+)
+def test_every_instruction_set_equals_torch_bit_for_bit(
+    isa: int, tokens: int, inner: int, outer: int, has_bias: bool, exponent: int, seed: int
+) -> None:
+    x = _random(tokens, inner, seed=seed) * 10.0**exponent
+    x[0, : inner // 2] = 0.0
+    weight, scale = quantize_int8(_random(outer, inner, seed=seed + 1))
+    bias = _random(outer, seed=seed + 2) if has_bias else None
+    expected = torch_int8_linear(x, weight, scale, bias)
+    assert torch.equal(native.int8_linear(x, weight, scale, bias, isa=isa), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("tokens", [1, 3, 130])
+def test_large_products_on_two_threads_equal_torch_bit_for_bit(isa: int, tokens: int) -> None:
+    x = _random(tokens, 576)
+    weight, scale = quantize_int8(_random(1541, 576, seed=1))
+    expected = torch_int8_linear(x, weight, scale)
+    assert torch.equal(native.int8_linear(x, weight, scale, isa=isa), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_largest_sums_are_exact(isa: int) -> None:
+    inner = native.MAX_INPUTS
+    weight = torch.full((5, inner), 127, dtype=torch.int8)
+    weight[1::2] = -127
+    x = torch.full((5, inner), 127.0)  # its scale is 1
+    x[2] = -127.0
+    found = native.int8_linear(x, weight, torch.ones(5), isa=isa)
+    sign = torch.outer(x[:, 0].sign(), weight[:, 0].sign())
+    assert torch.equal(found, sign * (127 * 127 * inner))
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("column", [0, 99])
+def test_a_row_that_is_not_finite_spoils_itself_alone(isa: int, value: float, column: int) -> None:
+    x = _random(3, 100)
+    x[1, column] = value
+    weight, scale = quantize_int8(_random(7, 100, seed=1))
+    found = native.int8_linear(x, weight, scale, isa=isa)
+    assert not torch.isfinite(found[1]).any()
+    assert torch.equal(found[[0, 2]], torch_int8_linear(x[[0, 2]], weight, scale))
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_halves_round_to_even_and_the_smallest_floats_to_zero(isa: int) -> None:
+    weight, scale = torch.eye(6, dtype=torch.int8), torch.ones(6)
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5], [1e-45, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    found = native.int8_linear(x, weight, scale, isa=isa)
+    assert found.tolist() == [[127.0, 0.0, 2.0, 2.0, 0.0, -2.0], [0.0] * 6]
+
+
+@needs_native
+def test_slices_and_narrow_inputs_are_taken_as_they_are() -> None:
+    weight, scale = quantize_int8(_random(6, 40, seed=1))
+    x = _random(9, 80)[::2, ::2]
+    assert torch.equal(int8_linear(x, weight, scale), torch_int8_linear(x, weight, scale))
+    narrow = x.bfloat16()
+    found = int8_linear(narrow, weight, scale)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, torch_int8_linear(narrow, weight, scale))
+    half = weight[:, ::2].contiguous()[::2]
+    assert torch.equal(
+        int8_linear(x[:, :20], half, scale[::2]), torch_int8_linear(x[:, :20], half, scale[::2])
+    )
+
+
+def test_without_the_library_torch_runs_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, scale = quantize_int8(_random(6, 40, seed=1))
+    x = _random(3, 40)
+    expected = int8_linear(x, weight, scale)
+    monkeypatch.setattr(native, "_library", lambda: None)
+    assert native.best_isa() == 0
+    assert "not built" in native.describe()
+    assert "compiler" in native.describe()
+    assert torch.equal(int8_linear(x, weight, scale), expected)
+
+
+def test_a_library_that_cannot_be_loaded_is_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    suffix = native.importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / f"_kernels{suffix}").write_bytes(b"not a library")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
+    assert native._library.__wrapped__() is None
+    assert "_kernels" in caplog.text
+    assert "install r1ray again" in caplog.text
+
+
+@needs_native
+def test_a_library_of_another_version_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "_ABI_VERSION", 0)
+    assert native._library.__wrapped__() is None
+    assert "another version" in caplog.text
+
+
+@needs_native
+def test_the_kernels_share_torchs_threads() -> None:
+    address = native._find_fork()
+    assert address is not None
+    folder = Path(torch.__file__).parent / "lib"
+    theirs = ctypes.CDLL(str(folder / "libtorch_cpu.so")).GOMP_parallel
+    assert address == ctypes.cast(theirs, ctypes.c_void_p).value
