@@ -1,9 +1,13 @@
 """The stages chained: which artifacts each one reads, and what it writes.
 
     base ─► prepare ─► train ─► compress ─► evaluate ─► report, serve
+      └─► student ──────┘│
+    teacher ─► logits ───┘
 
-A stage that has finished with the same config and inputs is not run again. `only` restricts a
-pipeline to one stage: the ones before it must then have finished.
+The second and third line are there where the configuration has a `student` or `distill`; they are
+made with `base` and, the logits, with `train`. A stage that has finished with the same config and
+inputs is not run again. `only` restricts a pipeline to one stage: the ones before it must then have
+finished.
 """
 
 import logging
@@ -16,7 +20,10 @@ from pyarrow import fs
 from r1ray import __version__
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.compression.export import export_model
+from r1ray.compression.logits import PARTS_DIR, store_logits
+from r1ray.config.distill import DistillConfig, StoredLogitsConfig
 from r1ray.config.schema import FileSourceConfig, PipelineConfig, identity
+from r1ray.data.batch_set import BatchSet
 from r1ray.data.pipeline import prepare_batches
 from r1ray.data.reasoning import Problem, draw_heldout
 from r1ray.data.sources import list_files
@@ -24,11 +31,19 @@ from r1ray.errors import ConfigError
 from r1ray.evaluation.evaluate import evaluate_models
 from r1ray.evaluation.report import write_report
 from r1ray.manifest import compute_run_id, digest_path
-from r1ray.models.base import import_base, resolve_source
+from r1ray.models.base import (
+    check_same_vocabulary,
+    count_parameters,
+    import_base,
+    resolve_source,
+)
+from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.config import ModelConfig
+from r1ray.models.student import build_student, plan_student
 from r1ray.observability.progress import StageProgress
 from r1ray.training.step import StepRecord
 from r1ray.training.trainer import CHECKPOINTS_DIR, train_model
+from r1ray.training.worker import Teaching
 
 __all__ = ["STAGES", "Pipeline"]
 
@@ -52,19 +67,34 @@ class Pipeline:
 
     def base(self) -> Artifact:
         """A clean Hugging Face checkpoint of the base model."""
-        source = resolve_source(self.config.base.source)
+        base = self._import("base", "base.source", self.config.base.source)
+        shape = ModelConfig.load(base.local_dir)
+        _check_lengths(self.config, shape.max_positions)
+        if self.config.student is not None:
+            plan_student(shape, self.config.student)
+        if self.config.distill is not None:
+            check_same_vocabulary(base.local_dir, self.teacher(self.config.distill).local_dir)
+        return base
+
+    def teacher(self, config: DistillConfig) -> Artifact:
+        """A clean Hugging Face checkpoint of the teacher."""
+        return self._import("teacher", "distill.teacher", config.teacher)
+
+    def start(self) -> Artifact:
+        """What training starts from: the base model, or the student that is cut out of it."""
+        base, config = self.base(), self.config.student
+        if config is None:
+            return base
 
         def body(out_dir: Path) -> dict[str, Any]:
-            with StageProgress("base", "checkpoint", 1) as progress:
-                metrics = import_base(source, out_dir)
+            with StageProgress("student", "model", 1) as progress:
+                student = build_student(load_model(base.local_dir), config)
+                save_model(student, out_dir)
+                copy_tokenizer(base.local_dir, out_dir)
                 progress.update(1)
-            return metrics
+            return {"parameters": count_parameters(student)}
 
-        base = self._stage(
-            "base", identity(self.config.base), {"source": digest_path(source)}, body
-        )
-        _check_lengths(self.config, ModelConfig.load(base.local_dir).max_positions)
-        return base
+        return self._stage("student", identity(config), {"base": base.digest}, body, job="base")
 
     def prepare(self) -> Artifact:
         """The BatchSet."""
@@ -88,9 +118,13 @@ class Pipeline:
 
     def train(self) -> Artifact:
         """The fine-tuned checkpoint."""
-        config, base, prepared = self.config, self.base(), self.prepare()
+        config, start, prepared = self.config, self.start(), self.prepare()
+        teaching = None if config.distill is None else self._plan_teaching(config.distill)
         values = identity(config.train) | {"seed": config.run.seed}
-        inputs = {"base": base.digest, "prepare": prepared.digest}
+        inputs = {start.manifest.stage: start.digest, "prepare": prepared.digest}
+        if config.distill is not None and teaching is not None:
+            values |= identity(config.distill)
+            inputs["teacher"] = self.teacher(config.distill).digest
 
         def body(out_dir: Path) -> dict[str, Any]:
             with StageProgress("train", "step", config.train.num_steps) as progress:
@@ -98,8 +132,9 @@ class Pipeline:
                     config.train,
                     seed=config.run.seed,
                     store=self.store,
-                    base=base,
+                    start=start,
                     prepared=prepared,
+                    teaching=teaching,
                     run_id=self._run_id("train", values, inputs),
                     out_dir=out_dir,
                     on_step=lambda record: progress.update(record.step, _describe_step(record)),
@@ -107,13 +142,39 @@ class Pipeline:
 
         return self._stage("train", values, inputs, body, keep=(CHECKPOINTS_DIR,))
 
+    def logits(self, config: DistillConfig, stored: StoredLogitsConfig) -> Artifact:
+        """What the teacher thinks of every target of the BatchSet."""
+        teacher, prepared = self.teacher(config), self.prepare()
+        values = {"top_k": stored.top_k, "temperature": config.temperature}
+        inputs = {"teacher": teacher.digest, "prepare": prepared.digest}
+
+        def body(out_dir: Path) -> dict[str, Any]:
+            with StageProgress("logits", "micro-batches") as progress:
+                return store_logits(
+                    config,
+                    stored,
+                    teacher.local_dir,
+                    prepared.local_dir,
+                    out_dir,
+                    on_batches=progress.update,
+                )
+
+        return self._stage("logits", values, inputs, body, keep=(PARTS_DIR,), job="train")
+
+    def _plan_teaching(self, config: DistillConfig) -> Teaching:
+        logits_run_id = None
+        if config.logits.type == "stored":
+            logits_run_id = self.logits(config, config.logits).manifest.run_id
+        return Teaching(config, self.teacher(config).manifest.run_id, logits_run_id)
+
     def compress(self) -> Artifact:
         """The quantized model directory; `<root>/<run>/model` leads to it."""
-        trained = self.train()
+        trained, prepared = self.train(), self.prepare()
 
         def body(out_dir: Path) -> dict[str, Any]:
             with StageProgress("compress", "model", 1) as progress:
-                metrics = export_model(self.config.compress, trained, out_dir)
+                batches = BatchSet(prepared.local_dir)
+                metrics = export_model(self.config.compress, trained, batches, out_dir)
                 progress.update(1)
             return metrics
 
@@ -160,6 +221,19 @@ class Pipeline:
     def heldout_problems(self) -> list[Problem]:
         return draw_heldout(self.config.tasks, self.config.evaluate.num_problems)
 
+    def _import(self, stage: str, key: str, name: str) -> Artifact:
+        """The checkpoint at the source `name`, which `key` gives, as the artifact of `stage`."""
+        source = resolve_source(name, key=key)
+
+        def body(out_dir: Path) -> dict[str, Any]:
+            with StageProgress(stage, "checkpoint", 1) as progress:
+                metrics = import_base(source, out_dir, key=key)
+                progress.update(1)
+            return metrics
+
+        values = {"BaseConfig": {"source": name}}
+        return self._stage(stage, values, {"source": digest_path(source)}, body, job="base")
+
     def _stage(
         self,
         stage: str,
@@ -167,9 +241,12 @@ class Pipeline:
         inputs: Mapping[str, str],
         body: Callable[[Path], dict[str, Any]],
         keep: tuple[str, ...] = (),
+        job: str | None = None,
     ) -> Artifact:
+        """The artifact of `stage`, made by the job of that name, or by `job`."""
         if stage not in self._made:
-            if self._only in (None, stage):
+            job = job or stage
+            if self._only in (None, job):
                 self._made[stage] = self.store.run(
                     stage, _with_version(values), inputs, body, keep=keep
                 )
@@ -177,7 +254,7 @@ class Pipeline:
                 self._made[stage] = self.store.require(
                     stage,
                     self._run_id(stage, values, inputs),
-                    hint=f"run `python -m jobs.{stage}` with the same configuration first",
+                    hint=f"run `python -m jobs.{job}` with the same configuration first",
                 )
         return self._made[stage]
 
@@ -194,6 +271,10 @@ def _check_lengths(config: PipelineConfig, max_positions: int) -> None:
         "evaluate.perplexity_window": config.evaluate.perplexity_window,
         "serve.max_context_tokens": config.serve.max_context_tokens,
     }
+    if config.distill is not None and config.distill.on_policy is not None:
+        new_tokens = config.distill.on_policy.max_new_tokens
+        key = "prepare.max_tokens + distill.on_policy.max_new_tokens"
+        lengths[key] = config.prepare.max_tokens + new_tokens
     for key, length in lengths.items():
         if length > max_positions:
             raise ConfigError(

@@ -1,8 +1,8 @@
 """The `compress` stage: from a float model directory to the served quantized one.
 
 The schemes are those of `r1ray.models.quantization`. Activations are quantized per token when the
-model runs, so no calibration data is needed. A model that trained through fake quantization is
-compared with what it is served as: both should give the same logits.
+model runs, so only codebooks need data to be fitted to. A model that trained through fake
+quantization is compared with what it is served as: both should give the same logits.
 
 Price: about 0.25 of the float32 bytes (w8a8).
 """
@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from r1ray.artifacts import Artifact
+from r1ray.compression.codebook import measure_fisher, quantize_to_codebooks
 from r1ray.compression.compressed_tensors import write_compressed_tensors
 from r1ray.compression.gguf import write_gguf
 from r1ray.config.schema import CompressConfig
+from r1ray.data.batch_set import BatchSet
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
+from r1ray.models.decoder import Decoder
 from r1ray.models.quantization import fake_quantize_modules, quantize_modules
 
 __all__ = ["EXPORTS_DIR", "export_model", "weight_bytes"]
@@ -24,19 +27,18 @@ __all__ = ["EXPORTS_DIR", "export_model", "weight_bytes"]
 EXPORTS_DIR = "exports"
 
 
-def export_model(config: CompressConfig, trained: Artifact, out_dir: Path) -> dict[str, Any]:
+def export_model(
+    config: CompressConfig, trained: Artifact, batches: BatchSet, out_dir: Path
+) -> dict[str, Any]:
     """Write the quantized model directory into `out_dir`; returns sizes and agreement of logits.
 
     The copies that `config.exports` asks for go into `out_dir/exports`.
+
+    Args:
+        batches: what was trained on; the codebooks are fitted to some of it.
     """
     model = load_model(trained.local_dir, dtype=torch.float32)
-    probe_1T = torch.arange(64)[None] % model.config.vocab_size
-    with torch.inference_mode():
-        as_float = model(probe_1T)
-        fake_quantize_modules(model, config.scheme)
-        as_trained = model(probe_1T)
-        quantize_modules(model, config.scheme)
-        as_served = model(probe_1T)
+    agreement = _quantize(model, config, batches)
     provenance = {
         "trained_run_id": trained.manifest.run_id,
         "trained_digest": trained.digest,
@@ -57,9 +59,31 @@ def export_model(config: CompressConfig, trained: Artifact, out_dir: Path) -> di
         "float_bytes": float_bytes,
         "served_bytes": served_bytes,
         "size_share": served_bytes / float_bytes,
-        "relative_logit_error": float((as_served - as_float).norm() / as_float.norm()),
-        "max_fake_quant_difference": float((as_served - as_trained).abs().max()),
+        **agreement,
     }
+
+
+def _quantize(model: Decoder, config: CompressConfig, batches: BatchSet) -> dict[str, float]:
+    """Quantize `model` in place; returns how far its logits are from what they were."""
+    probe_1T = torch.arange(64)[None] % model.config.vocab_size
+    with torch.inference_mode():
+        as_float = model(probe_1T)
+    if config.scheme == "codebook4":
+        count = min(config.calibration_batches, len(batches))
+        fisher = measure_fisher(model, (batches.read(index) for index in range(count)))
+        quantize_to_codebooks(model, fisher, outlier_share=config.outlier_share)
+        as_trained = None
+    else:
+        fake_quantize_modules(model, config.scheme)
+        with torch.inference_mode():
+            as_trained = model(probe_1T)
+        quantize_modules(model, config.scheme)
+    with torch.inference_mode():
+        as_served = model(probe_1T)
+    agreement = {"relative_logit_error": float((as_served - as_float).norm() / as_float.norm())}
+    if as_trained is not None:
+        agreement["max_fake_quant_difference"] = float((as_served - as_trained).abs().max())
+    return agreement
 
 
 def weight_bytes(model_dir: Path) -> int:

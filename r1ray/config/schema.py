@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from r1ray.config.distill import DistillConfig
 from r1ray.config.exchange import DenseExchangeConfig, ExchangeConfig
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-Scheme = Literal["w8a8", "w4a8"]
+Scheme = Literal["w8a8", "w4a8", "codebook4"]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
@@ -240,7 +241,7 @@ class TrainConfig:
     """Autocast dtype of matmuls; auto is what the hardware multiplies: bf16, fp16, else fp32."""
     precision_policy: Literal["range", "threshold", "none"] = "range"
     """range: loss scaling, and fp32 for groups it cannot help; threshold: fp32 where |g| > 6."""
-    fake_quant: Scheme | None = None
+    fake_quant: Literal["w8a8", "w4a8"] | None = None
     """Train through the rounding of this scheme (quantization-aware); null trains in float."""
     exchange: ExchangeConfig = DenseExchangeConfig(type="dense")
     resources: TrainResources = TrainResources()
@@ -265,7 +266,11 @@ class CompressConfig:
     """From the trained checkpoint to the served format."""
 
     scheme: Scheme = "w8a8"
-    """w8a8: int8 weights per output channel, int8 activations per token; w4a8: 4-bit weights."""
+    """w8a8: int8 weights and activations; w4a8: 4-bit weights; codebook4: 16 values a row."""
+    calibration_batches: Annotated[int, Field(ge=1, le=100_000)] = 32
+    """codebook4: micro-batches whose gradients say which weights matter."""
+    outlier_share: Annotated[float, Field(ge=0, le=0.1)] = 0.0045
+    """codebook4: share of a matrix's weights that are kept as int8."""
     exports: list[Literal["compressed_tensors", "gguf"]] = dataclasses.field(default_factory=list)
     """Further copies for other programs: for transformers and vLLM, or for llama.cpp (Q8_0)."""
 
@@ -318,12 +323,24 @@ class PipelineConfig:
 
     run: RunConfig
     base: BaseConfig
+    student: StudentConfig | None = None
+    distill: DistillConfig | None = None
     tasks: TasksConfig
     prepare: PrepareConfig
     train: TrainConfig
     compress: CompressConfig
     evaluate: EvaluateConfig
     serve: ServeConfig
+
+    @model_validator(mode="after")
+    def _on_policy_steps_are_steps(self) -> "PipelineConfig":
+        on_policy = None if self.distill is None else self.distill.on_policy
+        if on_policy is not None and on_policy.last_steps > self.train.num_steps:
+            raise ValueError(
+                f"distill.on_policy.last_steps ({on_policy.last_steps}) is above train.num_steps "
+                f"({self.train.num_steps}); lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _trained_for_the_served_scheme(self) -> "PipelineConfig":

@@ -68,6 +68,7 @@ class MicroBatch:
         num_targets: labels that are not IGNORED.
         document_lengths: of a packed batch (B = 1), the samples in the row; the padding at its end
             counts as one more, so that they add up to T. None where every row is one sample.
+        index: its place in the BatchSet; None where it does not come from one.
     """
 
     input_ids_BT: Tensor
@@ -75,6 +76,7 @@ class MicroBatch:
     num_tokens: int
     num_targets: int
     document_lengths: tuple[int, ...] | None = None
+    index: int | None = None
 
 
 class BatchBuffers:
@@ -147,7 +149,7 @@ class BatchSet:
         into = (buffers or BatchBuffers(len(rows) * num_columns)).take(*shape)
         num_targets = _fill(into, rows, _shift(input_ids, is_target, lengths), input_ids)
         documents = None if rows is lengths else _add_padding(lengths.tolist(), num_columns)
-        return MicroBatch(*into, len(input_ids), num_targets, documents)
+        return MicroBatch(*into, len(input_ids), num_targets, documents, index)
 
 
 def _shift(

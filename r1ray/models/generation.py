@@ -206,12 +206,13 @@ def generate_batch(
     max_new_tokens: int,
     stop_token_ids: frozenset[int],
     max_concurrency: int,
-    sampling: SamplingParams = SamplingParams(),
+    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
     on_finish: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continuations of `prompts`, in their order.
 
     Args:
+        sampling: of all prompts, or one for each.
         on_finish: called with the number of finished prompts each time one finishes.
     """
     generator = BatchGenerator(
@@ -219,12 +220,15 @@ def generate_batch(
         max_concurrency=min(max_concurrency, max(1, len(prompts))),
         max_context_tokens=max(map(len, prompts), default=0) + max_new_tokens,
     )
+    samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
     outputs: dict[str, list[int]] = {}
     # Longest first: rows that run together then end together, and the tail batch stays full.
     for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         outputs[str(index)] = []
         generator.add(
-            GenerationRequest(str(index), prompts[index], max_new_tokens, stop_token_ids, sampling)
+            GenerationRequest(
+                str(index), prompts[index], max_new_tokens, stop_token_ids, samplings[index]
+            )
         )
     num_finished = 0
     while generator.num_waiting or generator.num_running:

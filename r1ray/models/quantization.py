@@ -3,6 +3,7 @@
     scheme   weights of the layers               a weight on disk   activations
     w8a8     int8, one scale an output channel   8 bits             int8, one scale a token
     w4a8     -7 to 7, one scale a channel        4 bits             the same
+    codebook4  16 values a row and outliers      4 bits and a bit   the same
 
 Embeddings are int8 per row; a tied head shares them, an untied one is int8. Norms and biases stay
 float. In memory every weight is int8, so all schemes run through the same operator.
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from r1ray.config.schema import Scheme
-from r1ray.errors import ArtifactError
+from r1ray.errors import ArtifactError, ShapeError
 from r1ray.models.decoder import Decoder
+from r1ray.ops.codebook import CodedRows, decode_rows, encode_rows
 from r1ray.ops.fake_quant import FakeQuantEmbedding, FakeQuantLinear
 from r1ray.ops.int8 import Int8Embedding, Int8Linear
 from r1ray.ops.nibbles import pack_nibbles, unpack_nibbles
@@ -27,6 +29,7 @@ from r1ray.ops.nibbles import pack_nibbles, unpack_nibbles
 __all__ = [
     "SCHEMES",
     "fake_quantize_modules",
+    "list_linears",
     "pack_tensors",
     "quantize_modules",
     "tie_head",
@@ -34,14 +37,22 @@ __all__ = [
 ]
 
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-_WEIGHT_LIMITS: dict[Scheme, int] = {"w8a8": 127, "w4a8": 7}
+_WEIGHT_LIMITS: dict[Scheme, int] = {"w8a8": 127, "w4a8": 7, "codebook4": 127}
+_WEIGHT = ".weight"
 _PACKED = ".weight_packed"
+_CODED = {  # part of a coded weight -> its name on disk
+    "codes": ".weight_codes",
+    "codebook_OC": ".weight_codebook",
+    "outlier_columns_N": ".outlier_columns",
+    "outlier_values_N": ".outlier_values",
+    "num_outliers_O": ".num_outliers",
+}
 
 
 def quantize_modules(model: Decoder, scheme: Scheme = "w8a8") -> None:
     """Replace every linear layer and the embedding of `model` by their INT8 forms, in place."""
     embedding, head = _float_ends(model)
-    for module, name, linear in list(_linears(model)):
+    for module, name, linear in list(list_linears(model)):
         setattr(module, name, Int8Linear.from_float(linear, _WEIGHT_LIMITS[scheme]))
     model.model.embed_tokens = Int8Embedding.from_float(embedding)
     if model.config.tie_embeddings:
@@ -54,7 +65,7 @@ def quantize_modules(model: Decoder, scheme: Scheme = "w8a8") -> None:
 def fake_quantize_modules(model: Decoder, scheme: Scheme) -> None:
     """Let `model` train through the rounding of `scheme`, in place; its parameters stay its own."""
     embedding, head = _float_ends(model)
-    for _, _, linear in _linears(model):
+    for _, _, linear in list_linears(model):
         FakeQuantLinear.from_float(linear, _WEIGHT_LIMITS[scheme])
     FakeQuantEmbedding.from_float(embedding)
     FakeQuantLinear.from_float(head)
@@ -77,10 +88,14 @@ def pack_tensors(tensors: dict[str, Tensor], scheme: Scheme) -> dict[str, Tensor
         return tensors
     packed = {}
     for name, tensor in tensors.items():
-        if _is_layer_weight(name, tensor):
-            packed[name.removesuffix(".weight") + _PACKED] = pack_nibbles((tensor + 8).byte())
-        else:
+        stem = name.removesuffix(_WEIGHT)
+        if not _is_layer_weight(name, tensor):
             packed[name] = tensor
+        elif scheme == "w4a8":
+            packed[stem + _PACKED] = pack_nibbles((tensor + 8).byte())
+        else:
+            coded = encode_rows(tensor)
+            packed |= {stem + suffix: getattr(coded, part) for part, suffix in _CODED.items()}
     return packed
 
 
@@ -96,20 +111,30 @@ def unpack_tensors(
     """
     if scheme == "w8a8":
         return tensors
+    rest = dict(tensors)
     unpacked = {}
-    for name, tensor in tensors.items():
-        full_name = name.removesuffix(_PACKED) + ".weight"
-        if not name.endswith(_PACKED) or full_name not in expected:
-            unpacked[name] = tensor
+    for name, tensor in expected.items():
+        stem = name.removesuffix(_WEIGHT)
+        if not _is_layer_weight(name, tensor):
             continue
-        num_columns = expected[full_name].shape[1]
-        if tensor.dtype != torch.uint8 or tensor.shape[1:] != (-(-num_columns // 2),):
-            raise ArtifactError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; the configuration needs "
-                f"bytes for {num_columns} columns, two in each"
-            )
-        unpacked[full_name] = unpack_nibbles(tensor, num_columns).to(torch.int8) - 8
-    return unpacked
+        if scheme == "w4a8" and stem + _PACKED in rest:
+            unpacked[name] = _unpack(stem + _PACKED, rest.pop(stem + _PACKED), tensor.shape[1])
+        elif scheme == "codebook4" and all(stem + part in rest for part in _CODED.values()):
+            parts = {part: rest.pop(stem + suffix) for part, suffix in _CODED.items()}
+            try:
+                unpacked[name] = decode_rows(CodedRows(**parts), tensor.shape[1])
+            except (ShapeError, RuntimeError) as error:
+                raise ArtifactError(f"{name}: cannot be decoded ({error})") from error
+    return rest | unpacked
+
+
+def _unpack(name: str, packed: Tensor, num_columns: int) -> Tensor:
+    if packed.dtype != torch.uint8 or packed.shape[1:] != (-(-num_columns // 2),):
+        raise ArtifactError(
+            f"{name} is {packed.dtype} of shape {tuple(packed.shape)}; the configuration needs "
+            f"bytes for {num_columns} columns, two in each"
+        )
+    return unpack_nibbles(packed, num_columns).to(torch.int8) - 8
 
 
 def _is_layer_weight(name: str, tensor: Tensor) -> bool:
@@ -118,7 +143,7 @@ def _is_layer_weight(name: str, tensor: Tensor) -> bool:
     )
 
 
-def _linears(model: Decoder) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def list_linears(model: Decoder) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """(parent, name, layer) of every linear layer inside the blocks."""
     for module in model.model.layers.modules():
         for name, child in module.named_children():

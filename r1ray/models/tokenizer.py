@@ -33,7 +33,7 @@ class Tokenizer:
 
         try:
             self._inner = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # the tokenizers library raises that very class
             raise ArtifactError(f"{path}: no usable tokenizer ({error})") from error
         if not self._inner.chat_template:
             raise ArtifactError(f"{path}: the tokenizer has no chat template")
@@ -59,6 +59,10 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self._inner)
+
+    def vocabulary(self) -> dict[str, int]:
+        """From every token to its id."""
+        return dict(self._inner.get_vocab())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; control tokens inside it are read as such, none are added."""

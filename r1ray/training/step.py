@@ -16,7 +16,7 @@ from r1ray.config.schema import TrainConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.exchange import Exchange, StepTotals, Transport, UpdateRule
 from r1ray.models.decoder import Decoder
-from r1ray.training.loss import summed_loss
+from r1ray.training.objective import CrossEntropy, Objective
 from r1ray.training.precision import Precision, PrecisionName
 
 __all__ = ["StepRecord", "TrainState", "learning_rate_at"]
@@ -33,8 +33,8 @@ class StepRecord:
     checkpoint waits for what is under way.
 
     Attributes:
-        loss: mean cross-entropy per target token, in nats; None where nothing finished, or where
-            it is not finite.
+        loss: mean of the objective per target token, in nats; None where nothing finished, or
+            where it is not finite.
         learning_rate, grad_norm: the latter before clipping; None where nothing was applied.
         was_skipped: a gradient was not finite and nothing was changed.
         precision: number format of the matrix products, the same on all workers.
@@ -76,14 +76,23 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 class TrainState:
     """Model and exchange of one worker.
 
+    Args:
+        objective: what is minimised; cross-entropy with the targets if None.
+
     Attributes:
         step: steps done, skipped ones included: the data cursor.
     """
 
     def __init__(
-        self, model: Decoder, config: TrainConfig, exchange: Exchange, transport: Transport
+        self,
+        model: Decoder,
+        config: TrainConfig,
+        exchange: Exchange,
+        transport: Transport,
+        objective: Objective | None = None,
     ) -> None:
         self.model = model.train()
+        self._objective = objective or CrossEntropy()
         self.config = config
         self.step = 0
         self._device = model.model.norm.weight.device
@@ -147,12 +156,13 @@ class TrainState:
                 input_ids_BT=batch.input_ids_BT.to(self._device),
                 labels_BT=batch.labels_BT.to(self._device),
             )
+            drawn = self._objective.draw(self.model, moved, self.step)
             with self._precision.autocast():
-                loss = summed_loss(self.model, moved)
+                loss = self._objective.loss(self.model, drawn)
             (loss * self._precision.loss_scale).backward()
             loss_sum += loss.item()
-            num_targets += batch.num_targets
-            num_tokens += batch.num_tokens
+            num_targets += drawn.num_targets
+            num_tokens += drawn.num_tokens
         return StepTotals(loss_sum, num_targets, num_tokens, self._precision.measure())
 
     def shared_state_dict(self) -> dict[str, Any]:

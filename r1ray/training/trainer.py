@@ -27,7 +27,7 @@ from r1ray.training.checkpoint import HISTORY_NAME, is_whole, load_history
 from r1ray.training.memory import KEEP_FREED_MEMORY
 from r1ray.training.step import StepRecord
 from r1ray.training.watch import Posted, Recovery, Watch
-from r1ray.training.worker import WorkerJob, run_worker
+from r1ray.training.worker import Teaching, WorkerJob, run_worker
 
 __all__ = ["CHECKPOINTS_DIR", "train_model"]
 
@@ -62,14 +62,18 @@ def train_model(
     *,
     seed: int,
     store: ArtifactStore,
-    base: Artifact,
+    start: Artifact,
     prepared: Artifact,
+    teaching: Teaching | None = None,
     run_id: str,
     out_dir: Path,
     on_step: Callable[[StepRecord], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Train, then write the model directory and `history.json` into `out_dir`; returns metrics.
 
+    Args:
+        start: artifact of the model to start from.
+        teaching: whom else to learn from than `prepared`'s targets.
     Raises:
         ExchangeError: more workers failed than `train.resources.max_failures` allows.
         DivergenceError: the gradients are not finite, step after step.
@@ -82,9 +86,10 @@ def train_model(
         seed=seed,
         root=store.root,
         name=store.name,
-        base_run_id=base.manifest.run_id,
+        start=(start.manifest.stage, start.manifest.run_id),
         batches_run_id=prepared.manifest.run_id,
         board=board,
+        teaching=teaching,
         salvaged=None if salvaged is None else str(salvaged),
     )
     trainer = TorchTrainer(
@@ -115,7 +120,7 @@ def train_model(
         history = load_history(Path(directory))
         save_model(load_model(directory), out_dir)
         (out_dir / HISTORY_NAME).write_bytes((Path(directory) / HISTORY_NAME).read_bytes())
-    copy_tokenizer(base.local_dir, out_dir)
+    copy_tokenizer(start.local_dir, out_dir)
     return _summarize(history) | {"recoveries": [asdict(item) for item in recoveries]}
 
 

@@ -15,19 +15,43 @@ import ray.train
 import ray.train.torch
 import torch
 
-from r1ray.artifacts import ArtifactStore
+from r1ray.artifacts import Artifact, ArtifactStore
+from r1ray.compression.logit_store import LogitStore
+from r1ray.config.distill import DistillConfig
 from r1ray.config.schema import TrainConfig
 from r1ray.data.batch_set import BatchSet, plan_order
 from r1ray.errors import DivergenceError
 from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
 from r1ray.models.checkpoint import load_model
+from r1ray.models.decoder import Decoder
 from r1ray.models.quantization import fake_quantize_modules
 from r1ray.observability.logging import setup_logging
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
 from r1ray.training.metrics import StepMetrics
+from r1ray.training.objective import (
+    CrossEntropy,
+    Objective,
+    OnlineDistillation,
+    OnPolicyDistillation,
+    StoredDistillation,
+)
 from r1ray.training.step import StepRecord, TrainState
 
-__all__ = ["WorkerJob", "run_worker"]
+__all__ = ["Teaching", "WorkerJob", "run_worker"]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A teacher, for the workers.
+
+    Attributes:
+        teacher_run_id: the `teacher` artifact.
+        logits_run_id: the `logits` artifact; None where the teacher runs beside the student.
+    """
+
+    config: DistillConfig
+    teacher_run_id: str
+    logits_run_id: str | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +60,8 @@ class WorkerJob:
 
     Attributes:
         root, name: of the artifact store; every worker's node must reach it.
-        base_run_id, batches_run_id: the `base` and `prepare` artifacts to read there.
+        start: stage and run id of the model to start from.
+        batches_run_id: the `prepare` artifact.
         board: actor that step records are posted to, and divergence.
         salvaged: checkpoint directory to go on from where Ray Train knows of none.
     """
@@ -45,9 +70,10 @@ class WorkerJob:
     seed: int
     root: str
     name: str | None
-    base_run_id: str
+    start: tuple[str, str]
     batches_run_id: str
     board: Any
+    teaching: Teaching | None = None
     salvaged: str | None = None
 
 
@@ -97,13 +123,9 @@ def _is_saved_after(step: int, config: TrainConfig) -> bool:
 
 
 def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[StepRecord]]:
-    store = ArtifactStore(job.root, job.name)
-    hint = "it must be readable from every node"
-    base = store.require("base", job.base_run_id, hint=hint, verify=False)
-    prepared = store.require("prepare", job.batches_run_id, hint=hint, verify=False)
     device = ray.train.torch.get_device()
     torch.manual_seed(job.seed)
-    model = load_model(base.local_dir, dtype=torch.float32).to(device)
+    model = load_model(_read(job, *job.start).local_dir, dtype=torch.float32).to(device)
     if job.config.fake_quant is not None:
         fake_quantize_modules(model, job.config.fake_quant)
     state = TrainState(
@@ -113,6 +135,7 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
         CollectiveTransport(timeout_s=job.config.resources.timeout_s)
         if world_size > 1
         else LocalTransport(),
+        _build_objective(job, device),
     )
     history: list[StepRecord] = []
     checkpoint = ray.train.get_checkpoint()
@@ -121,7 +144,34 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
             history = load_checkpoint(Path(directory), state)
-    return state, BatchSet(prepared.local_dir), history
+    return state, BatchSet(_read(job, "prepare", job.batches_run_id).local_dir), history
+
+
+def _build_objective(job: WorkerJob, device: torch.device) -> Objective:
+    if job.teaching is None:
+        return CrossEntropy()
+    config, teacher_run_id = job.teaching.config, job.teaching.teacher_run_id
+
+    def load_teacher() -> Decoder:
+        directory = _read(job, "teacher", teacher_run_id).local_dir
+        return load_model(directory, dtype=torch.float32).to(device)
+
+    objective: Objective
+    if job.teaching.logits_run_id is None:
+        objective = OnlineDistillation(config, load_teacher())
+    else:
+        store = LogitStore(_read(job, "logits", job.teaching.logits_run_id).local_dir)
+        objective = StoredDistillation(config, store)
+    if config.on_policy is None:
+        return objective
+    return OnPolicyDistillation(
+        config.on_policy, objective, load_teacher(), num_steps=job.config.num_steps, seed=job.seed
+    )
+
+
+def _read(job: WorkerJob, stage: str, run_id: str) -> Artifact:
+    store = ArtifactStore(job.root, job.name)
+    return store.require(stage, run_id, hint="it must be readable from every node", verify=False)
 
 
 def _report(state: TrainState, history: list[StepRecord], rank: int, world_size: int) -> None:

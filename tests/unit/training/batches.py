@@ -1,8 +1,17 @@
 """Random micro-batches for training tests."""
 
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 import torch
 
-from r1ray.data.batch_set import IGNORED, MicroBatch
+from r1ray.config.schema import FileSourceConfig, PackingConfig, PrepareConfig
+from r1ray.data.batch_set import IGNORED, SUMMARY_NAME, BatchSet, MicroBatch
+from r1ray.data.batch_writer import BatchWriter
+from r1ray.data.planners import PackingPlanner
+from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 from tests.unit.oracle import random_ids
 
 
@@ -32,3 +41,32 @@ def split(batch: MicroBatch, parts: int) -> list[MicroBatch]:
             MicroBatch(input_ids_BT, labels_BT, num_tokens, int((labels_BT != IGNORED).sum()))
         )
     return pieces
+
+
+def random_samples(seed: int) -> pa.Table:
+    """Forty samples of 2 to 40 tokens; about half of each one's tokens are targets."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 41, size=40)
+    is_target = [rng.random(length) < 0.5 for length in lengths]
+    for flags in is_target:
+        flags[0], flags[-1] = False, True
+    columns = {
+        "input_ids": [rng.integers(3, 300, length) for length in lengths],
+        "is_target": is_target,
+    }
+    return pa.table(columns).cast(SAMPLE_SCHEMA)
+
+
+def write_batch_set(directory: Path, *, seed: int = 0) -> BatchSet:
+    """Forty random samples in packed batches."""
+    config = PrepareConfig(
+        sources=[FileSourceConfig(type="files", paths=["rows.jsonl"])],
+        max_tokens=40,
+        batch_tokens=150,
+        batching=PackingConfig(type="packing"),
+    )
+    directory.mkdir()
+    with BatchWriter(directory, PackingPlanner(config), config) as writer:
+        writer.add(random_samples(seed))
+    (directory / SUMMARY_NAME).write_text(json.dumps(writer.summarize()))
+    return BatchSet(directory)

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -22,7 +21,6 @@ from r1ray.config.schema import (
 from r1ray.data.batch_set import SUMMARY_NAME, BatchSet, MicroBatch
 from r1ray.data.batch_writer import BatchWriter
 from r1ray.data.planners import BatchPlanner, FixedBuckets, PackingPlanner
-from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 from r1ray.errors import ArtifactError, DivergenceError
 from r1ray.exchange import LocalTransport, StepOutcome, StepTotals, UpdateRule, build_exchange
 from r1ray.exchange.dense import DenseExchange
@@ -35,7 +33,7 @@ from r1ray.training.checkpoint import (
 )
 from r1ray.training.step import TrainState, learning_rate_at
 from tests.fakes import tiny_model
-from tests.unit.training.batches import random_batch, split
+from tests.unit.training.batches import random_batch, random_samples, split
 
 
 def _config(**changes: Any) -> TrainConfig:
@@ -90,20 +88,6 @@ def test_four_micro_batches_give_the_gradient_of_one_big_batch() -> None:
     assert parts_record.num_tokens == whole_record.num_tokens == batch.num_tokens
 
 
-def _samples(seed: int) -> pa.Table:
-    """Forty samples of 2 to 40 tokens; about half of each one's tokens are targets."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, 41, size=40)
-    is_target = [rng.random(length) < 0.5 for length in lengths]
-    for flags in is_target:
-        flags[0], flags[-1] = False, True
-    columns = {
-        "input_ids": [rng.integers(3, 300, length) for length in lengths],
-        "is_target": is_target,
-    }
-    return pa.table(columns).cast(SAMPLE_SCHEMA)
-
-
 def _prepare(directory: Path, samples: pa.Table, *, arm: str) -> BatchSet:
     """`samples` in one padded batch, in bucketed batches, or in packed ones."""
     config = PrepareConfig(
@@ -128,7 +112,7 @@ def _prepare(directory: Path, samples: pa.Table, *, arm: str) -> BatchSet:
 def test_padded_bucketed_and_packed_batches_give_the_gradient_of_the_same_samples(
     seed: int, tmp_path: Path
 ) -> None:
-    samples = _samples(seed)
+    samples = random_samples(seed)
     sets = {
         arm: _prepare(tmp_path / arm, samples, arm=arm) for arm in ("whole", "buckets", "packed")
     }
@@ -153,7 +137,7 @@ def test_padded_bucketed_and_packed_batches_give_the_gradient_of_the_same_sample
 
 
 def test_batches_that_share_memory_count_as_if_each_had_its_own(tmp_path: Path) -> None:
-    batches = _prepare(tmp_path / "packed", _samples(0), arm="packed")
+    batches = _prepare(tmp_path / "packed", random_samples(0), arm="packed")
     shared, separate = _state(), _state()
     buffers = batches.build_buffers()
     indices = range(len(batches))
