@@ -4,6 +4,7 @@ R1RayError
 ├── ConfigError      a configuration value, key or override is wrong
 ├── ArtifactError    a file or directory is missing, damaged or of the wrong kind
 ├── ShapeError       a tensor or a list of lengths does not fit
+├── BudgetError      more memory is needed than the budget allows
 ├── ExchangeError    workers could not exchange gradients or weights
 ├── DivergenceError  training does not get better by trying again: its gradients are not finite
 └── ServingError     a request cannot be answered; carries the HTTP status and OpenAI's error code
@@ -13,6 +14,7 @@ Messages name the value, the rule and the fix. `assert` is kept for r1ray's own 
 
 __all__ = [
     "ArtifactError",
+    "BudgetError",
     "ConfigError",
     "DivergenceError",
     "ExchangeError",
@@ -36,6 +38,10 @@ class ArtifactError(R1RayError):
 
 class ShapeError(R1RayError):
     """A tensor, a list of lengths or an index does not fit."""
+
+
+class BudgetError(R1RayError):
+    """More memory is needed than the budget allows."""
 
 
 class ExchangeError(R1RayError):

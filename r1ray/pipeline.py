@@ -67,18 +67,31 @@ class Pipeline:
 
     def base(self) -> Artifact:
         """A clean Hugging Face checkpoint of the base model."""
+        if "base" in self._made:
+            return self._made["base"]
         base = self._import("base", "base.source", self.config.base.source)
         shape = ModelConfig.load(base.local_dir)
         _check_lengths(self.config, shape.max_positions)
         if self.config.student is not None:
             plan_student(shape, self.config.student)
         if self.config.distill is not None:
-            check_same_vocabulary(base.local_dir, self.teacher(self.config.distill).local_dir)
+            self._check_teacher(self.config.distill, base)
         return base
 
     def teacher(self, config: DistillConfig) -> Artifact:
         """A clean Hugging Face checkpoint of the teacher."""
         return self._import("teacher", "distill.teacher", config.teacher)
+
+    def _check_teacher(self, config: DistillConfig, base: Artifact) -> None:
+        teacher = self.teacher(config)
+        check_same_vocabulary(base.local_dir, teacher.local_dir)
+        shape = ModelConfig.load(teacher.local_dir)
+        _check_lengths(self.config, shape.max_positions, of="the teacher", stages=("prepare",))
+        if config.logits.type == "stored" and config.logits.top_k > shape.vocab_size:
+            raise ConfigError(
+                f"distill.logits.top_k ({config.logits.top_k}) is above the vocabulary of "
+                f"{shape.vocab_size}; lower it"
+            )
 
     def start(self) -> Artifact:
         """What training starts from: the base model, or the student that is cut out of it."""
@@ -94,7 +107,7 @@ class Pipeline:
                 progress.update(1)
             return {"parameters": count_parameters(student)}
 
-        return self._stage("student", identity(config), {"base": base.digest}, body, job="base")
+        return self._stage("student", identity(config), {"base": base.digest}, body, job="train")
 
     def prepare(self) -> Artifact:
         """The BatchSet."""
@@ -119,14 +132,15 @@ class Pipeline:
     def train(self) -> Artifact:
         """The fine-tuned checkpoint."""
         config, start, prepared = self.config, self.start(), self.prepare()
-        teaching = None if config.distill is None else self._plan_teaching(config.distill)
         values = identity(config.train) | {"seed": config.run.seed}
         inputs = {start.manifest.stage: start.digest, "prepare": prepared.digest}
-        if config.distill is not None and teaching is not None:
+        if config.distill is not None:
             values |= identity(config.distill)
+            del values["DistillConfig"]["teacher"]  # its digest says more than its path
             inputs["teacher"] = self.teacher(config.distill).digest
 
         def body(out_dir: Path) -> dict[str, Any]:
+            teaching = None if config.distill is None else self._teaching(config.distill)
             with StageProgress("train", "step", config.train.num_steps) as progress:
                 return train_model(
                     config.train,
@@ -161,7 +175,8 @@ class Pipeline:
 
         return self._stage("logits", values, inputs, body, keep=(PARTS_DIR,), job="train")
 
-    def _plan_teaching(self, config: DistillConfig) -> Teaching:
+    def _teaching(self, config: DistillConfig) -> Teaching:
+        """The teacher for the workers, its logits stored where it is not to run beside them."""
         logits_run_id = None
         if config.logits.type == "stored":
             logits_run_id = self.logits(config, config.logits).manifest.run_id
@@ -223,6 +238,8 @@ class Pipeline:
 
     def _import(self, stage: str, key: str, name: str) -> Artifact:
         """The checkpoint at the source `name`, which `key` gives, as the artifact of `stage`."""
+        if stage in self._made:
+            return self._made[stage]
         source = resolve_source(name, key=key)
 
         def body(out_dir: Path) -> dict[str, Any]:
@@ -263,8 +280,14 @@ class Pipeline:
         return compute_run_id(stage, _with_version(values), inputs)
 
 
-def _check_lengths(config: PipelineConfig, max_positions: int) -> None:
-    """Raise ConfigError where a stage would go beyond the positions that the model knows."""
+def _check_lengths(
+    config: PipelineConfig,
+    max_positions: int,
+    *,
+    of: str = "the base model",
+    stages: tuple[str, ...] = ("prepare", "evaluate", "serve"),
+) -> None:
+    """Raise ConfigError where a stage would go beyond the positions that a model knows."""
     lengths = {
         "prepare.max_tokens": config.prepare.max_tokens,
         "evaluate.max_new_tokens": config.evaluate.max_new_tokens,
@@ -276,9 +299,9 @@ def _check_lengths(config: PipelineConfig, max_positions: int) -> None:
         key = "prepare.max_tokens + distill.on_policy.max_new_tokens"
         lengths[key] = config.prepare.max_tokens + new_tokens
     for key, length in lengths.items():
-        if length > max_positions:
+        if length > max_positions and key.startswith(stages):
             raise ConfigError(
-                f"{key} ({length}) is above the base model's {max_positions} positions; lower it"
+                f"{key} ({length}) is above {of}'s {max_positions} positions; lower it"
             )
 
 

@@ -1,7 +1,7 @@
 """Non-uniform 4-bit weights: 16 values a row, placed where errors cost most.
 
-1. The cost of an error is the diagonal Fisher information: the mean squared gradient of the loss
-   (`measure_fisher`), over a few micro-batches of the training data.
+1. The cost of an error is an estimate of the diagonal Fisher information: squared gradients of the
+   loss of a few micro-batches of the training data, added up (`measure_fisher`).
 2. Each row's values are clustered by weighted k-means, in the row's own int8 steps, so that what
    is decoded at load is exactly what was fitted.
 3. The weights that then cost most are kept as they are (outliers), and the clusters fitted again
@@ -76,13 +76,13 @@ def fit_rows(
     """
     scale_O1 = row_scale(weight_OI, 127)
     x_OI = weight_OI.float() / scale_O1
-    cost_OI = importance_OI.float() * scale_O1.square()
-    total_O1 = cost_OI.sum(dim=1, keepdim=True)
-    cost_OI = torch.where(total_O1 > 0, cost_OI, torch.ones_like(cost_OI))
+    true_cost_OI = importance_OI.float() * scale_O1.square()
+    is_dead_O1 = true_cost_OI.sum(dim=1, keepdim=True) == 0
+    cost_OI = true_cost_OI.masked_fill(is_dead_O1, 1.0)
     fitted_OI = _cluster(x_OI, cost_OI)
     num_outliers = round(outlier_share * x_OI.numel())
     if num_outliers:
-        damage = (cost_OI * (x_OI - fitted_OI).square()).flatten()
+        damage = (true_cost_OI * (x_OI - fitted_OI).square()).flatten()
         is_outlier_OI = torch.zeros_like(damage, dtype=torch.bool)
         is_outlier_OI[damage.topk(num_outliers).indices] = True
         is_outlier_OI = is_outlier_OI.view_as(x_OI)

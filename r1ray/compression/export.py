@@ -17,7 +17,7 @@ from r1ray.compression.codebook import measure_fisher, quantize_to_codebooks
 from r1ray.compression.compressed_tensors import write_compressed_tensors
 from r1ray.compression.gguf import write_gguf
 from r1ray.config.schema import CompressConfig
-from r1ray.data.batch_set import BatchSet
+from r1ray.data.batch_set import BatchSet, shuffled
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.decoder import Decoder
 from r1ray.models.quantization import fake_quantize_modules, quantize_modules
@@ -50,7 +50,7 @@ def export_model(
         target = out_dir / EXPORTS_DIR / name
         target.mkdir(parents=True)
         if name == "gguf":
-            write_gguf(trained.local_dir, target / "model-q8_0.gguf")
+            write_gguf(out_dir, target / "model-q8_0.gguf")
         else:
             write_compressed_tensors(out_dir, target)
     float_bytes, served_bytes = weight_bytes(trained.local_dir), weight_bytes(out_dir)
@@ -69,8 +69,8 @@ def _quantize(model: Decoder, config: CompressConfig, batches: BatchSet) -> dict
     with torch.inference_mode():
         as_float = model(probe_1T)
     if config.scheme == "codebook4":
-        count = min(config.calibration_batches, len(batches))
-        fisher = measure_fisher(model, (batches.read(index) for index in range(count)))
+        chosen = shuffled(range(len(batches)), "calibration")[: config.calibration_batches]
+        fisher = measure_fisher(model, (batches.read(index) for index in chosen))
         quantize_to_codebooks(model, fisher, outlier_share=config.outlier_share)
         as_trained = None
     else:

@@ -16,6 +16,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,16 +35,16 @@ _SPLIT_NAMES = ((r"\p{N}{1,3}", "llama-bpe"), (r"\p{N}|", "qwen2"))
 
 
 def write_gguf(model_dir: str | Path, path: str | Path) -> None:
-    """Write the float model in `model_dir` with its tokenizer to the GGUF file `path`.
+    """Write the model in `model_dir` with its tokenizer to the GGUF file `path`.
+
+    Of a quantized model these are the values that it is served with, rounded once more.
 
     Raises:
-        ArtifactError: a quantized model, or a rope scaling or tokenizer that cannot be written.
+        ArtifactError: a rope scaling or tokenizer that cannot be written.
     """
     model_dir = Path(model_dir)
     model = load_model(model_dir)
     config = model.config
-    if model.scheme is not None:
-        raise ArtifactError(f"{model_dir}: is {model.scheme} already; give the float model")
     if config.rope.type != "default":
         raise ArtifactError(
             f"{model_dir}: rope type {config.rope.type!r} cannot be written as GGUF"
@@ -51,7 +52,7 @@ def write_gguf(model_dir: str | Path, path: str | Path) -> None:
     writer = gguf.GGUFWriter(path, config.family)
     _add_shape(writer, config)
     _add_tokenizer(writer, model_dir, config)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _float_tensors(model.state_dict()).items():
         if config.tie_embeddings and name.startswith("lm_head."):
             continue
         stored_name = _translate(name)
@@ -60,6 +61,14 @@ def write_gguf(model_dir: str | Path, path: str | Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _float_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor * tensors[f"{name}_scale"][:, None] if tensor.dtype == torch.int8 else tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(".weight_scale")
+    }
 
 
 def _add_shape(writer: Any, config: ModelConfig) -> None:

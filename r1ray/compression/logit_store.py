@@ -80,6 +80,7 @@ def encode_part(
     rows: dict[str, list[Any]] = {"ids": [], "log_probs": [], "tail": []}
     for batch in batches:
         targets = keep_top_k(target_logits(teacher, batch), top_k, temperature)
+        targets = targets.to(torch.device("cpu"))
         rows["ids"].append(targets.ids_PK.flatten().numpy().astype(id_type))
         # A kept token below float16's range has next to no mass, a tail below it none at all.
         lowest = torch.finfo(torch.float16).min
@@ -125,7 +126,9 @@ class LogitStore:
         try:
             return pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
-            raise ArtifactError(f"{path}: cannot be read ({error}); distill again") from error
+            raise ArtifactError(
+                f"{path}: cannot be read ({error}); remove the store and train again"
+            ) from error
 
 
 def _flatten(column: pa.ChunkedArray) -> NDArray[Any]:

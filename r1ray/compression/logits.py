@@ -21,7 +21,7 @@ from r1ray.compression.logit_store import (
     encode_part,
     part_name,
 )
-from r1ray.config.distill import DistillConfig, StoredLogitsConfig
+from r1ray.config.distill import DistillConfig, DistillResources, StoredLogitsConfig
 from r1ray.data.batch_set import BatchSet
 from r1ray.models.checkpoint import load_model
 from r1ray.models.config import ModelConfig
@@ -35,10 +35,16 @@ class _Scorer:
     """One copy of the teacher: numbers of parts in, their files out."""
 
     def __init__(
-        self, teacher_dir: str, batches_dir: str, top_k: int, temperature: float, num_threads: int
+        self,
+        teacher_dir: str,
+        batches_dir: str,
+        top_k: int,
+        temperature: float,
+        resources: DistillResources,
     ) -> None:
-        torch.set_num_threads(num_threads)
-        self._teacher = load_model(teacher_dir, dtype=torch.float32)
+        torch.set_num_threads(max(1, int(resources.num_cpus_per_teacher)))
+        self._device = torch.device("cuda" if resources.use_gpu else "cpu")
+        self._teacher = load_model(teacher_dir, dtype=torch.float32).to(self._device)
         self._batches = BatchSet(batches_dir)
         self._top_k, self._temperature = top_k, temperature
 
@@ -47,7 +53,7 @@ class _Scorer:
         for part in rows.column("part").to_pylist():
             start = part * PART_BATCHES
             stop = min(start + PART_BATCHES, len(self._batches))
-            batches = (self._batches.read(index) for index in range(start, stop))
+            batches = (self._batches.read(i).to(self._device) for i in range(start, stop))
             files.append(
                 encode_part(
                     self._teacher, batches, top_k=self._top_k, temperature=self._temperature
@@ -71,6 +77,9 @@ def store_logits(
         on_batches: called with the number of micro-batches done so far.
     """
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    options = ray.data.DataContext.get_current().execution_options
+    options.preserve_order = False  # a part is kept as soon as it is done
+    options.resource_limits = ray.data.ExecutionResources()
     batches = BatchSet(batches_dir)
     parts_dir = out_dir / PARTS_DIR
     parts_dir.mkdir(exist_ok=True)
@@ -119,11 +128,12 @@ def _score(
             str(batches_dir),
             logits.top_k,
             config.temperature,
-            max(1, int(resources.num_cpus_per_teacher)),
+            resources,
         ),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=resources.num_cpus_per_teacher,
+        num_gpus=1 if resources.use_gpu else None,
         compute=ray.data.ActorPoolStrategy(size=min(resources.num_teachers, len(parts))),
     )
     return dataset.iter_rows()

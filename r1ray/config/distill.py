@@ -57,6 +57,8 @@ class DistillResources:
     """CPUs that Ray reserves for one copy of the teacher; also its number of torch threads."""
     num_teachers: Annotated[int, Field(ge=1, le=4096)] = 1
     """Copies of the teacher that work at once."""
+    use_gpu: bool = False
+    """One GPU for each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

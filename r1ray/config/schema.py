@@ -32,6 +32,7 @@ __all__ = [
     "StudentConfig",
     "TaskSourceConfig",
     "TasksConfig",
+    "TiersConfig",
     "TrainConfig",
     "TrainResources",
     "identity",
@@ -196,6 +197,12 @@ class StudentConfig:
     num_kv_heads: Annotated[int, Field(ge=1)] | None = None
     """Key/value heads of every layer to keep, with their query heads."""
 
+    @model_validator(mode="after")
+    def _is_smaller(self) -> "StudentConfig":
+        if all(getattr(self, field.name) is None for field in dataclasses.fields(self)):
+            raise ValueError("nothing is named to be smaller; give layers or a width, or null")
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class TrainResources:
@@ -213,6 +220,19 @@ class TrainResources:
     """Worker failures survived before the run gives up."""
     timeout_s: Annotated[float, Field(ge=5, le=3600)] = 120
     """Longest wait for a collective before the worker counts as failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class TiersConfig:
+    """Layered memory on a CPU: what does not fit the budget is streamed from files, layer by layer.
+
+    Gradients and optimizer state are in files, and a static layer's forward is repeated.
+    """
+
+    budget_mib: Annotated[int, Field(ge=1, le=2**24)]
+    """What resident memory may grow by in a worker, in MiB, checked as training goes."""
+    directory: Annotated[str, Field(min_length=1)] | None = None
+    """On a disk with 16 bytes a parameter free; null takes the system's temporary directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -244,7 +264,21 @@ class TrainConfig:
     fake_quant: Literal["w8a8", "w4a8"] | None = None
     """Train through the rounding of this scheme (quantization-aware); null trains in float."""
     exchange: ExchangeConfig = DenseExchangeConfig(type="dense")
+    tiers: TiersConfig | None = None
     resources: TrainResources = TrainResources()
+
+    @model_validator(mode="after")
+    def _tiers_are_dense(self) -> "TrainConfig":
+        if self.tiers is None:
+            return self
+        if self.exchange != DenseExchangeConfig(type="dense") or self.precision != "fp32":
+            raise ValueError(
+                f"tiers go with exchange {{type: dense}} and precision fp32, not with "
+                f"{self.exchange.type} and {self.precision}; change them or leave tiers out"
+            )
+        if self.resources.use_gpu:
+            raise ValueError("tiers are for workers on CPUs; set resources.use_gpu: false")
+        return self
 
     @model_validator(mode="after")
     def _workers_share_batches(self) -> "TrainConfig":
@@ -273,6 +307,12 @@ class CompressConfig:
     """codebook4: share of a matrix's weights that are kept as int8."""
     exports: list[Literal["compressed_tensors", "gguf"]] = dataclasses.field(default_factory=list)
     """Further copies for other programs: for transformers and vLLM, or for llama.cpp (Q8_0)."""
+
+    @model_validator(mode="after")
+    def _exports_differ(self) -> "CompressConfig":
+        if len(set(self.exports)) < len(self.exports):
+            raise ValueError(f"exports {self.exports} has one twice; name each once")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -315,6 +355,8 @@ class ServeConfig:
     """Requests waiting in one replica before further ones are answered 429."""
     max_context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Prompt and answer of one request together."""
+    budget_mib: Annotated[int, Field(ge=1, le=2**24)] | None = None
+    """What a replica may take of memory (of the GPU's, for its weights); the rest is streamed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

@@ -12,6 +12,7 @@ Shape legend: B rows of a batch, T tokens (its columns).
 """
 
 import bisect
+import dataclasses
 import functools
 import json
 import random
@@ -38,6 +39,7 @@ __all__ = [
     "BatchSet",
     "MicroBatch",
     "plan_order",
+    "shuffled",
 ]
 
 BATCHES_NAME = "batches.parquet"
@@ -77,6 +79,14 @@ class MicroBatch:
     num_targets: int
     document_lengths: tuple[int, ...] | None = None
     index: int | None = None
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same batch on `device`."""
+        return dataclasses.replace(
+            self,
+            input_ids_BT=self.input_ids_BT.to(device),
+            labels_BT=self.labels_BT.to(device),
+        )
 
 
 class BatchBuffers:

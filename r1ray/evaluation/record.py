@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from r1ray.manifest import find_versions, read_commit
+from r1ray.ops import native
 
 __all__ = [
     "Row",
@@ -121,5 +122,6 @@ def describe_hardware() -> dict[str, Any]:
         "flags": [flag for flag in _FLAGS if capabilities.get(flag.replace("avx512f", "avx512_f"))],
         "cores": os.cpu_count(),
         "memory_gib": round(memory_bytes / 2**30),
+        "native_kernels": native.ISA_NAMES[native.best_isa()] if native.is_available() else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

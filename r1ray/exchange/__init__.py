@@ -11,6 +11,7 @@ from r1ray.exchange.auto import AutoExchange
 from r1ray.exchange.base import Exchange, ExchangeStats, StepOutcome, StepTotals, Verdict
 from r1ray.exchange.delta4 import DeltaExchange
 from r1ray.exchange.dense import DenseExchange
+from r1ray.exchange.offloaded import OffloadedExchange
 from r1ray.exchange.stream import StreamExchange
 from r1ray.exchange.transport import CollectiveTransport, LocalTransport, Transport
 from r1ray.exchange.update_rule import UpdateRule
@@ -20,6 +21,7 @@ __all__ = [
     "Exchange",
     "ExchangeStats",
     "LocalTransport",
+    "OffloadedExchange",
     "StepOutcome",
     "StepTotals",
     "Transport",

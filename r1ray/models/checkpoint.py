@@ -33,7 +33,9 @@ __all__ = [
     "WEIGHTS_NAME",
     "assign_weights",
     "copy_tokenizer",
+    "list_shards",
     "load_model",
+    "read_scheme",
     "save_model",
 ]
 
@@ -60,7 +62,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Decoder
     """
     path = Path(path)
     config = ModelConfig.load(path)
-    scheme = _read_scheme(path)
+    scheme = read_scheme(path)
     with torch.device("meta"):
         model = Decoder(config)
         if scheme is not None:
@@ -108,7 +110,12 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
-def _read_scheme(path: Path) -> Scheme | None:
+def read_scheme(path: Path) -> Scheme | None:
+    """How the weights in the model directory `path` are quantized; None in float.
+
+    Raises:
+        ArtifactError: `r1ray.json` is damaged or names another scheme.
+    """
     record_path = path / QUANTIZATION_NAME
     if not record_path.is_file():
         return None
@@ -122,23 +129,30 @@ def _read_scheme(path: Path) -> Scheme | None:
     raise ArtifactError(f"{record_path}: scheme {scheme!r} is none of {', '.join(SCHEMES)}")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def list_shards(path: Path) -> list[Path]:
+    """The safetensors files of the model directory `path`.
+
+    Raises:
+        ArtifactError: there are none, or their index is damaged.
+    """
     index_path = path / INDEX_NAME
     if (path / WEIGHTS_NAME).is_file():
-        shards = [path / WEIGHTS_NAME]
-    elif index_path.is_file():
-        try:
-            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{index_path}: not a safetensors index ({error!r})") from error
-        if any(Path(name).name != name for name in names):
-            raise ArtifactError(f"{index_path}: shard names must be plain file names, got {names}")
-        shards = [path / name for name in names]
-    else:
+        return [path / WEIGHTS_NAME]
+    if not index_path.is_file():
         raise ArtifactError(f"{path}: neither {WEIGHTS_NAME} nor {INDEX_NAME} is there")
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{index_path}: not a safetensors index ({error!r})") from error
+    if any(Path(name).name != name for name in names):
+        raise ArtifactError(f"{index_path}: shard names must be plain file names, got {names}")
+    return [path / name for name in names]
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in list_shards(path):
         try:
             with safe_open(shard, framework="pt") as stream:
                 tensors.update({name: stream.get_tensor(name) for name in stream.keys()})  # noqa: SIM118
@@ -170,13 +184,18 @@ def assign_weights(model: Decoder, tensors: dict[str, Tensor], *, where: Path) -
     problems += [
         f"{name} is {tensors[name].dtype}, not {expected[name].dtype}"
         for name in sorted(expected.keys() & found)
-        if tensors[name].is_floating_point() != expected[name].is_floating_point()
+        if not _fits(tensors[name].dtype, expected[name].dtype)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ArtifactError(f"{where}: weights do not fit: {'; '.join(problems[:5])}{more}")
     model.load_state_dict({name: tensors[name] for name in expected}, strict=False, assign=True)
     tie_head(model)
+
+
+def _fits(found: torch.dtype, expected: torch.dtype) -> bool:
+    """Floats may be of another width, integers may not."""
+    return found == expected or (found.is_floating_point and expected.is_floating_point)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -38,10 +38,12 @@ def plan_student(teacher: ModelConfig, config: StudentConfig) -> ModelConfig:
     }
     for name, (wanted, limit) in limits.items():
         if wanted is not None and wanted > limit:
-            raise ConfigError(f"student.{name} ({wanted}) is above the teacher's {limit}; lower it")
+            raise ConfigError(
+                f"student.{name} ({wanted}) is above the base model's {limit}; lower it"
+            )
     if config.layers is not None and max(config.layers) >= teacher.num_layers:
         raise ConfigError(
-            f"student.layers names layer {max(config.layers)}, but the teacher's last one is "
+            f"student.layers names layer {max(config.layers)}, but the base model's last one is "
             f"{teacher.num_layers - 1}"
         )
     num_kv_heads = config.num_kv_heads or teacher.num_kv_heads

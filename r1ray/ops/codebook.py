@@ -21,6 +21,7 @@ __all__ = ["NUM_CODES", "CodedRows", "decode_rows", "encode_rows"]
 
 NUM_CODES = 16
 _OFFSET = 128
+_SHORT_COLUMNS = 2**15
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class CodedRows:
     Attributes:
         codes: uint8 [O, ceil(I / 2)], two codes a byte.
         codebook_OC: int8.
-        outlier_columns_N: int32, row by row.
+        outlier_columns_N: int16 where all columns fit, else int32; row by row.
         outlier_values_N: int8.
         num_outliers_O: int32, of each row.
     """
@@ -48,6 +49,7 @@ class CodedRows:
 
 def encode_rows(q_OI: Tensor) -> CodedRows:
     """The coded form of an int8 matrix."""
+    column_type = torch.int16 if q_OI.shape[1] <= _SHORT_COLUMNS else torch.int32
     place_OI = q_OI.long() + _OFFSET
     counts_OV = torch.zeros(len(q_OI), 2 * _OFFSET, dtype=torch.long)
     counts_OV.scatter_add_(1, place_OI, torch.ones_like(place_OI))
@@ -60,7 +62,7 @@ def encode_rows(q_OI: Tensor) -> CodedRows:
     return CodedRows(
         codes=pack_nibbles(codes_OI.masked_fill(is_outlier_OI, 0)),
         codebook_OC=(frequent_OC - _OFFSET).to(torch.int8),
-        outlier_columns_N=is_outlier_OI.nonzero()[:, 1].int(),
+        outlier_columns_N=is_outlier_OI.nonzero()[:, 1].to(column_type),
         outlier_values_N=q_OI[is_outlier_OI],
         num_outliers_O=is_outlier_OI.sum(1).int(),
     )

@@ -15,6 +15,8 @@ Source: Jacob et al. 2018, arXiv:1712.05877; straight-through: Bengio et al. 201
 Shape legend: I input features, O output features, D hidden size.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from r1ray.ops.int8 import row_scale
 
-__all__ = ["FakeQuantEmbedding", "FakeQuantLinear", "fake_quant_linear"]
+__all__ = ["FakeQuantEmbedding", "FakeQuantLinear", "fake_quant_linear", "held_weights"]
 
 _UNIT = 2.0**-7  # what one integer step counts in products
 _ACTIVATION_LIMIT = 127
@@ -46,20 +48,32 @@ class _StraightThrough(torch.autograd.Function):
 def fake_quant_linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, weight_limit: int = 127
 ) -> Tensor:
-    """x @ weightᵀ + bias with both rounded as they are served: float32 [..., O].
+    """x @ weightᵀ + bias with both rounded as they are served: [..., O].
 
     Args:
         x: float [..., I].
         weight_limit: largest integer of a weight: 127 for int8, 7 for int4.
+    Returns:
+        In the dtype of autocast, where it is on; else in x's.
     """
-    wide, weight_OI = x.float(), weight_OI.float()
+    return _multiply(x, *_round_weight(weight_OI, weight_limit), bias_O)
+
+
+def _round_weight(weight_OI: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """(integers times `_UNIT` [O, I], scale [O, 1])."""
+    weight_OI = weight_OI.float()
+    scale_O1 = row_scale(weight_OI.detach(), limit)
+    return _integers(weight_OI, scale_O1, limit), scale_O1
+
+
+def _multiply(x: Tensor, q_OI: Tensor, scale_O1: Tensor, bias_O: Tensor | None) -> Tensor:
+    wide = x.float()
     scale_x = row_scale(wide.detach(), _ACTIVATION_LIMIT)
-    scale_O1 = row_scale(weight_OI.detach(), weight_limit)
-    product = F.linear(
-        _integers(wide, scale_x, _ACTIVATION_LIMIT), _integers(weight_OI, scale_O1, weight_limit)
-    )
+    product = F.linear(_integers(wide, scale_x, _ACTIVATION_LIMIT), q_OI)
     out = product.float() * (scale_x / _UNIT) * (scale_O1.squeeze(-1) / _UNIT)
-    return out if bias_O is None else out + bias_O
+    if bias_O is not None:
+        out = out + bias_O
+    return out.to(x.dtype if product.dtype == torch.float32 else product.dtype)
 
 
 class FakeQuantLinear(nn.Linear):
@@ -70,6 +84,7 @@ class FakeQuantLinear(nn.Linear):
     """
 
     weight_limit: int
+    _held: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_float(cls, linear: nn.Linear, weight_limit: int = 127) -> "FakeQuantLinear":
@@ -80,8 +95,25 @@ class FakeQuantLinear(nn.Linear):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        out = fake_quant_linear(x, self.weight, self.bias, weight_limit=self.weight_limit)
-        return out.to(x.dtype)
+        rounded = self._held or _round_weight(self.weight, self.weight_limit)
+        return _multiply(x, *rounded, self.bias)
+
+
+@contextlib.contextmanager
+def held_weights(model: nn.Module) -> Iterator[None]:
+    """Round every weight of `model` once, for many forwards without gradients in between.
+
+    The weights must not change meanwhile. Price: a float32 copy of them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FakeQuantLinear)]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer._held = _round_weight(layer.weight, layer.weight_limit)
+        yield
+    finally:
+        for layer in layers:
+            layer._held = None
 
 
 class FakeQuantEmbedding(nn.Embedding):

@@ -53,6 +53,8 @@ class ServeArgs(BaseModel):
     """Requests waiting in one replica before further ones are answered 429."""
     max_context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Prompt and answer of one request together."""
+    budget_mib: Annotated[int, Field(ge=1, le=2**24)] | None = None
+    """What a replica may take of memory (of the GPU's, for its weights); the rest is streamed."""
 
 
 def build_app(args: ServeArgs) -> Application:
@@ -75,6 +77,7 @@ def build_app(args: ServeArgs) -> Application:
         max_concurrency=args.max_concurrency,
         max_queued_requests=args.max_queued_requests,
         max_context_tokens=args.max_context_tokens,
+        budget_mib=args.budget_mib,
         num_threads=max(1, int(args.num_cpus_per_replica)),
     )
     return ingress.bind(
@@ -105,6 +108,7 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 120.
         max_concurrency=config.max_concurrency,
         max_queued_requests=config.max_queued_requests,
         max_context_tokens=config.max_context_tokens,
+        budget_mib=config.budget_mib,
     )
     serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     reachable = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host

@@ -12,9 +12,12 @@ import torch
 
 from r1ray.errors import ConfigError, ServingError
 from r1ray.models import ModelConfig, load_model
+from r1ray.models.decoder import Decoder
 from r1ray.models.generation import BatchGenerator, GenerationRequest, TokenEvent
 from r1ray.models.quantization import tie_head
+from r1ray.models.tiered import load_to_serve, move_to_device
 from r1ray.observability.logging import setup_logging
+from r1ray.ops import native
 from r1ray.serving.engine import Engine
 
 __all__ = ["Failure", "ModelReplica", "build_engine", "check_context"]
@@ -51,14 +54,16 @@ def check_context(max_context_tokens: int, config: ModelConfig) -> None:
 
 
 def build_engine(
-    model_dir: str, *, max_concurrency: int, max_queued_requests: int, max_context_tokens: int
+    model_dir: str,
+    *,
+    max_concurrency: int,
+    max_queued_requests: int,
+    max_context_tokens: int,
+    budget_mib: int | None = None,
 ) -> Engine:
     """An engine over the model in `model_dir`, on the GPU that Ray gave this process, if any."""
     check_context(max_context_tokens, ModelConfig.load(model_dir))
-    model = load_model(model_dir)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-        tie_head(model)
+    model = _load(model_dir, budget_mib)
     return Engine(
         lambda: BatchGenerator(
             model, max_concurrency=max_concurrency, max_context_tokens=max_context_tokens
@@ -78,6 +83,7 @@ class ModelReplica:
         max_concurrency: int,
         max_queued_requests: int,
         max_context_tokens: int,
+        budget_mib: int | None,
         num_threads: int,
     ) -> None:
         setup_logging()
@@ -87,8 +93,9 @@ class ModelReplica:
             max_concurrency=max_concurrency,
             max_queued_requests=max_queued_requests,
             max_context_tokens=max_context_tokens,
+            budget_mib=budget_mib,
         )
-        logger.info("%s is loaded; %d torch threads", model_dir, num_threads)
+        logger.info("%s is loaded; %d torch threads; %s", model_dir, num_threads, native.describe())
 
     async def generate(
         self, request: GenerationRequest
@@ -121,3 +128,16 @@ class ModelReplica:
     def __del__(self) -> None:
         if hasattr(self, "_engine"):  # absent when loading failed
             self._engine.close()
+
+
+def _load(model_dir: str, budget_mib: int | None) -> Decoder:
+    has_gpu = torch.cuda.is_available()
+    if budget_mib is not None and not has_gpu:
+        return load_to_serve(model_dir, budget_bytes=budget_mib << 20)[0]
+    model = load_model(model_dir)
+    if budget_mib is not None:
+        move_to_device(model, torch.device("cuda"), budget_bytes=budget_mib << 20)
+    elif has_gpu:
+        model = model.to("cuda")
+        tie_head(model)
+    return model

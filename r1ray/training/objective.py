@@ -32,6 +32,7 @@ from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.models.decoder import Decoder
 from r1ray.models.generation import generate_batch
 from r1ray.models.sampling import SamplingParams
+from r1ray.ops.fake_quant import held_weights
 from r1ray.training.loss import summed_loss
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "OnPolicyDistillation",
     "OnlineDistillation",
     "StoredDistillation",
+    "list_prompts",
 ]
 
 
@@ -89,8 +91,7 @@ class OnlineDistillation(CrossEntropy):
 
     def loss(self, model: Decoder, batch: MicroBatch) -> Tensor:
         logits_PV = target_logits(model, batch)
-        with torch.no_grad():
-            theirs_PV = target_logits(self._teacher, batch)
+        theirs_PV = _teacher_logits(self._teacher, batch)
         divergence = dense_kl(logits_PV, theirs_PV, self._config.temperature)
         return _mix(self._config, cross_entropy(logits_PV, batch), divergence)
 
@@ -98,7 +99,10 @@ class OnlineDistillation(CrossEntropy):
 class OnPolicyDistillation:
     """`before` until the last steps; then the student's own answers, scored by the teacher.
 
+    As many of a batch's prompts are answered as fit, with their answers, into its own size.
+
     Args:
+        stop_ids: tokens that end an answer, the usual one first.
         num_steps: of the whole training.
         seed: of the samples, which are the same when a step is done again.
     """
@@ -109,9 +113,11 @@ class OnPolicyDistillation:
         before: Objective,
         teacher: Decoder,
         *,
+        stop_ids: Sequence[int],
         num_steps: int,
         seed: int,
     ) -> None:
+        self._stop_ids = list(stop_ids)
         self._config = config
         self._before = before
         self._teacher = teacher
@@ -121,32 +127,44 @@ class OnPolicyDistillation:
     def draw(self, model: Decoder, batch: MicroBatch, step: int) -> MicroBatch:
         if step < self._first_step:
             return self._before.draw(model, batch, step)
+        chance = random.Random(f"{self._seed}-{step}-{batch.index}")
         prompts = list_prompts(batch)
-        seeds = random.Random(f"{self._seed}-{step}-{batch.index}")
-        stop_ids = model.config.eos_token_ids
-        answers = generate_batch(
-            model,
-            prompts,
-            max_new_tokens=self._config.max_new_tokens,
-            stop_token_ids=frozenset(stop_ids),
-            max_concurrency=len(prompts),
-            sampling=[
-                SamplingParams(temperature=self._config.temperature, seed=seeds.getrandbits(31))
-                for _ in prompts
-            ],
+        longest = max(map(len, prompts)) + self._config.max_new_tokens
+        prompts = chance.sample(
+            prompts, min(len(prompts), max(1, batch.input_ids_BT.numel() // longest))
         )
+        with held_weights(model):
+            answers = generate_batch(
+                model,
+                prompts,
+                max_new_tokens=self._config.max_new_tokens,
+                stop_token_ids=frozenset(self._stop_ids),
+                max_concurrency=len(prompts),
+                sampling=[
+                    SamplingParams(
+                        temperature=self._config.temperature, seed=chance.getrandbits(31)
+                    )
+                    for _ in prompts
+                ],
+            )
         for answer in answers:
             if len(answer) < self._config.max_new_tokens:
-                answer += stop_ids[:1]  # it ended there, and is to learn whether it should
+                answer += self._stop_ids[:1]  # it ended there, and is to learn whether it should
         return _lay_out(prompts, answers, batch.input_ids_BT.device)
 
     def loss(self, model: Decoder, batch: MicroBatch) -> Tensor:
         if batch.index is not None:  # not drawn here
             return self._before.loss(model, batch)
         logits_PV = target_logits(model, batch)
-        with torch.no_grad():
-            theirs_PV = target_logits(self._teacher, batch)
+        theirs_PV = _teacher_logits(self._teacher, batch)
         return reverse_kl(logits_PV, theirs_PV, 1.0)
+
+
+@torch.no_grad()
+def _teacher_logits(teacher: Decoder, batch: MicroBatch) -> Tensor:
+    """In float32, whatever the student runs in: as they are stored."""
+    with torch.autocast(batch.input_ids_BT.device.type, enabled=False):
+        return target_logits(teacher, batch)
 
 
 def list_prompts(batch: MicroBatch) -> list[list[int]]:

@@ -5,7 +5,6 @@
    weights, optimizer and schedule stay as they were, only the data goes on.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -151,12 +150,7 @@ class TrainState:
     def _accumulate(self, batches: Iterable[MicroBatch]) -> StepTotals:
         loss_sum, num_targets, num_tokens = 0.0, 0, 0
         for batch in batches:
-            moved = dataclasses.replace(
-                batch,
-                input_ids_BT=batch.input_ids_BT.to(self._device),
-                labels_BT=batch.labels_BT.to(self._device),
-            )
-            drawn = self._objective.draw(self.model, moved, self.step)
+            drawn = self._objective.draw(self.model, batch.to(self._device), self.step)
             with self._precision.autocast():
                 loss = self._objective.loss(self.model, drawn)
             (loss * self._precision.loss_scale).backward()

@@ -21,10 +21,19 @@ from r1ray.config.distill import DistillConfig
 from r1ray.config.schema import TrainConfig
 from r1ray.data.batch_set import BatchSet, plan_order
 from r1ray.errors import DivergenceError
-from r1ray.exchange import CollectiveTransport, LocalTransport, build_exchange
+from r1ray.exchange import (
+    CollectiveTransport,
+    Exchange,
+    LocalTransport,
+    OffloadedExchange,
+    build_exchange,
+)
 from r1ray.models.checkpoint import load_model
+from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
 from r1ray.models.quantization import fake_quantize_modules
+from r1ray.models.tiered import load_to_train
+from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
 from r1ray.training.metrics import StepMetrics
@@ -125,13 +134,11 @@ def _is_saved_after(step: int, config: TrainConfig) -> bool:
 def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[StepRecord]]:
     device = ray.train.torch.get_device()
     torch.manual_seed(job.seed)
-    model = load_model(_read(job, *job.start).local_dir, dtype=torch.float32).to(device)
-    if job.config.fake_quant is not None:
-        fake_quantize_modules(model, job.config.fake_quant)
+    model, exchange = _build_model(job, device)
     state = TrainState(
         model,
         job.config,
-        build_exchange(job.config.exchange),
+        exchange,
         CollectiveTransport(timeout_s=job.config.resources.timeout_s)
         if world_size > 1
         else LocalTransport(),
@@ -147,25 +154,49 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
     return state, BatchSet(_read(job, "prepare", job.batches_run_id).local_dir), history
 
 
+def _build_model(job: WorkerJob, device: torch.device) -> tuple[Decoder, Exchange]:
+    config, source = job.config, _read(job, *job.start).local_dir
+    if config.tiers is None:
+        model = load_model(source, dtype=torch.float32).to(device)
+        if config.fake_quant is not None:
+            fake_quantize_modules(model, config.fake_quant)
+        return model, build_exchange(config.exchange)
+    directory = Path(tempfile.mkdtemp(prefix="r1ray-tiers-", dir=config.tiers.directory))
+    model, weights, _ = load_to_train(
+        source,
+        directory,
+        budget_bytes=config.tiers.budget_mib << 20,
+        fake_quant=config.fake_quant,
+    )
+    return model, OffloadedExchange(weights, directory)
+
+
 def _build_objective(job: WorkerJob, device: torch.device) -> Objective:
     if job.teaching is None:
         return CrossEntropy()
-    config, teacher_run_id = job.teaching.config, job.teaching.teacher_run_id
-
-    def load_teacher() -> Decoder:
-        directory = _read(job, "teacher", teacher_run_id).local_dir
-        return load_model(directory, dtype=torch.float32).to(device)
-
+    config, logits_run_id = job.teaching.config, job.teaching.logits_run_id
+    teacher = None
+    if logits_run_id is None or config.on_policy is not None:
+        directory = _read(job, "teacher", job.teaching.teacher_run_id).local_dir
+        teacher = load_model(directory, dtype=torch.float32).to(device)
     objective: Objective
-    if job.teaching.logits_run_id is None:
-        objective = OnlineDistillation(config, load_teacher())
+    if logits_run_id is None:
+        assert teacher is not None
+        objective = OnlineDistillation(config, teacher)
     else:
-        store = LogitStore(_read(job, "logits", job.teaching.logits_run_id).local_dir)
+        store = LogitStore(_read(job, "logits", logits_run_id).local_dir)
         objective = StoredDistillation(config, store)
     if config.on_policy is None:
         return objective
+    assert teacher is not None
+    start = _read(job, *job.start).local_dir
     return OnPolicyDistillation(
-        config.on_policy, objective, load_teacher(), num_steps=job.config.num_steps, seed=job.seed
+        config.on_policy,
+        objective,
+        teacher,
+        stop_ids=[Tokenizer(start).eos_token_id, *ModelConfig.load(start).eos_token_ids],
+        num_steps=job.config.num_steps,
+        seed=job.seed,
     )
 
 

@@ -38,7 +38,8 @@ def test_a_student_learns_from_stored_logits_and_then_from_its_own_answers(tmp_p
         tmp_path, "distill.on_policy={last_steps: 2, max_new_tokens: 8}", "train.num_steps=5"
     )
     pipeline = Pipeline(config)
-    trained = pipeline.train()
+    for stage in ("base", "prepare", "train"):  # as the jobs do, one after the other
+        trained = getattr(Pipeline(config, only=stage), stage)()
     shape = ModelConfig.load(trained.local_dir)
     assert (shape.num_layers, shape.num_kv_heads) == (1, 1)
     assert set(trained.manifest.inputs) == {"student", "prepare", "teacher"}
@@ -100,6 +101,9 @@ def test_interrupted_logits_go_on_with_the_parts_that_are_missing(
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    config = _configure(tmp_path, "distill.logits.top_k=301")
+    with pytest.raises(ConfigError, match=r"top_k \(301\) is above the vocabulary of 300"):
+        Pipeline(config).train()
     config = _configure(tmp_path, "student.layers=[2]")
     with pytest.raises(ConfigError, match=r"student\.layers names layer 2"):
         Pipeline(config).train()

@@ -5,6 +5,7 @@ from r1ray.errors import R1RayError, ServingError
 def test_the_exception_tree_is_exactly_what_the_module_draws() -> None:
     assert errors.__all__ == [
         "ArtifactError",
+        "BudgetError",
         "ConfigError",
         "DivergenceError",
         "ExchangeError",

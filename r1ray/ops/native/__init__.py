@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from r1ray.errors import ShapeError
+
 __all__ = ["ISA_NAMES", "MAX_INPUTS", "best_isa", "describe", "int8_linear", "is_available"]
 
 logger = logging.getLogger(__name__)
 
 ISA_NAMES = ("generic", "avx2", "avx512_vnni")
 MAX_INPUTS = 65_536  # so that no sum of int8 products leaves int32
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 
 
 def is_available() -> bool:
@@ -57,19 +59,18 @@ def int8_linear(
     """As `r1ray.ops.int8.int8_linear`, bit for bit, on the CPU: float32 [M, O].
 
     Args:
+        x_MI: of any float dtype.
         isa: index in `ISA_NAMES`, at most `best_isa()`; None for that one.
     """
     library = _library()
     assert library is not None, "callers ask is_available() first"
-    x_MI, weight_OI, scale_O = (
-        x_MI.float().contiguous(),
-        weight_OI.contiguous(),
-        scale_O.contiguous(),
-    )
+    x_MI, weight_OI = x_MI.float().contiguous(), weight_OI.contiguous()
+    scale_O = scale_O.float().contiguous()
     bias = None if bias_O is None else bias_O.float().contiguous()
     (tokens, inner), outer = x_MI.shape, weight_OI.shape[0]
-    out_MO = torch.empty(tokens, outer)
-    library.r1ray_int8_linear(
+    _check(x_MI, weight_OI, scale_O, bias)
+    out_MO = torch.empty(tokens, outer, dtype=torch.float32, device="cpu")
+    failed = library.r1ray_int8_linear(
         x_MI.data_ptr(),
         tokens,
         inner,
@@ -81,7 +82,25 @@ def int8_linear(
         _best_isa() if isa is None else isa,
         torch.get_num_threads(),
     )
+    if failed:
+        raise MemoryError(f"no memory for {tokens} x {inner} quantized activations")
     return out_MO
+
+
+def _check(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> None:
+    """The kernel takes addresses: what does not fit would be read beyond its end."""
+    outer = weight_OI.shape[0]
+    vectors = [scale_O] if bias_O is None else [scale_O, bias_O]
+    if (
+        weight_OI.dtype != torch.int8
+        or any(vector.shape != (outer,) for vector in vectors)
+        or any(item.device.type != "cpu" for item in (x_MI, weight_OI, *vectors))
+    ):
+        raise ShapeError(
+            f"int8_linear: weight {weight_OI.dtype} {tuple(weight_OI.shape)} on "
+            f"{weight_OI.device}, scale {tuple(scale_O.shape)} and bias "
+            f"{None if bias_O is None else tuple(bias_O.shape)} do not belong together"
+        )
 
 
 @functools.cache
@@ -109,7 +128,7 @@ def _library() -> ctypes.CDLL | None:
         *(pointer, pointer, pointer, size),
         *(pointer, number, number),
     ]
-    library.r1ray_int8_linear.restype = None
+    library.r1ray_int8_linear.restype = number
     return library
 
 

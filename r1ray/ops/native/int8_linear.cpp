@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -377,7 +378,7 @@ int64_t round_up(int64_t value, int64_t multiple) {
 extern "C" {
 
 // Changes whenever the functions below do: a library of another version is not used.
-int32_t r1ray_abi_version() { return 1; }
+int32_t r1ray_abi_version() { return 2; }
 
 // The widest instructions of this processor that there is code for: 0 none, 1 AVX2, 2 AVX512-VNNI.
 int32_t r1ray_best_isa() { return best_isa(); }
@@ -387,8 +388,8 @@ int32_t r1ray_best_isa() { return best_isa(); }
 void r1ray_set_parallel(void* function) { parallel = reinterpret_cast<Parallel>(function); }
 
 // x [M, K], weight [N, K], weight_scale and bias [N] (bias may be null), out [M, N]: contiguous.
-// K is at most 65,536, so that no sum leaves int32.
-void r1ray_int8_linear(const float* x, int64_t M, int64_t K, const int8_t* weight,
+// K is at most 65,536, so that no sum leaves int32. Returns 0, or 1 where there was no memory.
+int32_t r1ray_int8_linear(const float* x, int64_t M, int64_t K, const int8_t* weight,
                        const float* weight_scale, const float* bias, int64_t N, float* out,
                        int32_t isa, int32_t num_threads) {
   thread_local std::vector<int8_t> q;
@@ -396,22 +397,42 @@ void r1ray_int8_linear(const float* x, int64_t M, int64_t K, const int8_t* weigh
   thread_local std::vector<float> scale;
   thread_local std::vector<int32_t> sum;
   Job job;
-  job.x = x, job.M = M, job.K = K, job.N = N;
-  job.weight = weight, job.weight_scale = weight_scale, job.bias = bias, job.out = out;
+  job.x = x;
+  job.M = M;
+  job.K = K;
+  job.N = N;
+  job.weight = weight;
+  job.weight_scale = weight_scale;
+  job.bias = bias;
+  job.out = out;
   job.stride = round_up(K, kAlign);
-  q.resize(static_cast<size_t>(M * job.stride));
-  if (isa == kAvx2) wide.resize(static_cast<size_t>(M * job.stride));
-  scale.resize(static_cast<size_t>(M));
-  sum.resize(static_cast<size_t>(M));
-  job.q = q.data(), job.wide = wide.data(), job.scale = scale.data(), job.sum = sum.data();
+  try {
+    q.resize(static_cast<size_t>(M * job.stride));
+    if (isa == kAvx2) wide.resize(static_cast<size_t>(M * job.stride));
+    scale.resize(static_cast<size_t>(M));
+    sum.resize(static_cast<size_t>(M));
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  job.q = q.data();
+  job.wide = wide.data();
+  job.scale = scale.data();
+  job.sum = sum.data();
   job.tokens_per_task = kTokensPerTask;
   job.outputs_per_task = kOutputsPerTask;
   const unsigned threads = num_threads > 1 ? static_cast<unsigned>(num_threads) : 1;
 #if defined(__x86_64__)
-  if (isa == kAvx512Vnni) return run<kAvx512Vnni>(job, threads);
-  if (isa == kAvx2) return run<kAvx2>(job, threads);
+  if (isa == kAvx512Vnni) {
+    run<kAvx512Vnni>(job, threads);
+    return 0;
+  }
+  if (isa == kAvx2) {
+    run<kAvx2>(job, threads);
+    return 0;
+  }
 #endif
   run<kGeneric>(job, threads);
+  return 0;
 }
 
 }  // extern "C"

@@ -160,6 +160,16 @@ def test_wrong_overrides_are_named(override: str, complaint: str) -> None:
             ["train.fake_quant=w4a8"],
             "train.fake_quant (w4a8) is not compress.scheme (w8a8); serve what was trained for",
         ),
+        (["student={}"], "student: nothing is named to be smaller; give layers or a width"),
+        (["compress.exports=[gguf, gguf]"], "compress: exports ['gguf', 'gguf'] has one twice"),
+        (
+            ["distill={teacher: x, on_policy: {last_steps: 21}}"],
+            "distill.on_policy.last_steps (21) is above train.num_steps (20); lower it",
+        ),
+        (
+            ["train.tiers={budget_mib: 64}", "train.exchange={type: delta4}"],
+            "train: tiers go with exchange {type: dense} and precision fp32, not with delta4",
+        ),
     ],
 )
 def test_rules_across_fields_name_both_values(overrides: list[str], complaint: str) -> None:

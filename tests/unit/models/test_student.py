@@ -50,14 +50,41 @@ def test_a_narrower_residual_stream_keeps_the_channels_with_the_largest_embeddin
     weight = student.model.embed_tokens.weight
     assert torch.equal(weight, teacher.model.embed_tokens.weight[:, expected])
     assert student.lm_head.weight is weight
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_narrower_residual_stream_takes_the_same_channels_everywhere(family: Family) -> None:
+    """With the other channels silent all along, and norms made to fit, nothing changes."""
+    teacher = tiny_model(family, tie_embeddings=True)
+    silent = torch.arange(0, 32, 2)
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[:, silent] = 0.0
+        for block in teacher.model.layers:
+            block.self_attn.o_proj.weight[silent] = 0.0
+            block.mlp.down_proj.weight[silent] = 0.0
+    student = build_student(teacher, StudentConfig(hidden_size=16))
+    ids = random_ids(2, 12)
+    with torch.inference_mode():
+        hidden = teacher.model.embed_tokens(ids)
+        assert torch.equal(student.model.embed_tokens(ids), hidden[..., 1::2])
+        # A norm over half the channels divides by a root mean square that is sqrt(2) larger.
+        for norm in (module for module in student.modules() if type(module).__name__ == "RMSNorm"):
+            if norm.weight.shape == (16,):
+                norm.weight.mul_(2**0.5)
+                norm.eps *= 2
+        torch.testing.assert_close(student(ids), teacher(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_narrower_student_answers() -> None:
+    student = build_student(tiny_model(), StudentConfig(hidden_size=16))
     assert student(random_ids(1, 4)).shape == (1, 4, 300)
 
 
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        (StudentConfig(layers=[0, 2]), "layer 2, but the teacher's last one is 1"),
-        (StudentConfig(hidden_size=64), r"student\.hidden_size \(64\) is above the teacher's 32"),
+        (StudentConfig(layers=[0, 2]), "layer 2, but the base model's last one is 1"),
+        (StudentConfig(hidden_size=64), r"hidden_size \(64\) is above the base model's 32"),
         (StudentConfig(intermediate_size=65), r"intermediate_size \(65\)"),
         (StudentConfig(num_kv_heads=3), r"num_kv_heads \(3\)"),
     ],

@@ -3,7 +3,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1ray.ops.fake_quant import FakeQuantEmbedding, FakeQuantLinear, fake_quant_linear
+from r1ray.ops.fake_quant import (
+    FakeQuantEmbedding,
+    FakeQuantLinear,
+    fake_quant_linear,
+    held_weights,
+)
 from r1ray.ops.int8 import Int8Embedding, Int8Linear, quantize_int8
 
 
@@ -54,9 +59,9 @@ def test_narrow_products_multiply_exact_integers(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         narrow = fake_quant_linear(x, weight)
     wide = fake_quant_linear(x, weight)
-    assert narrow.dtype == torch.float32
-    # One rounding of the sum to `dtype`, no more.
-    torch.testing.assert_close(narrow, wide, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    assert narrow.dtype == dtype
+    # The sum is rounded to `dtype`, and then the scaled one.
+    torch.testing.assert_close(narrow.float(), wide, rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
 def test_sums_of_the_largest_integers_fit_fp16() -> None:
@@ -74,6 +79,20 @@ def test_zero_rows_and_weights_give_zeros_and_finite_gradients() -> None:
     for leaf in (x, weight):
         assert leaf.grad is not None
         assert torch.isfinite(leaf.grad).all()
+
+
+def test_held_weights_give_the_same_outputs_until_they_are_let_go() -> None:
+    layer = FakeQuantLinear.from_float(nn.Linear(24, 7), 7)
+    x = _random(3, 24)
+    before = layer(x)
+    with held_weights(nn.Sequential(layer)):
+        assert torch.equal(layer(x), before)
+        with torch.no_grad():
+            layer.weight.mul_(2.0)
+        assert torch.equal(layer(x), before)  # rounded once
+    assert not torch.equal(layer(x), before)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
 
 
 def test_the_layer_keeps_its_parameters_and_the_inputs_dtype() -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from r1ray.errors import ShapeError
 from r1ray.ops import native
 from r1ray.ops.int8 import int8_linear, quantize_int8, torch_int8_linear
 
@@ -143,9 +144,59 @@ def test_a_library_of_another_version_is_left_out(
 
 
 @needs_native
-def test_the_kernels_share_torchs_threads() -> None:
-    address = native._find_fork()
-    assert address is not None
-    folder = Path(torch.__file__).parent / "lib"
-    theirs = ctypes.CDLL(str(folder / "libtorch_cpu.so")).GOMP_parallel
-    assert address == ctypes.cast(theirs, ctypes.c_void_p).value
+def test_work_is_handed_to_torchs_own_openmp(two_threads: object) -> None:
+    """The address is that of the library whose threads torch counts, and the kernels call it."""
+    library = native._library()
+    assert library is not None
+    real = native._find_fork()
+    assert real is not None
+    calls: list[int] = []
+    body_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def fork(body: int, data: int, num_threads: int, flags: int) -> None:
+        calls.append(num_threads)
+        body_type(body)(data)
+
+    weight, scale = quantize_int8(_random(600, 576, seed=1))
+    x = _random(3, 576)
+    expected = torch_int8_linear(x, weight, scale)
+    library.r1ray_set_parallel(ctypes.cast(fork, ctypes.c_void_p))
+    try:
+        assert torch.equal(native.int8_linear(x, weight, scale), expected)
+    finally:
+        library.r1ray_set_parallel(real)
+    assert calls == [2, 2]  # to quantize, and to multiply
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("weight", "scale", "bias"),
+    [
+        (torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4), None),
+        (torch.zeros(4, 8, dtype=torch.int32), torch.ones(4), None),
+        (torch.zeros(4, 8, dtype=torch.int8), torch.ones(3), None),
+        (torch.zeros(4, 8, dtype=torch.int8), torch.ones(4, 1), None),
+        (torch.zeros(4, 8, dtype=torch.int8), torch.ones(4), torch.ones(5)),
+        (torch.zeros(4, 8, dtype=torch.int8, device="meta"), torch.ones(4), None),
+    ],
+)
+def test_tensors_that_do_not_belong_together_are_refused(
+    weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> None:
+    with pytest.raises(ShapeError, match="do not belong together"):
+        native.int8_linear(torch.ones(2, 8), weight, scale, bias)
+
+
+@needs_native
+def test_narrow_scales_and_another_default_dtype_change_nothing() -> None:
+    weight, scale = quantize_int8(_random(5, 16, seed=1))
+    scale = scale.bfloat16()
+    x = _random(2, 16)
+    expected = native.int8_linear(x, weight, scale.float())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = native.int8_linear(x, weight, scale)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

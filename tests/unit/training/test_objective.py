@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from r1ray.compression.distillation import target_logits
 from r1ray.compression.logit_store import INDEX_NAME, LogitStore, encode_part, part_name
 from r1ray.config.distill import (
     DistillConfig,
@@ -82,6 +83,26 @@ def test_the_shares_of_cross_entropy_and_divergence_add_up() -> None:
     assert losses[0.25] == pytest.approx(mixed, rel=1e-4)
 
 
+def test_the_divergence_counts_the_square_of_the_temperature() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        mine, theirs = (target_logits(item, BATCH) / 2.0 for item in (model, TEACHER))
+    divergence = torch.nn.functional.kl_div(
+        mine.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum"
+    )
+    by_hand = 0.25 * summed_loss(model, BATCH) + 0.75 * 2.0**2 * divergence
+    found = OnlineDistillation(_config(), TEACHER).loss(model, BATCH)
+    torch.testing.assert_close(found, by_hand)
+
+
+def test_a_teacher_is_asked_in_float32_whatever_the_student_runs_in() -> None:
+    model = tiny_model(seed=1)  # the same as the teacher
+    objective = OnlineDistillation(_config(ce_share=0.0), TEACHER)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = objective.loss(model, BATCH).item()
+    assert narrow > 10 * abs(objective.loss(model, BATCH).item())
+
+
 def test_a_student_approaches_its_online_teacher() -> None:
     config = TrainConfig(num_steps=30, warmup_steps=2, learning_rate=1e-2, precision="fp32")
     objective = OnlineDistillation(_config(ce_share=0.0), TEACHER)
@@ -96,7 +117,9 @@ def test_a_student_approaches_its_online_teacher() -> None:
 
 def _on_policy(**changes: object) -> OnPolicyDistillation:
     config = OnPolicyConfig(**{"last_steps": 4, "max_new_tokens": 6, **changes})
-    return OnPolicyDistillation(config, CrossEntropy(), TEACHER, num_steps=10, seed=3)
+    return OnPolicyDistillation(
+        config, CrossEntropy(), TEACHER, stop_ids=[EOS_ID, 7], num_steps=10, seed=3
+    )
 
 
 def test_on_policy_batches_are_prompts_with_the_students_own_answers() -> None:
@@ -104,16 +127,17 @@ def test_on_policy_batches_are_prompts_with_the_students_own_answers() -> None:
     drawn = _on_policy().draw(model, BATCH, 6)
     prompts = list_prompts(BATCH)
     assert drawn.index is None
-    assert len(drawn.input_ids_BT) == len(prompts)
+    assert drawn.input_ids_BT.numel() <= BATCH.input_ids_BT.numel()
+    assert 2 <= len(drawn.input_ids_BT) <= len(prompts)
     total = 0
-    for ids, labels, prompt in zip(drawn.input_ids_BT, drawn.labels_BT, prompts, strict=True):
-        assert ids[: len(prompt)].tolist() == prompt
+    for ids, labels in zip(drawn.input_ids_BT, drawn.labels_BT, strict=True):
         (places,) = (labels != IGNORED).nonzero(as_tuple=True)
-        assert places[0] == len(prompt) - 1  # the last prompt token predicts the first answer
+        # The last prompt token predicts the first of the answer.
+        assert ids[: places[0] + 1].tolist() in prompts
         assert torch.equal(labels[places], ids[places + 1])
         answer = labels[places].tolist()
         assert 1 <= len(answer) <= 6
-        assert EOS_ID not in answer[:-1]
+        assert not {EOS_ID, 7} & set(answer[:-1])
         assert len(answer) == 6 or answer[-1] == EOS_ID
         total += len(answer)
     assert drawn.num_targets == total
@@ -121,6 +145,16 @@ def test_on_policy_batches_are_prompts_with_the_students_own_answers() -> None:
     assert torch.equal(again.input_ids_BT, drawn.input_ids_BT)  # a step done again
     other = _on_policy().draw(model, BATCH, 7)
     assert other.input_ids_BT.tolist() != drawn.input_ids_BT.tolist()
+
+
+def test_a_low_temperature_samples_the_likeliest_tokens() -> None:
+    model = tiny_model()
+    drawn = _on_policy(temperature=0.01).draw(model, BATCH, 6)
+    with torch.inference_mode():
+        greedy = model(drawn.input_ids_BT).argmax(-1)
+    is_answer = drawn.labels_BT != IGNORED
+    is_answer &= drawn.labels_BT != EOS_ID  # it stands for any stop token
+    assert torch.equal(greedy[is_answer], drawn.labels_BT[is_answer])
 
 
 def test_before_the_last_steps_the_data_itself_is_used() -> None:

@@ -1,0 +1,43 @@
+"""Training from files, on a local Ray."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1ray.config import load_config
+from r1ray.models import load_model
+from r1ray.pipeline import Pipeline
+from tests.fakes import write_tiny_model
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def test_two_workers_train_from_files_as_they_do_from_memory(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model", max_positions=1024)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    losses, weights = {}, {}
+    for arm, overrides in {
+        "memory": ["train.tiers=null"],
+        "files": [f"train.tiers={{budget_mib: 2048, directory: {scratch}}}"],
+    }.items():
+        config = load_config(
+            "jobs/configs/tiny.yaml",
+            [
+                f"run.root={tmp_path}",
+                f"base.source={tmp_path / 'model'}",
+                "train.precision=fp32",
+                "train.resources.checkpoint_every_steps=3",
+                *overrides,
+            ],
+        )
+        trained = Pipeline(config).train()
+        history = json.loads((trained.local_dir / "history.json").read_text())
+        losses[arm] = [record["loss"] for record in history]
+        weights[arm] = load_model(trained.local_dir).state_dict()
+    assert losses["files"] == pytest.approx(losses["memory"], rel=1e-3)
+    for name, tensor in weights["memory"].items():
+        torch.testing.assert_close(weights["files"][name], tensor, rtol=0, atol=1e-4, msg=name)
+    assert not list(scratch.iterdir())  # the workers' files went with them
