@@ -44,7 +44,9 @@ __all__ = [
     "build_small_model",
     "build_task",
     "list_batches",
+    "tokenize_problems",
     "validation_loss",
+    "write_batches",
 ]
 
 ModelName = Literal["small", "smollm2"]
@@ -84,8 +86,8 @@ def build_task(base_dir: Path, out_dir: Path) -> None:
     training = draw_training(config.tasks, NUM_TRAINING, heldout)
     tokenizer = Tokenizer(base_dir)
     splits = {
-        "training": _tokenize(tokenizer, training, config),
-        "validation": _tokenize(tokenizer, heldout, config),
+        "training": tokenize_problems(tokenizer, training, config),
+        "validation": tokenize_problems(tokenizer, heldout, config),
     }
     vocabulary = np.unique(
         np.concatenate([sample.input_ids for samples in splits.values() for sample in samples])
@@ -202,9 +204,10 @@ class Evaluator:
             parameter.copy_(value)
 
 
-def _tokenize(
+def tokenize_problems(
     tokenizer: Tokenizer, problems: Sequence[Problem], config: PipelineConfig
 ) -> list[Sample]:
+    """The problems with their own traces as samples; those that are too long are left out."""
     conversations = [
         Conversation(
             [

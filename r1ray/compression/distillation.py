@@ -92,38 +92,42 @@ def keep_top_k(logits_PV: Tensor, top_k: int, temperature: float) -> SparseTarge
 
 
 def sparse_kl(logits_PV: Tensor, targets: SparseTargets, temperature: float) -> Tensor:
-    """KL(teacher ‖ student) over the kept tokens and the tail, summed over positions: a scalar."""
+    """KL(teacher ‖ student) over the kept tokens and the tail: float32 [P]."""
     log_probs_PV = torch.log_softmax(logits_PV.float() / temperature, dim=-1)
     mine_PK = log_probs_PV.gather(1, targets.ids_PK)
-    kept = _divergence(targets.log_probs_PK, mine_PK).sum()
-    has_tail_P = targets.tail_P > -math.inf
-    if not bool(has_tail_P.any()):
-        return kept
-    mine_tail_P = _tail(log_probs_PV[has_tail_P], targets.ids_PK[has_tail_P])
-    return kept + _divergence(targets.tail_P[has_tail_P], mine_tail_P).sum()
+    kept_P = _divergence(targets.log_probs_PK, mine_PK)
+    (places,) = (targets.tail_P > -math.inf).nonzero(as_tuple=True)
+    mine_tail = _tail(log_probs_PV[places], targets.ids_PK[places])
+    return kept_P.index_add(
+        0, places, _divergence(targets.tail_P[places, None], mine_tail[:, None])
+    )
 
 
 def top_k_kl(logits_PV: Tensor, targets: SparseTargets, temperature: float) -> Tensor:
-    """KL over the kept tokens alone, both sides renormalised: what `sparse_kl` is better than."""
+    """KL over the kept tokens alone, both sides renormalised: float32 [P].
+
+    What `sparse_kl` is measured against.
+    """
     mine_PK = torch.gather(logits_PV.float() / temperature, 1, targets.ids_PK)
     theirs_PK = torch.log_softmax(targets.log_probs_PK, dim=-1)
-    return _divergence(theirs_PK, torch.log_softmax(mine_PK, dim=-1)).sum()
+    return _divergence(theirs_PK, torch.log_softmax(mine_PK, dim=-1))
 
 
 def dense_kl(logits_PV: Tensor, teacher_logits_PV: Tensor, temperature: float) -> Tensor:
-    """KL(teacher ‖ student) over the whole vocabulary, summed over positions: a scalar."""
+    """KL(teacher ‖ student) over the whole vocabulary: float32 [P]."""
     theirs_PV = torch.log_softmax(teacher_logits_PV.float() / temperature, dim=-1)
     mine_PV = torch.log_softmax(logits_PV.float() / temperature, dim=-1)
-    return _divergence(theirs_PV, mine_PV).sum()
+    return _divergence(theirs_PV, mine_PV)
 
 
 def reverse_kl(logits_PV: Tensor, teacher_logits_PV: Tensor, temperature: float) -> Tensor:
-    """KL(student ‖ teacher) over the whole vocabulary, summed over positions: a scalar."""
+    """KL(student ‖ teacher) over the whole vocabulary: float32 [P]."""
     return dense_kl(teacher_logits_PV, logits_PV, temperature)
 
 
 def _divergence(theirs: Tensor, mine: Tensor) -> Tensor:
-    return theirs.exp() * (theirs - mine)
+    """Σ p (log p - log q) over the last dimension, of log-probabilities."""
+    return (theirs.exp() * (theirs - mine)).sum(dim=-1)
 
 
 def _tail(log_probs_PV: Tensor, ids_PK: Tensor) -> Tensor:

@@ -205,6 +205,19 @@ class StudentConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class TiersConfig:
+    """Layered memory on a CPU: what does not fit the budget is streamed from files, layer by layer.
+
+    Gradients and optimizer state are in files, and a static layer's forward is repeated.
+    """
+
+    budget_mib: Annotated[int, Field(ge=1, le=2**24)]
+    """What resident memory may grow by in a worker, in MiB, checked as training goes."""
+    directory: Annotated[str, Field(min_length=1)] | None = None
+    """On a disk with 16 bytes a parameter and worker free; null: the system's temporary one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class TrainResources:
     """Where `train` runs and how it survives failures."""
 
@@ -220,19 +233,8 @@ class TrainResources:
     """Worker failures survived before the run gives up."""
     timeout_s: Annotated[float, Field(ge=5, le=3600)] = 120
     """Longest wait for a collective before the worker counts as failed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
-class TiersConfig:
-    """Layered memory on a CPU: what does not fit the budget is streamed from files, layer by layer.
-
-    Gradients and optimizer state are in files, and a static layer's forward is repeated.
-    """
-
-    budget_mib: Annotated[int, Field(ge=1, le=2**24)]
-    """What resident memory may grow by in a worker, in MiB, checked as training goes."""
-    directory: Annotated[str, Field(min_length=1)] | None = None
-    """On a disk with 16 bytes a parameter free; null takes the system's temporary directory."""
+    tiers: TiersConfig | None = None
+    """Layered memory; null keeps everything in memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -264,20 +266,19 @@ class TrainConfig:
     fake_quant: Literal["w8a8", "w4a8"] | None = None
     """Train through the rounding of this scheme (quantization-aware); null trains in float."""
     exchange: ExchangeConfig = DenseExchangeConfig(type="dense")
-    tiers: TiersConfig | None = None
     resources: TrainResources = TrainResources()
 
     @model_validator(mode="after")
     def _tiers_are_dense(self) -> "TrainConfig":
-        if self.tiers is None:
+        if self.resources.tiers is None:
             return self
         if self.exchange != DenseExchangeConfig(type="dense") or self.precision != "fp32":
             raise ValueError(
-                f"tiers go with exchange {{type: dense}} and precision fp32, not with "
+                f"resources.tiers go with exchange {{type: dense}} and precision fp32, not with "
                 f"{self.exchange.type} and {self.precision}; change them or leave tiers out"
             )
         if self.resources.use_gpu:
-            raise ValueError("tiers are for workers on CPUs; set resources.use_gpu: false")
+            raise ValueError("resources.tiers are for CPUs; set resources.use_gpu: false")
         return self
 
     @model_validator(mode="after")
@@ -373,6 +374,28 @@ class PipelineConfig:
     compress: CompressConfig
     evaluate: EvaluateConfig
     serve: ServeConfig
+
+    @model_validator(mode="after")
+    def _teachers_stay_out_of_budgets(self) -> "PipelineConfig":
+        distill = self.distill
+        if self.train.resources.tiers is None or distill is None:
+            return self
+        if distill.logits.type == "online" or distill.on_policy is not None:
+            raise ValueError(
+                "train.resources.tiers leave no room for a teacher in every worker; take "
+                "distill.logits {type: stored} without on_policy"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_budget_streams_int8(self) -> "PipelineConfig":
+        is_on_cpu = self.serve.num_gpus_per_replica == 0
+        if self.serve.budget_mib is not None and is_on_cpu and self.compress.scheme != "w8a8":
+            raise ValueError(
+                f"serve.budget_mib goes with compress.scheme w8a8, not with {self.compress.scheme},"
+                " whose weights are decoded when they are loaded; change one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _on_policy_steps_are_steps(self) -> "PipelineConfig":

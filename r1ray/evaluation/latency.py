@@ -27,10 +27,11 @@ def measure_latency(
 ) -> Latency:
     """Latency of one sequence alone, after one warm-up; `repeats` prefills are counted."""
     ids = torch.arange(prompt_tokens)[None] % model.config.vocab_size
+    dtype = model.model.norm.weight.dtype
     prefills, decodes = [], []
     for repeat in range(repeats + 1):
         cache = KVCache(
-            model.config, max_rows=1, max_tokens=prompt_tokens + new_tokens, dtype=torch.float32
+            model.config, max_rows=1, max_tokens=prompt_tokens + new_tokens, dtype=dtype
         )
         started = time.perf_counter()
         rows = cache.add_rows(1)

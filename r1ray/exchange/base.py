@@ -118,6 +118,10 @@ class Exchange(ABC):
         Their number may differ from the number of workers now. Weights are loaded before.
         """
 
+    def release_memory(self) -> None:
+        """Give back what saving or loading a checkpoint has brought into memory; often nothing."""
+        return
+
     @abstractmethod
     def stats(self) -> ExchangeStats: ...
 

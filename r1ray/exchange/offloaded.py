@@ -1,16 +1,16 @@
 """`dense` with gradients and optimizer state on a slow tier: memory-mapped files.
 
-1. A gradient is added to its file as soon as autograd has made it, and its memory is freed.
+1. A gradient is added to its file, piece by piece, as soon as autograd has made it, and freed.
 2. A step sums gradients over the workers, piece by piece, and adds up their norm.
 3. It then clips and updates, piece by piece again: weights, gradients and both moments of one piece
    are resident at a time.
 
-Price: of memory, four pieces of 4 MiB; of time, 28 bytes a parameter read or written a step, in
-the page cache or on the disk. Bytes between workers are those of `dense`.
+Price: of memory, four pieces of 4 MiB beside the one gradient that autograd is at; of time, 28
+bytes a parameter read or written a step, in the page cache or on the disk. Between workers, that of
+`dense`.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +24,7 @@ from r1ray.exchange.base import Exchange, ExchangeStats, StepOutcome, StepTotals
 from r1ray.exchange.transport import Transport
 from r1ray.exchange.update_rule import UpdateRule
 from r1ray.models.mapped import MappedTensors
+from r1ray.models.tiered import TieredModel
 
 __all__ = ["OffloadedExchange"]
 
@@ -35,12 +36,12 @@ class OffloadedExchange(Exchange):
     """All-reduce in fp32; keeps next to nothing in memory.
 
     Args:
-        weights: the file that the parameters are views of.
-        directory: for gradients and moments; it is removed by `close`.
+        tiered: the model that is trained; its parameters are views of its files.
+        directory: for files of gradients and moments; None for the system's temporary directory.
     """
 
-    def __init__(self, weights: MappedTensors, directory: Path) -> None:
-        self._weights = weights
+    def __init__(self, tiered: TieredModel, directory: str | Path | None) -> None:
+        self._tiered = tiered
         self._directory = directory
         self._wait_s = 0.0
 
@@ -48,11 +49,10 @@ class OffloadedExchange(Exchange):
         self, parameters: Sequence[nn.Parameter], transport: Transport, rule: UpdateRule
     ) -> None:
         self._transport, self._rule = transport, rule
-        by_address = {self._weights[name].data_ptr(): name for name in self._weights}
+        by_address = {file[name].data_ptr(): name for name, file in self._tiered.files.items()}
         self._parameters = {by_address[item.data_ptr()]: item for item in parameters}
         self._gradients, self._means, self._squares = (
-            MappedTensors.create(self._directory / kind, self._parameters)
-            for kind in ("gradients", "means", "squares")
+            MappedTensors.create(self._directory, self._parameters) for _ in range(3)
         )
         for name, parameter in self._parameters.items():
             parameter.register_post_accumulate_grad_hook(self._take_over(name))
@@ -80,7 +80,12 @@ class OffloadedExchange(Exchange):
             if is_finite:
                 self._update(name, piece, gradient * factor, learning_rate)
             gradient.zero_()
-            for file in (self._weights, self._gradients, self._means, self._squares):
+            for file in (
+                self._tiered.files[name],
+                self._gradients,
+                self._means,
+                self._squares,
+            ):
                 file.release(name, piece.start, piece.stop)
         if not is_finite:
             return StepOutcome("skip", joint)
@@ -107,28 +112,41 @@ class OffloadedExchange(Exchange):
             self._transport.sent_bytes, self._transport.received_bytes, self._wait_s
         )
 
+    def files(self) -> set[MappedTensors]:
+        """Those of weights, gradients and moments."""
+        return {*self._tiered.files.values(), self._gradients, self._means, self._squares}
+
+    def release_memory(self) -> None:
+        for file in self.files():
+            for name in file:
+                file.release(name)
+
     def close(self) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
+        return None  # files without a name go with the process
 
     def _take_over(self, name: str) -> Any:
         def take(parameter: Tensor) -> None:
             assert parameter.grad is not None, "autograd has just made it"
-            self._gradients[name].add_(parameter.grad)
-            self._gradients.release(name)
+            made, kept = parameter.grad.flatten(), self._gradients[name].view(-1)
+            self._tiered.budget.check()
+            for piece in _cut(len(made)):
+                kept[piece].add_(made[piece])
+                self._gradients.release(name, piece.start, piece.stop)
             parameter.grad = None
 
         return take
 
     def _pieces(self) -> Iterator[tuple[str, slice]]:
         for name, parameter in self._parameters.items():
-            for start in range(0, parameter.numel(), _PIECE):
-                yield name, slice(start, min(start + _PIECE, parameter.numel()))
+            for piece in _cut(parameter.numel()):
+                yield name, piece
 
     @torch.no_grad()
     def _update(self, name: str, piece: slice, gradient: Tensor, learning_rate: float) -> None:
         """AdamW on a piece, as torch.optim.AdamW has it."""
         weight, mean, square = (
-            file[name].view(-1)[piece] for file in (self._weights, self._means, self._squares)
+            file[name].view(-1)[piece]
+            for file in (self._tiered.files[name], self._means, self._squares)
         )
         beta1, beta2 = self._rule.betas
         if self._parameters[name].dim() >= 2:
@@ -147,3 +165,8 @@ class OffloadedExchange(Exchange):
         if num_targets < 1:
             raise ExchangeError("no worker had a target token in this step; check the BatchSet")
         return StepTotals(loss_sum, int(num_targets), int(num_tokens))
+
+
+def _cut(numel: int) -> Iterator[slice]:
+    for start in range(0, numel, _PIECE):
+        yield slice(start, min(start + _PIECE, numel))

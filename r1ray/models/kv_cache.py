@@ -12,7 +12,19 @@ from torch import Tensor
 from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
 
-__all__ = ["CacheSlice", "KVCache"]
+__all__ = ["CacheSlice", "KVCache", "cache_bytes"]
+
+
+def cache_bytes(
+    config: ModelConfig,
+    *,
+    max_rows: int,
+    max_tokens: int,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Size of a `KVCache` of this shape."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return per_token * max_rows * max_tokens * dtype.itemsize
 
 
 class KVCache:

@@ -3,7 +3,8 @@
 A mapped page counts as resident memory of the process until it is released; then it stays in the
 kernel's page cache for as long as there is room, and nothing is copied either way.
 
-Price: a page fault for 16 pages that are in the page cache, else a read from the disk.
+Price: reading, a page fault for up to 16 pages that are in the page cache, else a read from the
+disk; writing, a fault a page.
 """
 
 import json
@@ -11,9 +12,11 @@ import math
 import mmap
 import os
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +38,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _MAX_HEADER_BYTES = 100 << 20  # as the safetensors library has it
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # a file may be larger than all memory
+_READ_AHEAD_BYTES = 128 << 10  # more in one call is left out by a kernel of usual settings
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,13 @@ class _Entry:
 
 
 class MappedTensors(Mapping[str, Tensor]):
-    """Named tensors in one file, as views of its pages.
+    """Named tensors in one file, as views of its pages; equal to itself alone.
 
     A view is valid for as long as it is held; `release` only gives its memory back.
     """
 
-    def __init__(self, mapping: mmap.mmap, entries: Mapping[str, _Entry]) -> None:
+    def __init__(self, file: IO[Any], mapping: mmap.mmap, entries: Mapping[str, _Entry]) -> None:
+        self._file = file
         self._mapping = mapping
         self._entries = dict(entries)
 
@@ -63,34 +69,45 @@ class MappedTensors(Mapping[str, Tensor]):
             ArtifactError: it is not a whole safetensors file.
         """
         try:
-            with Path(path).open("rb") as file:
-                (header_bytes,) = struct.unpack("<Q", file.read(8))
-                if header_bytes > _MAX_HEADER_BYTES:
-                    raise ValueError(f"a header of {header_bytes} bytes")
-                header = json.loads(file.read(header_bytes))
-                size = os.fstat(file.fileno()).st_size
-                entries = _read_entries(header, start=8 + header_bytes, size=size)
-                protection = mmap.PROT_READ | mmap.PROT_WRITE
-                mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=protection)
+            file = Path(path).open("rb")  # noqa: SIM115 - it lives as long as the mapping
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            if header_bytes > _MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {header_bytes} bytes")
+            header = json.loads(file.read(header_bytes))
+            size = os.fstat(file.fileno()).st_size
+            entries = _read_entries(header, start=8 + header_bytes, size=size)
+            mapping = mmap.mmap(
+                file.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise ArtifactError(f"{path}: cannot be mapped as safetensors ({error!r})") from error
-        return cls(mapping, entries)
+        return cls(file, mapping, entries)
 
     @classmethod
-    def create(cls, path: str | Path, like: Mapping[str, Tensor]) -> "MappedTensors":
+    def create(cls, directory: str | Path | None, like: Mapping[str, Tensor]) -> "MappedTensors":
         """A new file of zeros with tensors of the dtypes and shapes in `like`.
 
-        Its blocks are taken from the disk as they are written, so it must have room for them.
+        It has no name and is gone with the process, however that ends.
+
+        Args:
+            directory: on a disk with room for it; None for the system's temporary directory.
+        Raises:
+            OSError: the disk is full, or the directory cannot be written.
         """
         entries, end = {}, 0
         for name, tensor in like.items():
             begin = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE  # no page belongs to two tensors
             end = begin + tensor.numel() * tensor.element_size()
             entries[name] = _Entry(tensor.dtype, tuple(tensor.shape), begin, end)
-        with Path(path).open("w+b") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, end))  # a full disk is an error here
-            mapping = mmap.mmap(file.fileno(), 0)
-        return cls(mapping, entries)
+        file = tempfile.TemporaryFile(prefix="r1ray-tier-", dir=directory)  # noqa: SIM115 - as above
+        os.posix_fallocate(file.fileno(), 0, max(1, end))  # a full disk is an error here
+        return cls(file, mmap.mmap(file.fileno(), 0), entries)
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -108,7 +125,10 @@ class MappedTensors(Mapping[str, Tensor]):
 
     def prefetch(self, name: str) -> None:
         """Let the kernel begin to read a tensor into its page cache; returns at once."""
-        self._advise(mmap.MADV_WILLNEED, name)
+        step = _READ_AHEAD_BYTES // self._entries[name].dtype.itemsize
+        count = math.prod(self._entries[name].shape)
+        for start in range(0, count, step):
+            self._advise(mmap.MADV_WILLNEED, name, start, min(start + step, count))
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Take the pages of elements `start` to `stop` from the process.
@@ -117,6 +137,13 @@ class MappedTensors(Mapping[str, Tensor]):
         is lost.
         """
         self._advise(mmap.MADV_DONTNEED, name, start, stop)
+
+    def drop_from_page_cache(self) -> None:
+        """Release everything, and let the kernel forget it as well: the disk is read next time."""
+        for name in self:
+            self.release(name)
+        os.fsync(self._file.fileno())
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _advise(self, advice: int, name: str, start: int = 0, stop: int | None = None) -> None:
         entry = self._entries[name]

@@ -41,6 +41,8 @@ def stream_units(model: Decoder, static: Sequence[str], tier: Tier) -> None:
     units = list_units(model)
     for position, unit in enumerate(static):
         before = static[position - 1] if position else None
+        if before == EMBEDDING:
+            before = None  # its backward does not need its weights
         after = static[position + 1] if position + 1 < len(static) else None
         module = units[unit]
         visit = _Visit(tier, unit, before, after)

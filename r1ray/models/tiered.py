@@ -4,13 +4,17 @@ Price: see `r1ray.models.streaming`; to train, a float32 copy of the weights on 
 """
 
 import logging
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from r1ray.config.schema import Scheme
-from r1ray.errors import ArtifactError
+from r1ray.errors import ArtifactError, ConfigError
 from r1ray.models.checkpoint import assign_weights, list_shards, read_scheme
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
@@ -19,14 +23,39 @@ from r1ray.models.quantization import fake_quantize_modules, quantize_modules
 from r1ray.models.streaming import EMBEDDING, HEAD, list_units, stream_units
 from r1ray.models.tiers import Budget, DeviceTier, MappedTier, Placement, plan_placement
 
-__all__ = ["load_to_serve", "load_to_train", "move_to_device"]
+__all__ = [
+    "TieredModel",
+    "check_is_on_disk",
+    "load_to_serve",
+    "load_to_train",
+    "move_to_device",
+]
 
 logger = logging.getLogger(__name__)
 
+_IN_MEMORY = ("tmpfs", "ramfs")
 
-def load_to_serve(path: str | Path, *, budget_bytes: int) -> tuple[Decoder, Placement]:
+
+@dataclass(frozen=True)
+class TieredModel:
+    """A model and what it runs under.
+
+    Attributes:
+        files: the file of every weight, by its name in the state dict.
+        budget: checked in every forward.
+    """
+
+    model: Decoder
+    files: Mapping[str, MappedTensors]
+    placement: Placement
+    budget: Budget
+
+
+def load_to_serve(path: str | Path, *, budget_bytes: int, reserved_bytes: int = 0) -> TieredModel:
     """The model in the directory `path`, as `load_model` has it, with its weights mapped.
 
+    Args:
+        reserved_bytes: of the budget, for what else is to be kept, such as a KV cache.
     Raises:
         ArtifactError: as `load_model`; also for weights that have to be decoded first.
         BudgetError: the largest parts of the model do not fit; in a forward, the budget is spent.
@@ -45,38 +74,41 @@ def load_to_serve(path: str | Path, *, budget_bytes: int) -> tuple[Decoder, Plac
             quantize_modules(model, scheme)
     files = {name: file for file in map(MappedTensors.open, list_shards(path)) for name in file}
     assign_weights(model, {name: file[name] for name, file in files.items()}, where=path)
-    placement = _stream(model.eval(), files, budget, budget_bytes)
-    return model, placement
+    placement = _plan(model, max(0, budget_bytes - reserved_bytes), is_training=False)
+    return _stream(model.eval(), files, placement, budget)
 
 
 def load_to_train(
-    path: str | Path, directory: Path, *, budget_bytes: int, fake_quant: Scheme | None = None
-) -> tuple[Decoder, MappedTensors, Placement]:
+    path: str | Path,
+    directory: str | Path | None,
+    *,
+    budget_bytes: int,
+    fake_quant: Scheme | None = None,
+) -> TieredModel:
     """The float model in the directory `path`, with float32 weights in a file of their own.
 
     Args:
-        directory: on a disk; the file `weights` in it holds the weights as they train.
+        directory: on a disk, for that file; None for the system's temporary directory.
         fake_quant: scheme whose rounding it trains through.
-    Returns:
-        The model, that file, and what stays resident.
     Raises:
         ArtifactError, BudgetError: as `load_to_serve`.
+        ConfigError: `directory` is in memory.
     """
     path = Path(path)
+    check_is_on_disk(str(directory or tempfile.gettempdir()))
     budget = Budget(budget_bytes)
     if (scheme := read_scheme(path)) is not None:
         raise ArtifactError(f"{path}: is {scheme}; training starts from a float model")
     with torch.device("meta"):
         model = Decoder(ModelConfig.load(path))
-    sources = [MappedTensors.open(shard) for shard in list_shards(path)]
     expected = {
         name: tensor
         for name, tensor in model.state_dict().items()
         if not (model.config.tie_embeddings and name.startswith("lm_head."))
     }
-    weights = MappedTensors.create(directory / "weights", expected)
+    weights = MappedTensors.create(directory, expected)
     found = {}
-    for source in sources:
+    for source in map(MappedTensors.open, list_shards(path)):
         for name in source:
             found[name] = source[name]
             if name in expected and found[name].shape == expected[name].shape:
@@ -87,8 +119,8 @@ def load_to_train(
     assign_weights(model, found, where=path)
     if fake_quant is not None:
         fake_quantize_modules(model, fake_quant)
-    placement = _stream(model, dict.fromkeys(weights, weights), budget, budget_bytes)
-    return model, weights, placement
+    placement = _plan(model, budget_bytes, is_training=True)
+    return _stream(model, dict.fromkeys(weights, weights), placement, budget)
 
 
 def move_to_device(model: Decoder, device: torch.device, *, budget_bytes: int) -> Placement:
@@ -98,43 +130,66 @@ def move_to_device(model: Decoder, device: torch.device, *, budget_bytes: int) -
         BudgetError: the largest parts of the model do not fit.
     """
     units = list_units(model)
-    unit_bytes = {
-        unit: sum(_num_bytes(tensor) for tensor in module.state_dict().values())
-        for unit, module in units.items()
-    }
-    placement = plan_placement(unit_bytes, budget_bytes)
-    for unit in placement.core:
-        units[unit].to(device)
-    modules = {unit: units[unit] for unit in placement.static}
-    stream_units(model, placement.static, DeviceTier(modules, device))
+    placement = _plan(model, budget_bytes, is_training=False)
+    static = _list_static(model, placement)
+    for unit, module in units.items():
+        if unit not in static:
+            module.to(device)
+    stream_units(model, static, DeviceTier({unit: units[unit] for unit in static}, device))
     logger.info("%s", placement.describe())
     return placement
+
+
+def check_is_on_disk(directory: str) -> None:
+    """Raise ConfigError where files in `directory` are kept in memory."""
+    place, kind, longest = str(Path(directory).resolve()), "", -1
+    for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
+        _, mount, fstype, *_ = line.split()
+        is_above = place == mount or place.startswith(mount.rstrip("/") + "/")
+        if is_above and len(mount) > longest:
+            kind, longest = fstype, len(mount)
+    if kind in _IN_MEMORY:
+        raise ConfigError(
+            f"train.resources.tiers.directory {directory!r} is in memory ({kind}), which is no "
+            "slow tier; name a directory on a disk"
+        )
+
+
+def _plan(model: Decoder, budget_bytes: int, *, is_training: bool) -> Placement:
+    """The placement of the model's units; tied ends are one unit, the embedding."""
+    unit_bytes = {
+        unit: sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(module))
+        for unit, module in list_units(model).items()
+        if not (model.config.tie_embeddings and unit == HEAD)
+    }
+    return plan_placement(unit_bytes, budget_bytes, is_training=is_training)
+
+
+def _tensors_of(module: nn.Module) -> Any:
+    return module.state_dict().values()
+
+
+def _list_static(model: Decoder, placement: Placement) -> list[str]:
+    """The static units, a tied head among them where the embedding is."""
+    is_tied = model.config.tie_embeddings and EMBEDDING in placement.static
+    return [*placement.static, *([HEAD] if is_tied else [])]
 
 
 def _stream(
-    model: Decoder, files: Mapping[str, MappedTensors], budget: Budget, budget_bytes: int
-) -> Placement:
+    model: Decoder, files: Mapping[str, MappedTensors], placement: Placement, budget: Budget
+) -> TieredModel:
+    modules = list_units(model)
     names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
-    units = {
+    tensors = {
         unit: [f"{names[module]}.{name}" for name in module.state_dict()]
-        for unit, module in list_units(model).items()
+        for unit, module in modules.items()
     }
-    is_tied = model.config.tie_embeddings
-    if is_tied:  # one unit by its bytes, two by its visits
-        units[HEAD] = units[EMBEDDING]
-    unit_bytes = {
-        unit: sum(_num_bytes(files[name][name]) for name in tensors)
-        for unit, tensors in units.items()
-        if not (is_tied and unit == HEAD)
-    }
-    placement = plan_placement(unit_bytes, budget_bytes)
-    static = list(placement.static)
-    if is_tied and EMBEDDING in static:
-        static.append(HEAD)
-    stream_units(model, static, MappedTier(units, files, budget))
+    if model.config.tie_embeddings:
+        tensors[HEAD] = tensors[EMBEDDING]
+    static = _list_static(model, placement)
+    stream_units(model, static, MappedTier(tensors, files, budget))
+    for unit, module in modules.items():
+        if unit not in static:
+            module.register_forward_hook(lambda *_: budget.check())
     logger.info("%s", placement.describe())
-    return placement
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return TieredModel(model, files, placement, budget)

@@ -52,26 +52,30 @@ class Placement:
         )
 
 
-def plan_placement(unit_bytes: Mapping[str, int], budget_bytes: int) -> Placement:
-    """The units that stay on the fast tier, if two of the largest are to fit beside them.
+def plan_placement(
+    unit_bytes: Mapping[str, int], budget_bytes: int, *, is_training: bool = False
+) -> Placement:
+    """The units that stay on the fast tier, if what is under way is to fit beside them.
 
-    Half of the budget is left to activations and gradients. Every step touches every unit, so the
-    largest number of them stays: the smallest ones.
+    That is two of the largest units, one in use and one coming, and in training the gradient of
+    one. Half of the budget is left to activations. Every step touches every unit equally often, so
+    the largest number of them stays: the smallest ones.
 
     Args:
         unit_bytes: weights of each unit, in the order of a forward.
     Raises:
-        BudgetError: two units at once do not fit.
+        BudgetError: what is under way does not fit.
     """
-    largest = sum(sorted(unit_bytes.values())[-2:])
+    ordered = sorted(unit_bytes.values())
+    moving = sum(ordered[-2:]) + (ordered[-1] if is_training else 0)
     room = budget_bytes // 2
-    if largest > room:
+    if moving > room:
         raise BudgetError(
-            f"the two largest parts of the model take {largest / 2**20:.0f} MiB, above half of the "
-            f"budget of {budget_bytes / 2**20:.0f} MiB; raise it to at least "
-            f"{-(-2 * largest // 2**20)} MiB"
+            f"the largest parts of the model take {moving / 2**20:.0f} MiB while they are in use, "
+            f"above half of the budget of {budget_bytes / 2**20:.0f} MiB; raise it to at least "
+            f"{-(-2 * moving // 2**20)} MiB"
         )
-    room -= largest
+    room -= moving
     kept: set[str] = set()
     for name in sorted(unit_bytes, key=unit_bytes.__getitem__):
         if unit_bytes[name] <= room:
@@ -138,7 +142,7 @@ class Tier(Protocol):
 
 
 class MappedTier:
-    """Units whose tensors are views of memory-mapped files.
+    """Units whose tensors are views of memory-mapped files; the budget is checked at every fetch.
 
     Args:
         files: the file of every tensor, by its name in the state dict.
@@ -160,7 +164,6 @@ class MappedTier:
         self._budget.check()
 
     def release(self, unit: str) -> None:
-        self._budget.check()
         for name, file in self._units[unit]:
             file.release(name)
 

@@ -14,6 +14,7 @@ from r1ray.errors import ConfigError, ServingError
 from r1ray.models import ModelConfig, load_model
 from r1ray.models.decoder import Decoder
 from r1ray.models.generation import BatchGenerator, GenerationRequest, TokenEvent
+from r1ray.models.kv_cache import cache_bytes
 from r1ray.models.quantization import tie_head
 from r1ray.models.tiered import load_to_serve, move_to_device
 from r1ray.observability.logging import setup_logging
@@ -63,7 +64,10 @@ def build_engine(
 ) -> Engine:
     """An engine over the model in `model_dir`, on the GPU that Ray gave this process, if any."""
     check_context(max_context_tokens, ModelConfig.load(model_dir))
-    model = _load(model_dir, budget_mib)
+    kv_bytes = cache_bytes(
+        ModelConfig.load(model_dir), max_rows=max_concurrency, max_tokens=max_context_tokens
+    )
+    model = _load(model_dir, budget_mib, kv_bytes)
     return Engine(
         lambda: BatchGenerator(
             model, max_concurrency=max_concurrency, max_context_tokens=max_context_tokens
@@ -130,10 +134,16 @@ class ModelReplica:
             self._engine.close()
 
 
-def _load(model_dir: str, budget_mib: int | None) -> Decoder:
+def _load(model_dir: str, budget_mib: int | None, kv_bytes: int) -> Decoder:
     has_gpu = torch.cuda.is_available()
     if budget_mib is not None and not has_gpu:
-        return load_to_serve(model_dir, budget_bytes=budget_mib << 20)[0]
+        if kv_bytes >= budget_mib << 20:
+            raise ConfigError(
+                f"serve.budget_mib ({budget_mib}) is below the {kv_bytes / 2**20:.0f} MiB of "
+                "max_concurrency requests of max_context_tokens; raise it or lower them"
+            )
+        budget_bytes = budget_mib << 20
+        return load_to_serve(model_dir, budget_bytes=budget_bytes, reserved_bytes=kv_bytes).model
     model = load_model(model_dir)
     if budget_mib is not None:
         move_to_device(model, torch.device("cuda"), budget_bytes=budget_mib << 20)

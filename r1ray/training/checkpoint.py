@@ -38,8 +38,14 @@ def save_checkpoint(
     Nothing may be under way in the exchange: the last step was run with `flush`.
     """
     torch.save(state.exchange.state_dict(), directory / exchange_name(rank))
-    if rank != 0:
-        return
+    if rank == 0:
+        _save_shared(directory, state, history, world_size)
+    state.exchange.release_memory()
+
+
+def _save_shared(
+    directory: Path, state: TrainState, history: list[StepRecord], world_size: int
+) -> None:
     save_model(state.model, directory)
     shared = {**state.shared_state_dict(), "world_size": world_size}
     torch.save(shared, directory / STATE_NAME)
@@ -60,6 +66,7 @@ def load_checkpoint(directory: Path, state: TrainState) -> list[StepRecord]:
     shared = _load(directory / STATE_NAME)
     ranks = range(shared["world_size"])
     state.load_state_dict(shared, [_load(directory / exchange_name(rank)) for rank in ranks])
+    state.exchange.release_memory()
     return load_history(directory)
 
 
@@ -86,7 +93,7 @@ def load_history(directory: Path) -> list[StepRecord]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ArtifactError(
             f"{path}: no readable training state ({type(error).__name__}); remove the checkpoint"

@@ -78,7 +78,7 @@ class StoredDistillation(CrossEntropy):
         assert batch.index is not None, "stored logits are of a BatchSet"
         logits_PV = target_logits(model, batch)
         targets = self._store.read(batch.index).to(logits_PV.device)
-        divergence = sparse_kl(logits_PV, targets, self._config.temperature)
+        divergence = sparse_kl(logits_PV, targets, self._config.temperature).sum()
         return _mix(self._config, cross_entropy(logits_PV, batch), divergence)
 
 
@@ -92,7 +92,7 @@ class OnlineDistillation(CrossEntropy):
     def loss(self, model: Decoder, batch: MicroBatch) -> Tensor:
         logits_PV = target_logits(model, batch)
         theirs_PV = _teacher_logits(self._teacher, batch)
-        divergence = dense_kl(logits_PV, theirs_PV, self._config.temperature)
+        divergence = dense_kl(logits_PV, theirs_PV, self._config.temperature).sum()
         return _mix(self._config, cross_entropy(logits_PV, batch), divergence)
 
 
@@ -157,7 +157,7 @@ class OnPolicyDistillation:
             return self._before.loss(model, batch)
         logits_PV = target_logits(model, batch)
         theirs_PV = _teacher_logits(self._teacher, batch)
-        return reverse_kl(logits_PV, theirs_PV, 1.0)
+        return reverse_kl(logits_PV, theirs_PV, 1.0).sum()
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ def train_model(
         DivergenceError: the gradients are not finite, step after step.
     """
     resources = config.resources
+    keeps_memory = not resources.use_gpu and resources.tiers is None
     board = _Board.remote()  # type: ignore[attr-defined]
     salvaged = _salvage_checkpoint(Path(store.directory("train", run_id)) / CHECKPOINTS_DIR)
     job = WorkerJob(
@@ -108,7 +109,7 @@ def train_model(
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             # mypy sees the RunConfig of Ray Train's first version.
-            worker_runtime_env={} if resources.use_gpu else {"env_vars": KEEP_FREED_MEMORY},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY} if keeps_memory else {},  # type: ignore[call-arg]
         ),
         torch_config=TorchConfig(
             backend="nccl" if resources.use_gpu else "gloo", timeout_s=int(resources.timeout_s)

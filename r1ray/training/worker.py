@@ -156,19 +156,19 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
 
 def _build_model(job: WorkerJob, device: torch.device) -> tuple[Decoder, Exchange]:
     config, source = job.config, _read(job, *job.start).local_dir
-    if config.tiers is None:
+    tiers = config.resources.tiers
+    if tiers is None:
         model = load_model(source, dtype=torch.float32).to(device)
         if config.fake_quant is not None:
             fake_quantize_modules(model, config.fake_quant)
         return model, build_exchange(config.exchange)
-    directory = Path(tempfile.mkdtemp(prefix="r1ray-tiers-", dir=config.tiers.directory))
-    model, weights, _ = load_to_train(
+    tiered = load_to_train(
         source,
-        directory,
-        budget_bytes=config.tiers.budget_mib << 20,
+        tiers.directory,
+        budget_bytes=tiers.budget_mib << 20,
         fake_quant=config.fake_quant,
     )
-    return model, OffloadedExchange(weights, directory)
+    return tiered.model, OffloadedExchange(tiered, tiers.directory)
 
 
 def _build_objective(job: WorkerJob, device: torch.device) -> Objective:

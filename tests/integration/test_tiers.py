@@ -16,17 +16,15 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 def test_two_workers_train_from_files_as_they_do_from_memory(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model", max_positions=1024)
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
     losses, weights = {}, {}
     for arm, overrides in {
-        "memory": ["train.tiers=null"],
-        "files": [f"train.tiers={{budget_mib: 2048, directory: {scratch}}}"],
+        "memory": [],
+        "files": ["train.resources.tiers={budget_mib: 2048}"],
     }.items():
         config = load_config(
             "jobs/configs/tiny.yaml",
             [
-                f"run.root={tmp_path}",
+                f"run.root={tmp_path / arm}",
                 f"base.source={tmp_path / 'model'}",
                 "train.precision=fp32",
                 "train.resources.checkpoint_every_steps=3",
@@ -40,4 +38,3 @@ def test_two_workers_train_from_files_as_they_do_from_memory(tmp_path: Path) -> 
     assert losses["files"] == pytest.approx(losses["memory"], rel=1e-3)
     for name, tensor in weights["memory"].items():
         torch.testing.assert_close(weights["files"][name], tensor, rtol=0, atol=1e-4, msg=name)
-    assert not list(scratch.iterdir())  # the workers' files went with them

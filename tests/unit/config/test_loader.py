@@ -167,8 +167,20 @@ def test_wrong_overrides_are_named(override: str, complaint: str) -> None:
             "distill.on_policy.last_steps (21) is above train.num_steps (20); lower it",
         ),
         (
-            ["train.tiers={budget_mib: 64}", "train.exchange={type: delta4}"],
-            "train: tiers go with exchange {type: dense} and precision fp32, not with delta4",
+            ["train.resources.tiers={budget_mib: 64}", "train.exchange={type: delta4}"],
+            "train: resources.tiers go with exchange {type: dense} and precision fp32, not with",
+        ),
+        (
+            [
+                "train.resources.tiers={budget_mib: 64}",
+                "train.precision=fp32",
+                "distill={teacher: x, logits: {type: online}}",
+            ],
+            "train.resources.tiers leave no room for a teacher in every worker",
+        ),
+        (
+            ["serve.budget_mib=64", "compress.scheme=w4a8"],
+            "serve.budget_mib goes with compress.scheme w8a8, not with w4a8",
         ),
     ],
 )

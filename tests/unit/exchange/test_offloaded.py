@@ -1,5 +1,6 @@
 """The exchange whose gradients and moments lie in files, against `dense`."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from r1ray.exchange import (
     build_exchange,
 )
 from r1ray.models import Decoder, save_model
+from r1ray.models.streaming import list_units, stream_units
 from r1ray.models.tiered import load_to_train
+from r1ray.models.tiers import MappedTier, resident_bytes
+from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
 from r1ray.training.step import TrainState
 from tests.fakes import tiny_config, tiny_model
 from tests.unit.exchange.threads import run_workers
@@ -44,13 +48,16 @@ def _config(num_workers: int = 1) -> TrainConfig:
 
 
 def _offloaded(
-    tmp_path: Path, transport: Transport, model_dir: Path
+    transport: Transport, model_dir: Path, *, static: bool = False
 ) -> tuple[TrainState, OffloadedExchange]:
-    directory = tmp_path / f"tier{transport.rank}"
-    directory.mkdir()
-    model, weights, _ = load_to_train(model_dir, directory, budget_bytes=1 << 30)
-    exchange = OffloadedExchange(weights, directory)
-    return TrainState(model, _config(transport.world_size), exchange, transport), exchange
+    """A worker whose weights, gradients and moments are files; `static`: and its units streamed."""
+    tiered = load_to_train(model_dir, None, budget_bytes=1 << 30)
+    if static:
+        tensors = {unit: [] for unit in list_units(tiered.model)}
+        tier = MappedTier(tensors, tiered.files, tiered.budget)
+        stream_units(tiered.model, list(tensors), tier)
+    exchange = OffloadedExchange(tiered, None)
+    return TrainState(tiered.model, _config(transport.world_size), exchange, transport), exchange
 
 
 def _dense() -> TrainState:
@@ -71,9 +78,10 @@ def _assert_close(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(mine[name], tensor, rtol=0, atol=TOLERANCE, msg=name)
 
 
-def test_training_from_files_is_training(tmp_path: Path, model_dir: Path) -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_training_from_files_is_training(static: bool, model_dir: Path) -> None:
     dense = _dense()
-    offloaded, _ = _offloaded(tmp_path, LocalTransport(), model_dir)
+    offloaded, _ = _offloaded(LocalTransport(), model_dir, static=static)
     for _ in range(NUM_STEPS):
         parts = split(BATCH, 2)  # gradients of two micro-batches add up
         expected, found = dense.run_step(parts), offloaded.run_step(parts)
@@ -83,9 +91,9 @@ def test_training_from_files_is_training(tmp_path: Path, model_dir: Path) -> Non
     assert all(parameter.grad is None for parameter in offloaded.model.parameters())
 
 
-def test_two_workers_sum_their_gradients(tmp_path: Path, model_dir: Path) -> None:
+def test_two_workers_sum_their_gradients(model_dir: Path) -> None:
     def work(transport: Any) -> dict[str, Tensor]:
-        state, _ = _offloaded(tmp_path, transport, model_dir)
+        state, _ = _offloaded(transport, model_dir)
         part = split(BATCH, 2)[transport.rank]
         for _ in range(NUM_STEPS):
             state.run_step([part])
@@ -104,15 +112,14 @@ def test_two_workers_sum_their_gradients(tmp_path: Path, model_dir: Path) -> Non
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, model_dir: Path) -> None:
-    whole, _ = _offloaded(tmp_path, LocalTransport(), model_dir)
+    whole, _ = _offloaded(LocalTransport(), model_dir)
     for step in range(NUM_STEPS):
         if step == 3:
             torch.save(whole.exchange.state_dict(), tmp_path / "exchange.pt")
             torch.save(whole.model.state_dict(), tmp_path / "model.pt")
             shared = whole.shared_state_dict()
         whole.run_step([BATCH])
-    (tmp_path / "again").mkdir()
-    resumed, _ = _offloaded(tmp_path / "again", LocalTransport(), model_dir)
+    resumed, _ = _offloaded(LocalTransport(), model_dir)
     resumed.model.load_state_dict(torch.load(tmp_path / "model.pt"))
     resumed.load_state_dict(shared, [torch.load(tmp_path / "exchange.pt")])
     for _ in range(3, NUM_STEPS):
@@ -121,8 +128,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, model_dir: Path) -> N
         assert torch.equal(mine, theirs)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, model_dir: Path) -> None:
-    state, exchange = _offloaded(tmp_path, LocalTransport(), model_dir)
+def test_a_gradient_that_is_not_finite_changes_nothing(model_dir: Path) -> None:
+    state, exchange = _offloaded(LocalTransport(), model_dir)
     state.run_step([BATCH])
     before = [parameter.clone() for parameter in state.model.parameters()]
     state.model(BATCH.input_ids_BT).sum().mul(math.nan).backward()
@@ -132,14 +139,39 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, model_dir
     assert not state.run_step([BATCH]).was_skipped  # nothing of it is left
 
 
-def test_a_step_without_targets_is_refused(tmp_path: Path, model_dir: Path) -> None:
-    _, exchange = _offloaded(tmp_path, LocalTransport(), model_dir)
+def test_a_step_without_targets_is_refused(model_dir: Path) -> None:
+    _, exchange = _offloaded(LocalTransport(), model_dir)
     with pytest.raises(ExchangeError, match="no worker had a target token"):
         exchange.step(StepTotals(0.0, 0, 4))
 
 
-def test_the_files_are_gone_once_it_is_closed(tmp_path: Path, model_dir: Path) -> None:
-    _, exchange = _offloaded(tmp_path, LocalTransport(), model_dir)
-    assert (tmp_path / "tier0" / "means").exists()
+def test_a_checkpoint_is_written_and_read_and_its_pages_given_back(
+    tmp_path: Path, model_dir: Path
+) -> None:
+    state, exchange = _offloaded(LocalTransport(), model_dir)
+    history = [state.run_step([BATCH])]
+    (tmp_path / "checkpoint").mkdir()
+    save_checkpoint(tmp_path / "checkpoint", state, history, rank=0, world_size=1)
+    again, _ = _offloaded(LocalTransport(), model_dir)
+    assert load_checkpoint(tmp_path / "checkpoint", again) == history
+    for mine, theirs in zip(again.model.parameters(), state.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert again.run_step([BATCH]).loss == state.run_step([BATCH]).loss
     exchange.close()
-    assert not (tmp_path / "tier0").exists()
+
+
+def test_a_large_model_is_saved_without_staying_in_memory(tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_config(), hidden_size=512, intermediate_size=2048)
+    torch.manual_seed(0)
+    save_model(Decoder(config), tmp_path / "model")
+    tiered = load_to_train(tmp_path / "model", None, budget_bytes=1 << 30)
+    exchange = OffloadedExchange(tiered, None)
+    state = TrainState(tiered.model, _config(), exchange, LocalTransport())
+    history = [state.run_step([BATCH])]
+    (tmp_path / "checkpoint").mkdir()
+    exchange.release_memory()
+    before = resident_bytes()
+    save_checkpoint(tmp_path / "checkpoint", state, history, rank=0, world_size=1)
+    size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").iterdir())
+    assert size > 60 << 20
+    assert resident_bytes() - before < size / 3

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r1ray.errors import ArtifactError, BudgetError
+from r1ray.errors import ArtifactError, BudgetError, ConfigError
 from r1ray.models import Decoder, load_model, save_model
 from r1ray.models.config import Family
 from r1ray.models.kv_cache import KVCache
@@ -42,6 +42,7 @@ class RecordingTier:
 def test_a_plan_keeps_what_fits_beside_two_of_the_largest() -> None:
     units = {"embedding": 40, "layer 0": 10, "layer 1": 10, "layer 2": 10, "head": 40}
     plan = plan_placement(units, 2 * (80 + 25))
+    assert plan == plan_placement(units, 2 * (120 + 25), is_training=True)  # and a gradient
     assert plan.core == ("layer 0", "layer 1")
     assert plan.static == ("embedding", "layer 2", "head")
     assert (plan.core_bytes, plan.static_bytes) == (20, 90)
@@ -72,7 +73,7 @@ def test_units_are_fetched_in_order_one_ahead_and_released() -> None:
     model(random_ids(1, 4)).sum().backward()
     assert tier.calls[8:] == [
         *("fetch layer 1", "prefetch layer 0", "release layer 1"),
-        *("fetch layer 0", "prefetch embedding", "release layer 0"),
+        *("fetch layer 0", "release layer 0"),
     ]
 
 
@@ -137,13 +138,15 @@ def test_a_model_larger_than_its_budget_is_served_from_disk(
     scheme: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="r1ray")
-    path = _wide_model(tmp_path, scheme=scheme)
-    size = (path / "model.safetensors").stat().st_size
-    budget = size // 2
-    model, placement = load_to_serve(path, budget_bytes=budget)
-    assert len(placement.static) > 6
-    assert "slow tier, streamed: " in caplog.text
+    path = _wide_model(tmp_path, num_layers=24, scheme=scheme)
     ids = random_ids(1, 6)
+    with torch.inference_mode():
+        load_model(path)(ids)  # libraries and thread pools
+    size = (path / "model.safetensors").stat().st_size
+    tiered = load_to_serve(path, budget_bytes=size * 2 // 3)
+    model = tiered.model
+    assert len(tiered.placement.static) > 6
+    assert "slow tier, streamed: " in caplog.text
     with torch.inference_mode():
         found = model(ids)
         cache = KVCache(model.config, max_rows=1, max_tokens=8, dtype=torch.float32)
@@ -156,11 +159,20 @@ def test_a_model_larger_than_its_budget_is_served_from_disk(
 
 def test_a_budget_that_is_spent_ends_the_forward(tmp_path: Path) -> None:
     path = _wide_model(tmp_path)
-    model, _ = load_to_serve(path, budget_bytes=48 * MIB)
-    hog = torch.ones(256 * MIB // 4)
-    with pytest.raises(BudgetError, match=r"above the budget of 48 MiB; raise"):
-        model(random_ids(1, 6))
-    del hog
+    for budget in (48, 200):  # some layers are streamed, or none
+        model = load_to_serve(path, budget_bytes=budget * MIB).model
+        hog = torch.ones(512 * MIB // 4)
+        with pytest.raises(BudgetError, match=rf"above the budget of {budget} MiB; raise"):
+            model(random_ids(1, 6))
+        del hog
+
+
+def test_what_is_reserved_is_not_planned_with(tmp_path: Path) -> None:
+    path = _wide_model(tmp_path)
+    whole = load_to_serve(path, budget_bytes=200 * MIB)
+    assert not whole.placement.static
+    some = load_to_serve(path, budget_bytes=200 * MIB, reserved_bytes=120 * MIB)
+    assert some.placement.static
 
 
 def test_weights_that_have_to_be_decoded_are_refused(tmp_path: Path) -> None:
@@ -168,17 +180,16 @@ def test_weights_that_have_to_be_decoded_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="w4a8 weights are decoded when they are loaded"):
         load_to_serve(path, budget_bytes=64 * MIB)
     with pytest.raises(ArtifactError, match="training starts from a float model"):
-        load_to_train(path, tmp_path, budget_bytes=64 * MIB)
+        load_to_train(path, None, budget_bytes=64 * MIB)
 
 
 def test_a_damaged_model_is_named_as_by_load_model(tmp_path: Path) -> None:
     path = _wide_model(tmp_path / "model", num_layers=1)
     config = (path / "config.json").read_text()
     (path / "config.json").write_text(config.replace("1024", "512"))
-    (tmp_path / "work").mkdir()
     for load in (
         lambda: load_to_serve(path, budget_bytes=64 * MIB),
-        lambda: load_to_train(path, tmp_path / "work", budget_bytes=64 * MIB),
+        lambda: load_to_train(path, None, budget_bytes=64 * MIB),
     ):
         with pytest.raises(ArtifactError, match="weights do not fit"):
             load()
@@ -186,12 +197,25 @@ def test_a_damaged_model_is_named_as_by_load_model(tmp_path: Path) -> None:
 
 def test_weights_in_another_format_are_trained_in_float32(tmp_path: Path) -> None:
     save_model(tiny_model().bfloat16(), tmp_path / "model")
-    (tmp_path / "work").mkdir()
-    model, weights, _ = load_to_train(tmp_path / "model", tmp_path / "work", budget_bytes=64 * MIB)
-    assert {item.dtype for item in model.parameters()} == {torch.float32}
+    tiered = load_to_train(tmp_path / "model", None, budget_bytes=64 * MIB)
+    assert {item.dtype for item in tiered.model.parameters()} == {torch.float32}
     with torch.no_grad():
-        model.model.norm.weight.fill_(3.0)
-    assert torch.equal(weights["model.norm.weight"], torch.full((32,), 3.0))
+        tiered.model.model.norm.weight.fill_(3.0)
+    name = "model.norm.weight"
+    assert torch.equal(tiered.files[name][name], torch.full((32,), 3.0))
+
+
+def test_a_directory_in_memory_is_no_slow_tier(tmp_path: Path) -> None:
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or not _in_memory(shm):
+        pytest.skip("NO MEMORY FILE SYSTEM here: its refusal is NOT TESTED")
+    with pytest.raises(ConfigError, match=r"tiers\.directory '/dev/shm' is in memory \(tmpfs\)"):
+        load_to_train(tmp_path, "/dev/shm", budget_bytes=64 * MIB)
+
+
+def _in_memory(path: Path) -> bool:
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    return any(mount[1] == str(path) and mount[2] == "tmpfs" for mount in mounts)
 
 
 def test_a_budget_without_a_limit_is_never_spent() -> None:

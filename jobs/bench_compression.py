@@ -1,0 +1,45 @@
+"""Measure quantization, codebooks, distillation and layered memory; file it in docs/benchmarks/.
+
+Every part is stored in --work as it finishes, and found there by the next start; models are
+artifacts there. The whole takes some hours on 2 cores; nothing else should run meanwhile.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.cli import run_guarded
+
+PARTS = ("quantization", "uniform", "distillation", "tails", "layers", "exports")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the chosen parts; file the record once all of them are there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.bench_compression",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to measure")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench_compression"), metavar="DIR")
+    parser.add_argument("--budget-minutes", type=float, help="start nothing new after so long")
+    arguments = parser.parse_args(argv)
+    from jobs.benchmarks.compression import CompressionBenchmark
+
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    budget_s = None if arguments.budget_minutes is None else 60 * arguments.budget_minutes
+    benchmark = CompressionBenchmark(arguments.work, budget_s)
+
+    def measure() -> None:
+        is_complete = benchmark.run(arguments.only)
+        if is_complete and set(arguments.only) == set(PARTS):
+            command = shlex.join(["python", "-m", "jobs.bench_compression", *sys.argv[1:]])
+            print(benchmark.file_record(command))
+
+    return run_guarded(measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

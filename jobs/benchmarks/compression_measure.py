@@ -1,0 +1,152 @@
+"""What one model of `jobs.bench_compression` is worth: answers, perplexity, size, memory, time."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.benchmarks.compression_models import NUM_PROBLEMS, Arm
+from jobs.benchmarks.exchange_data import tokenize_problems, validation_loss, write_batches
+from r1ray.compression.export import weight_bytes
+from r1ray.config import PipelineConfig
+from r1ray.data.batch_set import BatchSet, MicroBatch
+from r1ray.data.reasoning import build_messages, draw_heldout
+from r1ray.evaluation.accuracy import answer_problems
+from r1ray.evaluation.latency import measure_latency
+from r1ray.evaluation.perplexity import measure_perplexity, read_english
+from r1ray.models import Decoder, load_model, save_model
+from r1ray.models.checkpoint import copy_tokenizer
+from r1ray.models.kv_cache import KVCache
+from r1ray.models.tokenizer import Tokenizer
+
+__all__ = [
+    "compare_latency",
+    "heldout_batches",
+    "measure_arm",
+    "measure_resident",
+    "task_perplexity",
+]
+
+_ENGLISH_TOKENS, _WINDOW = 16_384, 1024
+_LATENCY_REPEATS = 7
+_TIMED_ANSWERS = 40
+_RESIDENT_TIMEOUT_S = 300
+
+
+def measure_arm(arm: Arm, model_dir: Path, batches: list[MicroBatch]) -> dict[str, Any]:
+    """All figures of one model.
+
+    Args:
+        batches: held-out traces, for the perplexity on the task.
+    """
+    if arm.is_bf16:
+        with tempfile.TemporaryDirectory(prefix="r1ray-bf16-") as directory:
+            save_model(load_model(model_dir, dtype=torch.bfloat16), directory)
+            copy_tokenizer(model_dir, directory)
+            narrow = dataclasses.replace(arm, is_bf16=False)
+            return measure_arm(narrow, Path(directory), batches)
+    model, tokenizer, config = load_model(model_dir), Tokenizer(model_dir), arm.config
+    problems = draw_heldout(config.tasks, NUM_PROBLEMS)
+    answers = answer_problems(
+        model,
+        tokenizer,
+        problems,
+        config.tasks.system_prompt,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        max_concurrency=config.evaluate.max_concurrency,
+        on_finish=lambda _: None,
+    )
+    return {
+        "is_correct": [answer.is_correct for answer in answers],
+        "task_perplexity": task_perplexity(model, batches),
+        "english_perplexity": measure_perplexity(
+            model, tokenizer, read_english(), max_tokens=_ENGLISH_TOKENS, window=_WINDOW
+        ),
+        "latency": asdict(measure_latency(model, repeats=_LATENCY_REPEATS)),
+        "weight_bytes": weight_bytes(model_dir),
+        "resident_bytes": measure_resident(model_dir),
+    }
+
+
+def heldout_batches(config: PipelineConfig, tokenizer_dir: Path, out_dir: Path) -> list[MicroBatch]:
+    """Micro-batches of the held-out problems' own traces."""
+    problems = draw_heldout(config.tasks, NUM_PROBLEMS)
+    samples = tokenize_problems(Tokenizer(tokenizer_dir), problems, config)
+    write_batches(samples, config.prepare, out_dir)
+    batches = BatchSet(out_dir)
+    return [batches[index] for index in range(len(batches))]
+
+
+def task_perplexity(model: Decoder, batches: list[MicroBatch]) -> float:
+    """exp of the mean cross-entropy of the held-out traces' target tokens."""
+    return math.exp(validation_loss(model, batches))
+
+
+def measure_resident(model_dir: Path) -> int:
+    """What loading a model and one forward add to a process that has imported everything."""
+    found = subprocess.run(
+        [sys.executable, "-m", "jobs.benchmarks.resident_child", str(model_dir)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=_RESIDENT_TIMEOUT_S,
+    )
+    result: Mapping[str, int] = json.loads(found.stdout.splitlines()[-1])
+    return result["grown_bytes"]
+
+
+def compare_latency(directories: Mapping[str, Path], config: PipelineConfig) -> dict[str, Any]:
+    """Seconds for the same answers of the teacher, by model; they take turns, one stream each.
+
+    An answer is decoded token by token, each model being given the same tokens.
+    """
+    models = {name: load_model(path) for name, path in directories.items()}
+    tokenizer = Tokenizer(directories["teacher_fp32"])
+    problems = draw_heldout(config.tasks, _TIMED_ANSWERS)
+    answers = answer_problems(
+        models["teacher_fp32"],
+        tokenizer,
+        problems,
+        config.tasks.system_prompt,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        max_concurrency=_TIMED_ANSWERS,
+        on_finish=lambda _: None,
+    )
+    pairs = []
+    for problem, answer in zip(problems, answers, strict=True):
+        messages = build_messages(problem, config.tasks.system_prompt)
+        prompt = tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True))
+        pairs.append((prompt, tokenizer.encode(answer.reply)))
+    for model in models.values():
+        _replay(model, *pairs[0])  # warm-up
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for prompt, reply in pairs:
+        for name, model in models.items():
+            seconds[name].append(_replay(model, prompt, reply))
+    return {"seconds": seconds, "num_tokens": [len(reply) for _, reply in pairs]}
+
+
+@torch.inference_mode()
+def _replay(model: Decoder, prompt: list[int], reply: list[int]) -> float:
+    """Seconds to read `prompt` and to decode `reply`, whatever the model would say itself."""
+    cache = KVCache(
+        model.config, max_rows=1, max_tokens=len(prompt) + len(reply), dtype=torch.float32
+    )
+    started = time.perf_counter()
+    rows = cache.add_rows(1)
+    model.lm_head(model.hidden(torch.tensor([prompt]), rows)[:, -1])
+    rows.advance([len(prompt)])
+    for token in reply:
+        rows = cache.active()
+        model(torch.tensor([[token]]), rows)
+        rows.advance([1])
+    return time.perf_counter() - started

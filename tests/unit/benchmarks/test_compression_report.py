@@ -1,0 +1,166 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.benchmarks.compression_report import build_rows, write_report
+from r1ray.evaluation.record import Row
+
+IDS = {
+    "compression.int8_qat_accuracy_drop": "<= 0.01",
+    "compression.int8_qat_perplexity_ratio": "<= 1.01",
+    "compression.w4a8_qat_recovery": ">= 0.667",
+    "compression.codebook4_vs_uniform4_perplexity": "< 1",
+    "compression.int8_resident_share": "<= 0.4",
+    "compression.distilled_int8_accuracy_kept": ">= 0.95",
+    "compression.distilled_int8_latency_share": "<= 0.29",
+    "compression.tail_kl_error_vs_topk": "< 1",
+    "compression.layered_trainable_factor": ">= 3",
+    "compression.layered_servable_factor": ">= 3",
+}
+
+
+def _arm(correct: int, task: float, *, resident: int | None = 100) -> dict[str, Any]:
+    return {
+        "is_correct": [index < correct for index in range(100)],
+        "task_perplexity": task,
+        "english_perplexity": 20.0,
+        "latency": {"decode_ms_per_token": 10.0, "prefill_ms": 1.0, "prompt_tokens": 8},
+        "weight_bytes": 1000,
+        "resident_bytes": resident,
+    }
+
+
+def _layers(seconds: float) -> dict[str, Any]:
+    outcome = {"grown_bytes": 400 << 20, "seconds": seconds, "placement": "", "error": None}
+    return {
+        "budget_mib": 512,
+        "is_capped": False,
+        "plain_layers": 5,
+        "plain_parameters": 10,
+        "tiered_layers": 40,
+        "tiered_parameters": 60,
+        "plain": {**outcome, "seconds": 1.0},
+        "tiered": outcome,
+        "tiered_cold": outcome,
+        "largest": outcome,
+        "largest_cold": outcome,
+    }
+
+
+def _results(**changes: Any) -> dict[str, Any]:
+    student = {"kd": _arm(77, 1.3), "kd_int8": _arm(76, 1.3), "sft": _arm(60, 1.5)}
+    by_k = {
+        str(k): {"dense_kl": 0.1, "tail_error": 0.01, "top_k_error": 0.1, "bytes_per_target": 4 * k}
+        for k in (8, 32, 128)
+    }
+    return {
+        "quantization_fp32": _arm(80, 1.20),
+        "quantization_bf16": _arm(80, 1.20, resident=None),
+        "quantization_int8_ptq": _arm(79, 1.21, resident=30),
+        "quantization_int8_qat": _arm(80, 1.205),
+        "quantization_w4a8_ptq": _arm(50, 1.50),
+        "quantization_w4a8_qat": _arm(75, 1.25),
+        "quantization_codebook4": _arm(78, 1.22),
+        "uniform": {
+            "bits": {"codebook": 4.3, "symmetric": 4.3, "asymmetric": 4.4},
+            "perplexity": {
+                "float": {"task": 1.2, "english": 20.0},
+                "codebook": {"task": 1.21, "english": 21.0},
+                "symmetric": {"task": 1.26, "english": 22.0},
+                "asymmetric": {"task": 1.24, "english": 23.0},
+            },
+        },
+        **{f"student_{seed}": {"arms": student} for seed in (0, 1, 2)},
+        "latency": {
+            "seconds": {
+                "teacher_fp32": [1.0, 1.2, 0.8],
+                "teacher_int8": [0.5, 0.6, 0.4],
+                "student_fp32": [0.4, 0.4, 0.4],
+                "student_int8": [0.2, 0.24, 0.16],
+            }
+        },
+        "tails": {"by_k": by_k},
+        "layers_train": _layers(2.0),
+        "layers_serve": _layers(2.0),
+        "exports": {"llama_cpp": {"first_tokens": 1.0, "tokens": 0.9, "answers": 0.5}, "sizes": {}},
+        **changes,
+    }
+
+
+def _rows(**changes: Any) -> dict[str, Row]:
+    return {row.id: row for row in build_rows(_results(**changes))}
+
+
+def test_every_bar_of_the_issue_has_a_row_of_that_name() -> None:
+    rows = _rows()
+    assert {name: rows[name].bar for name in IDS} == IDS
+    assert {row.id for row in rows.values() if row.bar is not None} == set(IDS)
+    assert len(rows) == len(build_rows(_results()))  # no name twice
+
+
+def test_recovery_is_the_share_of_the_lost_nats() -> None:
+    row = _rows()["compression.w4a8_qat_recovery"]
+    lost = math.log(1.50) - math.log(1.20)
+    assert row.baseline_value == pytest.approx(lost)
+    assert row.value == pytest.approx((math.log(1.50) - math.log(1.25)) / lost)
+    assert row.met
+    for perplexity in (1.21, 1.20, 1.19):  # little lost, nothing, less than nothing
+        changed = {"quantization_w4a8_ptq": _arm(79, perplexity)}
+        little = _rows(**changed)["compression.w4a8_qat_recovery"]
+        assert not little.met
+        assert "not counted" in little.unit
+
+
+def test_the_better_uniform_kind_is_the_baseline() -> None:
+    row = _rows()["compression.codebook4_vs_uniform4_perplexity"]
+    assert row.value == pytest.approx(1.21 / 1.24)
+    assert row.baseline == "asymmetric uniform, 4.40 bits a weight, task"
+
+
+def test_the_perplexity_bar_is_on_the_worse_text() -> None:
+    arm = _arm(80, 1.205) | {"english_perplexity": 20.6}
+    row = _rows(quantization_int8_qat=arm)["compression.int8_qat_perplexity_ratio"]
+    assert row.value == pytest.approx(1.03)
+    assert row.unit == "x (english)"
+    assert not row.met
+
+
+def test_drops_latencies_and_kept_accuracy_are_against_fp32() -> None:
+    rows = _rows()
+    assert rows["compression.int8_ptq_accuracy_drop"].value == pytest.approx(0.01)
+    assert rows["compression.int8_resident_share"].value == pytest.approx(0.3)
+    assert rows["compression.distilled_int8_latency_share"].value == pytest.approx(0.2)
+    assert rows["compression.latency_share.distilled"].value == pytest.approx(0.4)
+    assert rows["compression.distilled_int8_accuracy_kept"].value == pytest.approx(0.95)
+
+
+def test_a_factor_bought_with_more_than_three_times_the_time_does_not_count() -> None:
+    rows = _rows(layers_train=_layers(3.5))
+    row = rows["compression.layered_trainable_factor"]
+    assert row.value == 0.0
+    assert not row.met
+    assert "not counted: 6.0 at 3.5x the time" in row.unit
+    assert rows["compression.layered_servable_factor"].value == 6.0
+
+
+def test_the_page_names_models_kernels_and_commits(tmp_path: Path) -> None:
+    results = _results()
+    record = {
+        "command": "python -m jobs.bench_compression",
+        "date": "2026-11-26",
+        "commits_of_parts": ["abc"],
+        "hardware": {
+            "cpu": "x",
+            "cores": 2,
+            "flags": ["avx2"],
+            "memory_gib": 24,
+            "native_kernels": None,
+        },
+    }
+    write_report(record, build_rows(results), results, tmp_path)
+    text = (tmp_path / "compression.md").read_text()
+    assert "native kernels: none" in text
+    assert "| int8_qat | 80.0% [" in text
+    assert "| student kd_int8, seed 2 | 76.0%" in text
