@@ -15,18 +15,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pyarrow import fs
-
 from r1ray import __version__
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.compression.export import export_model
 from r1ray.compression.logits import PARTS_DIR, store_logits
+from r1ray.config.checks import check_lengths
 from r1ray.config.distill import DistillConfig, StoredLogitsConfig
 from r1ray.config.schema import FileSourceConfig, PipelineConfig, identity
 from r1ray.data.batch_set import BatchSet
 from r1ray.data.pipeline import prepare_batches
 from r1ray.data.reasoning import Problem, draw_heldout
-from r1ray.data.sources import list_files
+from r1ray.data.sources import describe_files
 from r1ray.errors import ConfigError
 from r1ray.evaluation.evaluate import evaluate_models
 from r1ray.evaluation.report import write_report
@@ -41,7 +40,6 @@ from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.config import ModelConfig
 from r1ray.models.student import build_student, plan_student
 from r1ray.observability.progress import StageProgress
-from r1ray.training.step import StepRecord
 from r1ray.training.trainer import CHECKPOINTS_DIR, train_model
 from r1ray.training.worker import Teaching
 
@@ -71,7 +69,7 @@ class Pipeline:
             return self._made["base"]
         base = self._import("base", "base.source", self.config.base.source)
         shape = ModelConfig.load(base.local_dir)
-        _check_lengths(self.config, shape.max_positions)
+        check_lengths(self.config, shape.max_positions)
         if self.config.student is not None:
             plan_student(shape, self.config.student)
         if self.config.distill is not None:
@@ -86,7 +84,7 @@ class Pipeline:
         teacher = self.teacher(config)
         check_same_vocabulary(base.local_dir, teacher.local_dir)
         shape = ModelConfig.load(teacher.local_dir)
-        _check_lengths(self.config, shape.max_positions, of="the teacher", stages=("prepare",))
+        check_lengths(self.config, shape.max_positions, of="the teacher", stages=("prepare",))
         if config.logits.type == "stored" and config.logits.top_k > shape.vocab_size:
             raise ConfigError(
                 f"distill.logits.top_k ({config.logits.top_k}) is above the vocabulary of "
@@ -124,7 +122,7 @@ class Pipeline:
                     on_rows=progress.update,
                 )
 
-        inputs = {"base": base.digest, **_describe_files(config)}
+        inputs = {"base": base.digest, **_describe_sources(config)}
         values = identity(config.prepare, config.tasks)
         values["heldout_problems"] = config.evaluate.num_problems
         return self._stage("prepare", values, inputs, body)
@@ -151,7 +149,7 @@ class Pipeline:
                     teaching=teaching,
                     run_id=self._run_id("train", values, inputs),
                     out_dir=out_dir,
-                    on_step=lambda record: progress.update(record.step, _describe_step(record)),
+                    on_step=lambda record: progress.update(record.step, record.describe()),
                 )
 
         return self._stage("train", values, inputs, body, keep=(CHECKPOINTS_DIR,))
@@ -280,57 +278,13 @@ class Pipeline:
         return compute_run_id(stage, _with_version(values), inputs)
 
 
-def _check_lengths(
-    config: PipelineConfig,
-    max_positions: int,
-    *,
-    of: str = "the base model",
-    stages: tuple[str, ...] = ("prepare", "evaluate", "serve"),
-) -> None:
-    """Raise ConfigError where a stage would go beyond the positions that a model knows."""
-    lengths = {
-        "prepare.max_tokens": config.prepare.max_tokens,
-        "evaluate.max_new_tokens": config.evaluate.max_new_tokens,
-        "evaluate.perplexity_window": config.evaluate.perplexity_window,
-        "serve.max_context_tokens": config.serve.max_context_tokens,
-    }
-    if config.distill is not None and config.distill.on_policy is not None:
-        new_tokens = config.distill.on_policy.max_new_tokens
-        key = "prepare.max_tokens + distill.on_policy.max_new_tokens"
-        lengths[key] = config.prepare.max_tokens + new_tokens
-    for key, length in lengths.items():
-        if length > max_positions and key.startswith(stages):
-            raise ConfigError(
-                f"{key} ({length}) is above {of}'s {max_positions} positions; lower it"
-            )
-
-
 def _with_version(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "r1ray": __version__}
 
 
-def _describe_files(config: PipelineConfig) -> dict[str, str]:
-    """Size and modification time of every source file: contents may be too large to hash."""
-    described = {}
+def _describe_sources(config: PipelineConfig) -> dict[str, str]:
+    described: dict[str, str] = {}
     for source in config.prepare.sources:
-        if not isinstance(source, FileSourceConfig):
-            continue
-        for path in list_files(source.paths):
-            filesystem, inner = (
-                fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
-            )
-            info = filesystem.get_file_info(inner)
-            described[path] = f"{info.size} bytes, {info.mtime_ns}"
+        if isinstance(source, FileSourceConfig):
+            described |= describe_files(source.paths)
     return described
-
-
-def _describe_step(record: StepRecord) -> str:
-    if record.was_skipped:
-        return "not finite, skipped"
-    if record.loss is None or record.learning_rate is None:
-        return "the first update is under way"
-    return (
-        f"loss {record.loss:.3f}  lr {record.learning_rate:.1e}  "
-        f"{record.num_tokens / record.seconds:.0f} tokens/s  "
-        f"stalled {100 * record.exchange_wait_s / record.seconds:.0f}%"
-    )

@@ -25,9 +25,7 @@ import torch
 from jobs.benchmarks.batching_arms import plan_arm
 from jobs.benchmarks.batching_data import build_micro_batch, load_lengths
 from r1ray.config.exchange import DenseExchangeConfig
-from r1ray.config.schema import (
-    TrainConfig,
-)
+from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import IGNORED, BatchBuffers, MicroBatch
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import load_model

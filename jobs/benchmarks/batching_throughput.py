@@ -32,9 +32,7 @@ from jobs.benchmarks.batching_data import (
     load_lengths,
 )
 from r1ray.config.exchange import DenseExchangeConfig
-from r1ray.config.schema import (
-    TrainConfig,
-)
+from r1ray.config.training import TrainConfig
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import Decoder, ModelConfig
 from r1ray.models.config import RopeConfig

@@ -22,7 +22,8 @@ from jobs.benchmarks.compression_models import (
     quantization_arms,
     student_config,
 )
-from jobs.benchmarks.compression_report import build_rows, write_report
+from jobs.benchmarks.compression_report import write_report
+from jobs.benchmarks.compression_rows import build_rows
 from jobs.cli import connected_to_ray
 from r1ray.artifacts import Artifact
 from r1ray.data.batch_set import MicroBatch

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.exchange import CollectiveTransport, LocalTransport, UpdateRule, build_exchange
 from r1ray.models import Decoder

@@ -24,7 +24,7 @@ from jobs.benchmarks.exchange_arms import ArmRunner, build_arm
 from jobs.benchmarks.exchange_cells import WorkerSpec
 from jobs.benchmarks.exchange_data import build_model, list_batches
 from jobs.benchmarks.links import LinkBytes, read_link_bytes
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import MicroBatch, plan_order
 from r1ray.models import Decoder
 from r1ray.training.loss import summed_loss

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jobs.benchmarks.kernel_memory import read_peak, reset_peak
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.errors import BudgetError
 from r1ray.exchange import LocalTransport, OffloadedExchange, build_exchange

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from r1ray.config.exchange import DenseExchangeConfig
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.exchange import LocalTransport, StepOutcome, build_exchange
 from r1ray.models import Decoder, ModelConfig

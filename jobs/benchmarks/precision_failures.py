@@ -29,7 +29,7 @@ from jobs.benchmarks.precision_arms import (
     draw_batches,
     heldout_loss,
 )
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.errors import DivergenceError
 from r1ray.exchange import DenseExchange
 from r1ray.models import Decoder

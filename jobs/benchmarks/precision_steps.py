@@ -25,7 +25,7 @@ from jobs.benchmarks.precision_arms import (
     draw_batches,
     heldout_loss,
 )
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.training.memory import KEEP_FREED_MEMORY
 
 __all__ = ["SHAPES", "STEP_ARMS", "measure_steps", "run_steps"]

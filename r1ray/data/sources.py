@@ -30,6 +30,7 @@ from r1ray.errors import ArtifactError, ConfigError
 
 __all__ = [
     "ROW_SCHEMA",
+    "describe_files",
     "list_files",
     "read_file",
     "rows_to_table",
@@ -78,6 +79,18 @@ def list_files(paths: Sequence[str]) -> list[str]:
             raise ConfigError(f"prepare.sources: {path!r} matches no {', '.join(_SUFFIXES)} file")
         found.update(matches)
     return sorted(found)
+
+
+def describe_files(paths: Sequence[str]) -> dict[str, str]:
+    """Size and modification time of every data file: contents may be too large to hash."""
+    described = {}
+    for path in list_files(paths):
+        filesystem, inner = (
+            fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
+        )
+        info = filesystem.get_file_info(inner)
+        described[path] = f"{info.size} bytes, {info.mtime_ns}"
+    return described
 
 
 def _list_local(path: str) -> list[str]:

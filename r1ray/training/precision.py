@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.errors import DivergenceError
 from r1ray.exchange import StepOutcome, Transport
 from r1ray.models.decoder import Decoder

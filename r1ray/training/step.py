@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.exchange import Exchange, StepTotals, Transport, UpdateRule
 from r1ray.models.decoder import Decoder
@@ -61,6 +61,18 @@ class StepRecord:
     received_bytes: int
     residual_norm: float
     staleness_steps: int
+
+    def describe(self) -> str:
+        """A few words for the progress line."""
+        if self.was_skipped:
+            return "not finite, skipped"
+        if self.loss is None or self.learning_rate is None:
+            return "the first update is under way"
+        return (
+            f"loss {self.loss:.3f}  lr {self.learning_rate:.1e}  "
+            f"{self.num_tokens / self.seconds:.0f} tokens/s  "
+            f"stalled {100 * self.exchange_wait_s / self.seconds:.0f}%"
+        )
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:

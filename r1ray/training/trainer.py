@@ -20,7 +20,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from r1ray.artifacts import Artifact, ArtifactStore
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.errors import DivergenceError, ExchangeError, R1RayError
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.training.checkpoint import HISTORY_NAME, is_whole, load_history

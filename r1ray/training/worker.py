@@ -18,7 +18,7 @@ import torch
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.compression.logit_store import LogitStore
 from r1ray.config.distill import DistillConfig
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import BatchSet, plan_order
 from r1ray.errors import DivergenceError
 from r1ray.exchange import (

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from jobs.benchmarks.compression_report import build_rows, write_report
+from jobs.benchmarks.compression_report import write_report
+from jobs.benchmarks.compression_rows import build_rows
 from r1ray.evaluation.record import Row
 
 IDS = {

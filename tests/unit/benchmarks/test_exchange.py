@@ -20,7 +20,7 @@ from jobs.benchmarks.exchange_report import (
 from jobs.benchmarks.exchange_run import summarize
 from jobs.benchmarks.exchange_tables import render_arithmetic, render_cells, write_report
 from jobs.benchmarks.exchange_worker import WorkerResult
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.errors import ExchangeError
 from r1ray.evaluation.record import Row
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.errors import ExchangeError
 from r1ray.exchange import (
     LocalTransport,

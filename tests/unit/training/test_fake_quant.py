@@ -7,7 +7,8 @@ import torch
 from pydantic import TypeAdapter
 
 from r1ray.config.exchange import ExchangeConfig
-from r1ray.config.schema import Scheme, TrainConfig
+from r1ray.config.schema import Scheme
+from r1ray.config.training import TrainConfig
 from r1ray.exchange import LocalTransport, Transport, build_exchange
 from r1ray.models import Decoder
 from r1ray.models.quantization import SCHEMES, fake_quantize_modules, quantize_modules

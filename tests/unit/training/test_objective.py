@@ -16,7 +16,7 @@ from r1ray.config.distill import (
     OnPolicyConfig,
     StoredLogitsConfig,
 )
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.training.loss import summed_loss

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from r1ray.config.exchange import StreamExchangeConfig
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.errors import DivergenceError
 from r1ray.exchange import LocalTransport, StepOutcome, StepTotals, build_exchange
 from r1ray.exchange.dense import DenseExchange

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from r1ray.config.schema import TrainConfig
+from r1ray.config.training import TrainConfig
 from r1ray.exchange import LocalTransport
 from r1ray.exchange.dense import DenseExchange
 from r1ray.training.checkpoint import STATE_NAME, is_whole, save_checkpoint

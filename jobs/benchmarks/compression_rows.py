@@ -1,0 +1,285 @@
+"""The rows of docs/benchmarks/compression.json, with their bars."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jobs.benchmarks.compression_codebook import TOP_KS
+from jobs.benchmarks.compression_models import SEEDS
+from r1ray.evaluation.accuracy import paired_difference
+from r1ray.evaluation.record import Row
+
+__all__ = ["QUANTIZED", "Results", "build_rows"]
+
+Results = Mapping[str, Mapping[str, Any]]
+QUANTIZED = ("bf16", "int8_ptq", "int8_qat", "w4a8_ptq", "w4a8_qat", "codebook4")
+_EASY_NATS = 0.02  # less than that lost by rounding says nothing about what QAT recovers
+
+
+def build_rows(results: Results) -> list[Row]:
+    """Every row of the record, from the stored results by name."""
+    return [
+        *_quantization_rows(results),
+        *_codebook_rows(results["uniform"]),
+        *_distillation_rows(results),
+        *_tail_rows(results["tails"]),
+        *(row for task in ("train", "serve") for row in _layer_rows(task, results)),
+        *_export_rows(results["exports"]),
+    ]
+
+
+def _quantization_rows(results: Results) -> list[Row]:
+    arms = {name: results[f"quantization_{name}"] for name in ("fp32", *QUANTIZED)}
+    plain = arms["fp32"]
+    rows = []
+    for name in QUANTIZED:
+        drop, low, high = paired_difference(plain["is_correct"], arms[name]["is_correct"])
+        bar = "<= 0.01" if name == "int8_qat" else None
+        rows.append(
+            Row(
+                f"compression.{name}_accuracy_drop",
+                drop,
+                "points/100",
+                (low, high),
+                "fp32, accuracy",
+                statistics.mean(plain["is_correct"]),
+                bar,
+            )
+        )
+        rows += _perplexity_rows(name, arms[name], plain)
+        rows += _cost_rows(name, arms[name], plain)
+    return [*rows, *_recovery_rows(arms)]
+
+
+def _perplexity_rows(name: str, arm: Mapping[str, Any], plain: Mapping[str, Any]) -> list[Row]:
+    """The worse of both texts, then each."""
+    ratios = {
+        text: arm[f"{text}_perplexity"] / plain[f"{text}_perplexity"]
+        for text in ("task", "english")
+    }
+
+    def row(text: str, suffix: str, bar: str | None) -> Row:
+        return Row(
+            f"compression.{name}_perplexity_ratio{suffix}",
+            ratios[text],
+            f"x ({text})",
+            baseline=f"fp32, {text}",
+            baseline_value=plain[f"{text}_perplexity"],
+            bar=bar,
+        )
+
+    worse = max(ratios, key=ratios.__getitem__)
+    return [
+        row(worse, "", "<= 1.01" if name == "int8_qat" else None),
+        *(row(text, f".{text}", None) for text in ratios),
+    ]
+
+
+def _cost_rows(name: str, arm: Mapping[str, Any], plain: Mapping[str, Any]) -> list[Row]:
+    def share(row_id: str, mine: float, theirs: float, unit: str, bar: str | None = None) -> Row:
+        return Row(row_id, mine / theirs, "share", None, f"fp32, {unit}", theirs, bar)
+
+    rows = [
+        share(
+            f"compression.{name}_size_share",
+            arm["weight_bytes"],
+            plain["weight_bytes"],
+            "bytes on disk",
+        ),
+        share(
+            f"compression.{name}_decode_share",
+            arm["latency"]["decode_ms_per_token"],
+            plain["latency"]["decode_ms_per_token"],
+            "ms a token",
+        ),
+    ]
+    if arm["resident_bytes"] is not None:
+        is_int8 = name == "int8_ptq"
+        rows.append(
+            share(
+                "compression.int8_resident_share"
+                if is_int8
+                else f"compression.{name}_resident_share",
+                arm["resident_bytes"],
+                plain["resident_bytes"],
+                "bytes resident",
+                "<= 0.4" if is_int8 else None,
+            )
+        )
+    return rows
+
+
+def _recovery_rows(arms: Results) -> list[Row]:
+    """Share of what rounding to 4 bits loses on the task that training through it brings back."""
+    logs = {name: math.log(arm["task_perplexity"]) for name, arm in arms.items()}
+    lost = logs["w4a8_ptq"] - logs["fp32"]
+    can_tell = lost >= _EASY_NATS
+    return [
+        Row(
+            "compression.w4a8_qat_recovery",
+            (logs["w4a8_ptq"] - logs["w4a8_qat"]) / lost if can_tell else 0.0,
+            "share" if can_tell else "share (not counted: too little is lost to tell)",
+            baseline="lost by w4a8_ptq, nats",
+            baseline_value=lost,
+            bar=">= 0.667",
+        )
+    ]
+
+
+def _codebook_rows(uniform: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    perplexity, bits = uniform["perplexity"], uniform["bits"]
+    for text, suffix, bar in (("task", "", "< 1"), ("english", "_english", None)):
+        kinds = ("symmetric", "asymmetric")
+        best = min(kinds, key=lambda kind: perplexity[kind][text])
+        rows.append(
+            Row(
+                f"compression.codebook4_vs_uniform4_perplexity{suffix}",
+                perplexity["codebook"][text] / perplexity[best][text],
+                "x",
+                baseline=f"{best} uniform, {bits[best]:.2f} bits a weight, {text}",
+                baseline_value=perplexity[best][text],
+                bar=bar,
+            )
+        )
+        rows.append(
+            Row(
+                f"compression.codebook4_vs_float_perplexity{suffix}",
+                perplexity["codebook"][text] / perplexity["float"][text],
+                "x",
+                baseline=f"float weights, {text}",
+                baseline_value=perplexity["float"][text],
+            )
+        )
+    rows += [
+        Row(f"compression.bits_a_weight.{kind}", value, "bits") for kind, value in bits.items()
+    ]
+    return rows
+
+
+def _distillation_rows(results: Results) -> list[Row]:
+    teacher = statistics.mean(results["quantization_fp32"]["is_correct"])
+    students = [results[f"student_{seed}"] for seed in SEEDS]
+    rows = []
+    for name in ("sft", "kd", "kd_int8"):
+        kept = [
+            statistics.mean(student["arms"][name]["is_correct"]) / teacher for student in students
+        ]
+        row_id = "compression.distilled_int8_accuracy_kept"
+        rows.append(
+            Row(
+                row_id if name == "kd_int8" else f"compression.student_accuracy_kept.{name}",
+                statistics.mean(kept),
+                "of the teacher's",
+                (min(kept), max(kept)),
+                "teacher in fp32, accuracy",
+                teacher,
+                ">= 0.95" if name == "kd_int8" else None,
+            )
+        )
+    return [*rows, *_latency_rows(results["latency"]["seconds"])]
+
+
+def _latency_rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Time for the same answers, by answer: medians of ratios with a bootstrapped 95% interval."""
+    pairs = {
+        "compression.distilled_int8_latency_share": ("student_int8", "teacher_fp32", "<= 0.29"),
+        "compression.latency_share.distilled": ("student_fp32", "teacher_fp32", None),
+        "compression.latency_share.int8_of_student": ("student_int8", "student_fp32", None),
+        "compression.latency_share.int8_of_teacher": ("teacher_int8", "teacher_fp32", None),
+    }
+    rows = []
+    for row_id, (mine, base, bar) in pairs.items():
+        ratios = np.asarray(seconds[mine]) / np.asarray(seconds[base])
+        picks = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+        low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
+        rows.append(
+            Row(
+                row_id,
+                float(np.median(ratios)),
+                "share",
+                (float(low), float(high)),
+                f"{base}, s an answer",
+                statistics.median(seconds[base]),
+                bar,
+            )
+        )
+    return rows
+
+
+def _tail_rows(tails: Mapping[str, Any]) -> list[Row]:
+    by_k = tails["by_k"]
+    worst = max(TOP_KS, key=lambda k: by_k[str(k)]["tail_error"] / by_k[str(k)]["top_k_error"])
+
+    def row(row_id: str, k: int, bar: str | None) -> Row:
+        item = by_k[str(k)]
+        return Row(
+            row_id,
+            item["tail_error"] / item["top_k_error"],
+            f"x (k = {k})",
+            baseline="top-k alone, error of KL",
+            baseline_value=item["top_k_error"],
+            bar=bar,
+        )
+
+    return [
+        row("compression.tail_kl_error_vs_topk", worst, "< 1"),
+        *(row(f"compression.tail_kl_error_vs_topk.k{k}", k, None) for k in TOP_KS),
+        *(
+            Row(f"compression.tail_kl_error.k{k}", by_k[str(k)]["tail_error"], "of dense KL")
+            for k in TOP_KS
+        ),
+        *(
+            Row(f"compression.logit_bytes.k{k}", by_k[str(k)]["bytes_per_target"], "bytes a target")
+            for k in TOP_KS
+        ),
+    ]
+
+
+def _layer_rows(task: str, results: Results) -> list[Row]:
+    found = results[f"layers_{task}"]
+    slower = found["tiered"]["seconds"] / found["plain"]["seconds"]
+    factor = found["tiered_parameters"] / found["plain_parameters"]
+    name = {"train": "trainable", "serve": "servable"}[task]
+    counts = slower <= 3
+    return [
+        Row(
+            f"compression.layered_{name}_factor",
+            factor if counts else 0.0,
+            "x parameters"
+            + (" or more" if found["is_capped"] else "")
+            + ("" if counts else f" (not counted: {factor:.1f} at {slower:.1f}x the time)"),
+            baseline=f"without tiers, {found['budget_mib']} MiB, parameters",
+            baseline_value=found["plain_parameters"],
+            bar=">= 3",
+        ),
+        Row(
+            f"compression.layered_{name}_slowdown",
+            slower,
+            "x (warm page cache)",
+            baseline=f"without tiers, {found['plain_layers']} layers, s",
+            baseline_value=found["plain"]["seconds"],
+        ),
+        Row(
+            f"compression.layered_{name}_slowdown_cold",
+            found["tiered_cold"]["seconds"] / found["plain"]["seconds"],
+            "x (cold page cache)",
+        ),
+        Row(
+            f"compression.layered_{name}_peak_share",
+            found["largest"]["grown_bytes"] / 2**20 / found["budget_mib"],
+            "of the budget, at the largest size",
+        ),
+    ]
+
+
+def _export_rows(exports: Mapping[str, Any]) -> list[Row]:
+    return [
+        Row(f"compression.export_equal_{kind}.{reader}", exports[reader][kind], "share")
+        for reader in ("llama_cpp", "transformers")
+        if reader in exports
+        for kind in ("first_tokens", "tokens")
+    ]
