@@ -51,6 +51,7 @@ ARMS = {
         {"type": "stream", "local_steps": 8, "overlap_steps": 2, "tail_share": 0.02},
         steps_factor=1.6,
     ),
+    "stream_h2": Arm({"type": "stream", "local_steps": 2, "overlap_steps": 1, "tail_share": 0.02}),
     "stream_h8": Arm({"type": "stream", "local_steps": 8, "overlap_steps": 2, "tail_share": 0.02}),
     "stream_h20": Arm({"type": "stream", "local_steps": 20, "tail_share": 0.02}),
     "stream_h100": Arm({"type": "stream", "local_steps": 100, "tail_share": 0.01}),
@@ -62,6 +63,7 @@ RATES_MBIT = (50, 200, 1000)
 SEEDS = (0, 1, 2)
 PARTS = ("links", "faults", "headline", "grid", "bytes", "quality", "smollm2")
 _HEADLINE_ARMS = ("ddp_fp32", "ddp_bf16", "ddp_powersgd", *R1RAY_ARMS)
+_STREAM_QUALITY_ARMS = ("stream_h2", "stream_h8", "stream_h20", "stream_h100")
 _BATCHES_PER_STEP = 4  # one for each worker where there are more
 _TRAINING: dict[ModelName, dict[str, Any]] = {
     "small": {"learning_rate": 1.5e-3, "warmup_steps": 10},
@@ -158,7 +160,7 @@ def plan_cells(part: str) -> list[Cell]:
         ]
         return [*counted, _build("bytes", "stream_h100", 4, None, 0, 500)]
     if part == "quality":
-        arms = ("dense", "delta4", "delta4_async", "stream_h8", "stream_h20", "stream_h100")
+        arms = ("dense", "delta4", "delta4_async", *_STREAM_QUALITY_ARMS)
         small = [
             _build("quality", arm, 4, None, seed, 400, eval_every=40)
             for seed in SEEDS
@@ -168,7 +170,7 @@ def plan_cells(part: str) -> list[Cell]:
             *small,
             *(
                 _build("quality", arm, 2, None, 0, 30, eval_every=30, model="smollm2", cap_s=1200)
-                for arm in ("dense", "delta4", "delta4_async")
+                for arm in ("dense", "delta4", "delta4_async", "stream_h8")
             ),
         ]
     if part == "smollm2":
