@@ -215,5 +215,5 @@ def _shorten(units: Sequence[str]) -> str:
     """Names, with runs of layers as their first and last."""
     layers = [unit for unit in units if unit.startswith("layer ")]
     others = [unit for unit in units if not unit.startswith("layer ")]
-    parts = [f"{len(layers)} layers"] if layers else []
+    parts = [f"{len(layers)} layer{'s' * (len(layers) > 1)}"] if layers else []
     return ", ".join([*parts, *others]) or "nothing"
