@@ -77,11 +77,14 @@ class Exchange(ABC):
         num_updates: updates applied: the clock of the learning rate.
         plan: why this exchange was chosen, where one was.
         is_local: whether the next step's outcome is of this worker alone: totals and verdict too.
+        copies_state: whether `load_state_dict` copies what it is given, which may then be views of
+            the checkpoint's files.
     """
 
     num_updates: int = 0
     plan: str | None = None
     is_local: bool = False
+    copies_state: bool = False
 
     @abstractmethod
     def setup(

@@ -40,6 +40,8 @@ class OffloadedExchange(Exchange):
         directory: for files of gradients and moments; None for the system's temporary directory.
     """
 
+    copies_state = True
+
     def __init__(self, tiered: TieredModel, directory: str | Path | None) -> None:
         self._tiered = tiered
         self._directory = directory

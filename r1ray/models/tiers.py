@@ -92,20 +92,14 @@ def plan_placement(
 
 
 class Budget:
-    """A bound on what the process's resident memory grows by, as the kernel counts it.
+    """A bound on what the process's resident memory grows by, as the kernel counts it."""
 
-    Args:
-        limit_bytes: None for no bound.
-    """
-
-    def __init__(self, limit_bytes: int | None) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._baseline = resident_bytes()
 
     def check(self) -> None:
         """Raise BudgetError when more is resident than the budget allows."""
-        if self._limit_bytes is None:
-            return
         grown = resident_bytes() - self._baseline
         if grown > self._limit_bytes:
             raise BudgetError(
@@ -212,7 +206,7 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _shorten(units: Sequence[str]) -> str:
-    """Names, with runs of layers as their first and last."""
+    """Names, but of layers their number."""
     layers = [unit for unit in units if unit.startswith("layer ")]
     others = [unit for unit in units if not unit.startswith("layer ")]
     parts = [f"{len(layers)} layer{'s' * (len(layers) > 1)}"] if layers else []

@@ -65,7 +65,9 @@ def load_checkpoint(directory: Path, state: TrainState) -> list[StepRecord]:
     state.model.load_state_dict(stored)
     shared = _load(directory / STATE_NAME)
     ranks = range(shared["world_size"])
-    state.load_state_dict(shared, [_load(directory / exchange_name(rank)) for rank in ranks])
+    is_mapped = state.exchange.copies_state
+    parts = [_load(directory / exchange_name(rank), is_mapped=is_mapped) for rank in ranks]
+    state.load_state_dict(shared, parts)
     state.exchange.release_memory()
     return load_history(directory)
 
@@ -91,9 +93,10 @@ def load_history(directory: Path) -> list[StepRecord]:
         raise ArtifactError(f"{path}: cannot be read ({error})") from error
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, *, is_mapped: bool = False) -> dict[str, Any]:
+    """What was saved; `is_mapped`: as views of the file, which must not outlive it."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=is_mapped)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ArtifactError(
             f"{path}: no readable training state ({type(error).__name__}); remove the checkpoint"

@@ -12,7 +12,7 @@ from r1ray.models.kv_cache import KVCache
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.streaming import list_units, stream_units
 from r1ray.models.tiered import load_to_serve, load_to_train
-from r1ray.models.tiers import Budget, plan_placement
+from r1ray.models.tiers import plan_placement
 from tests.fakes import tiny_config, tiny_model
 from tests.unit.oracle import FAMILIES, random_ids
 
@@ -216,7 +216,3 @@ def test_a_directory_in_memory_is_no_slow_tier(tmp_path: Path) -> None:
 def _in_memory(path: Path) -> bool:
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     return any(mount[1] == str(path) and mount[2] == "tmpfs" for mount in mounts)
-
-
-def test_a_budget_without_a_limit_is_never_spent() -> None:
-    Budget(None).check()
