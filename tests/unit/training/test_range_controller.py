@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from r1ray.training.precision_policy import GroupRange, PrecisionPolicy, StepRange, ThresholdPolicy
+from r1ray.training.precision_policy import GroupRange, PrecisionPolicy, StepRange
 from r1ray.training.range_controller import RangeController
+from tests.unit.training.policies import seen_range, update_policy
 
 FP16 = torch.finfo(torch.float16)
 LEAST = FP16.tiny * FP16.eps
@@ -15,23 +16,6 @@ NORMAL = (1.0, 1e-2)  # largest and smallest |g| of a group that fp16 holds at S
 
 def _controller(num_groups: int = 4, **changes: Any) -> RangeController:
     return RangeController([True] * num_groups, torch.float16, **{"raise_after": 5} | changes)
-
-
-def _seen(
-    amax: float = 1.0,
-    *,
-    nonfinite: float = 0.0,
-    subnormal: float = 0.0,
-    flushed: float = 0.0,
-    fault: float = 0.0,
-) -> GroupRange:
-    return GroupRange(amax, nonfinite, subnormal, flushed, fault)
-
-
-def _update(policy: PrecisionPolicy, *groups: GroupRange, **changes: Any) -> None:
-    is_finite = not any(group.num_nonfinite or group.forward_fault for group in groups)
-    step = {"is_finite": is_finite, "groups": groups, "generation": policy.generation}
-    policy.update(StepRange(**{**step, **changes}))
 
 
 def _run(policy: PrecisionPolicy, *sizes: tuple[float, float], steps: int = 1) -> int:
@@ -54,7 +38,7 @@ def _run(policy: PrecisionPolicy, *sizes: tuple[float, float], steps: int = 1) -
             is_wide = index in policy.promoted
             is_visible = is_wide or smallest * scale >= LEAST
             groups.append(
-                _seen(
+                seen_range(
                     math.inf if index <= failed else largest * scale,
                     nonfinite=float(index <= failed),
                     subnormal=0.5 * (is_visible and smallest * scale < FP16.tiny),
@@ -62,7 +46,7 @@ def _run(policy: PrecisionPolicy, *sizes: tuple[float, float], steps: int = 1) -
                 )
             )
         skips += failed >= 0
-        _update(policy, *groups)
+        update_policy(policy, *groups)
     return skips
 
 
@@ -99,7 +83,7 @@ def test_a_group_that_overflows_again_at_once_is_promoted_and_the_scale_recovers
 def test_one_overflow_returns_to_half_the_scale_that_caused_it() -> None:
     controller = _controller()
     _run(controller, *[NORMAL] * 4)
-    _update(controller, *[_seen(math.inf, nonfinite=3)] * 4)
+    update_policy(controller, *[seen_range(math.inf, nonfinite=3)] * 4)
     assert controller.loss_scale == 2.0**-4
     _run(controller, *[NORMAL] * 4)
     assert controller.loss_scale == 0.5
@@ -115,18 +99,18 @@ def test_a_growing_gradient_lowers_the_scale_before_it_overflows() -> None:
 
 def test_underflow_raises_the_scale_only_when_it_lasts() -> None:
     controller = _controller(raise_after=50)
-    short, good = _seen(subnormal=0.0101), _seen(subnormal=0.0099)
+    short, good = seen_range(subnormal=0.0101), seen_range(subnormal=0.0099)
     for _ in range(3):
         for _ in range(49):
-            _update(controller, short, *[good] * 3)
-        _update(controller, *[good] * 4)
+            update_policy(controller, short, *[good] * 3)
+        update_policy(controller, *[good] * 4)
     assert controller.loss_scale == 1.0
     for _ in range(50):
         assert controller.loss_scale == 1.0
-        _update(controller, short, *[good] * 3)
+        update_policy(controller, short, *[good] * 3)
     assert controller.loss_scale == 2.0**13  # which leaves the logits 4x headroom
     for _ in range(100):
-        _update(controller, *[good] * 4)
+        update_policy(controller, *[good] * 4)
     assert controller.loss_scale == 2.0**13
     assert not controller.promoted
 
@@ -134,18 +118,18 @@ def test_underflow_raises_the_scale_only_when_it_lasts() -> None:
 @pytest.mark.parametrize(
     ("seen", "num_steps"),
     [
-        (_seen(subnormal=0.02), 25),
-        (_seen(subnormal=0.1), 5),
-        (_seen(subnormal=0.9), 4),  # one step is no evidence
-        (_seen(0.0), 4),  # nothing is left to be counted
-        (_seen(1e-6), 4),
+        (seen_range(subnormal=0.02), 25),
+        (seen_range(subnormal=0.1), 5),
+        (seen_range(subnormal=0.9), 4),  # one step is no evidence
+        (seen_range(0.0), 4),  # nothing is left to be counted
+        (seen_range(1e-6), 4),
     ],
 )
 def test_the_more_underflow_the_sooner_the_scale_rises(seen: GroupRange, num_steps: int) -> None:
     controller = _controller(raise_after=50)
     for _ in range(num_steps):
         assert controller.loss_scale == 1.0
-        _update(controller, seen, *[_seen()] * 3)
+        update_policy(controller, seen, *[seen_range()] * 3)
     assert controller.loss_scale > 1.0
 
 
@@ -201,24 +185,25 @@ def test_a_promoted_group_goes_back_after_clean_steps_in_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "unclean", [_seen(amax=2e4), _seen(subnormal=0.02), _seen(subnormal=0.009, flushed=0.005)]
+    "unclean",
+    [seen_range(amax=2e4), seen_range(subnormal=0.02), seen_range(subnormal=0.009, flushed=0.005)],
 )
 def test_a_gradient_that_would_not_have_fitted_keeps_a_group_promoted(unclean: GroupRange) -> None:
     controller = _controller(num_groups=2, demote_after=3)
     controller.promoted = frozenset({1})
     for _ in range(20):
-        _update(controller, _seen(), unclean)
+        update_policy(controller, seen_range(), unclean)
     assert controller.promoted == {1}
     for _ in range(3):
-        _update(controller, _seen(), _seen())
+        update_policy(controller, seen_range(), seen_range())
     assert not controller.promoted
 
 
 def test_one_poisoned_forward_changes_nothing() -> None:
     controller = _controller()
     _run(controller, *[NORMAL] * 4)
-    broken = _seen(math.inf, nonfinite=9)
-    _update(controller, broken, _seen(math.inf, nonfinite=9, fault=1), broken, broken)
+    broken = seen_range(math.inf, nonfinite=9)
+    update_policy(controller, broken, seen_range(math.inf, nonfinite=9, fault=1), broken, broken)
     assert controller.loss_scale == 1.0
     assert not controller.promoted
     assert controller.strikes == 1
@@ -229,9 +214,10 @@ def test_one_poisoned_forward_changes_nothing() -> None:
 def _forward_fault(controller: RangeController, index: int, num_groups: int = 4) -> None:
     """The output of `index` is not finite, and all that follows from it."""
     groups = [
-        _seen(math.inf, nonfinite=9, fault=float(group >= index)) for group in range(num_groups)
+        seen_range(math.inf, nonfinite=9, fault=float(group >= index))
+        for group in range(num_groups)
     ]
-    _update(controller, *groups)
+    update_policy(controller, *groups)
 
 
 def test_a_group_whose_forward_fails_again_is_promoted_and_the_scale_kept() -> None:
@@ -275,14 +261,16 @@ def test_forward_faults_that_move_on_are_no_strikes_but_one_that_stays_is() -> N
 def test_what_stays_not_finite_however_far_the_scale_falls_ends_in_three_strikes() -> None:
     controller = _controller()
     for strikes in (1, 2, 3):
-        _update(controller, _seen(), _seen(math.inf, nonfinite=1), _seen(), _seen())
+        update_policy(
+            controller, seen_range(), seen_range(math.inf, nonfinite=1), seen_range(), seen_range()
+        )
         assert controller.strikes == strikes
     assert controller.loss_scale == 2.0**-20
     assert controller.promoted == {1}
 
 
 def test_the_fault_is_the_first_in_the_forward_or_else_the_first_in_the_backward() -> None:
-    good, bad, source = _seen(), _seen(nonfinite=1), _seen(nonfinite=1, fault=1)
+    good, bad, source = seen_range(), seen_range(nonfinite=1), seen_range(nonfinite=1, fault=1)
     assert StepRange(False, (bad, source, source, bad)).find_fault() == (1, True)
     assert StepRange(False, (bad, bad, bad, good)).find_fault() == (2, False)
     assert StepRange(False, (good, good)).find_fault() is None
@@ -292,7 +280,9 @@ def test_an_overflow_bounds_the_scale_for_a_while() -> None:
     controller = _controller(demote_after=50)
     small = (1e-3, 1e-6)
     _run(controller, *[NORMAL] * 4)
-    _update(controller, *[_seen(math.inf, nonfinite=1)] * 3, _seen())  # group 2 did it
+    update_policy(
+        controller, *[seen_range(math.inf, nonfinite=1)] * 3, seen_range()
+    )  # group 2 did it
     _run(controller, *[small] * 4, steps=3)
     assert controller.loss_scale == 0.5
     _run(controller, *[small] * 4)
@@ -302,7 +292,9 @@ def test_an_overflow_bounds_the_scale_for_a_while() -> None:
 
 def test_the_bound_of_an_overflow_ends() -> None:
     controller = _controller(demote_after=30)
-    _update(controller, _seen(), _seen(), _seen(), _seen(math.inf, nonfinite=1))
+    update_policy(
+        controller, seen_range(), seen_range(), seen_range(), seen_range(math.inf, nonfinite=1)
+    )
     _run(controller, *[NORMAL] * 4, steps=29)
     assert controller.loss_scale == 0.5
     _run(controller, *[(1e-3, 1e-6)] * 4, steps=5)
@@ -313,7 +305,7 @@ def test_the_bound_of_an_overflow_ends() -> None:
 def test_a_group_that_is_only_looked_up_is_left_alone() -> None:
     controller = RangeController([False, True, True], torch.float16, raise_after=5)
     for _ in range(20):
-        _update(controller, _seen(1e30, subnormal=0.9), _seen(), _seen())
+        update_policy(controller, seen_range(1e30, subnormal=0.9), seen_range(), seen_range())
     assert controller.loss_scale == 1.0
     assert not controller.promoted
 
@@ -322,17 +314,17 @@ def test_bfloat16_needs_no_scale_where_fp16_does() -> None:
     controller = RangeController([True] * 2, torch.bfloat16, raise_after=5)
     for amax in (0.0, 1e-20, 1.0, 1e30):
         for _ in range(20):
-            _update(controller, _seen(amax), _seen(amax))
+            update_policy(controller, seen_range(amax), seen_range(amax))
     assert controller.loss_scale == 1.0
     assert not controller.promoted
 
 
 def test_a_step_computed_before_the_last_decision_is_not_judged() -> None:
     controller = _controller()
-    overflow = [_seen(math.inf, nonfinite=1)] * 4
-    _update(controller, *overflow)
+    overflow = [seen_range(math.inf, nonfinite=1)] * 4
+    update_policy(controller, *overflow)
     assert controller.loss_scale == 2.0**-4
-    _update(controller, *overflow, generation=0)  # it was under way when S fell
+    update_policy(controller, *overflow, generation=0)  # it was under way when S fell
     assert controller.loss_scale == 2.0**-4
     assert controller.strikes == 1
 
@@ -375,31 +367,3 @@ def test_a_restored_controller_decides_as_the_one_that_went_on(seed: int) -> Non
         assert resumed.loss_scale == straight.loss_scale
         assert resumed.promoted == straight.promoted
     assert resumed.state_dict() == straight.state_dict()
-
-
-def test_the_threshold_looks_at_the_gradient_of_the_mean_loss() -> None:
-    policy = ThresholdPolicy([False, True, True, True])
-    _update(policy, _seen(1e9), _seen(59), _seen(61), _seen(1.0), targets_per_worker=10.0)
-    assert policy.promoted == {2}
-    assert policy.loss_scale == 1.0
-    _update(policy, *[_seen()] * 4, targets_per_worker=10.0)
-    assert not policy.promoted
-
-
-def test_the_threshold_takes_what_is_not_finite_for_large_and_gives_up_after_three() -> None:
-    policy = ThresholdPolicy([True, True])
-    for strikes in (1, 2, 3):
-        _update(policy, _seen(math.inf, nonfinite=1), _seen(1.0))
-        assert policy.promoted == {0}
-        assert policy.strikes == strikes
-
-
-def test_policy_none_only_counts() -> None:
-    policy = PrecisionPolicy()
-    for strikes in (1, 2):
-        policy.update(StepRange(is_finite=False))
-        assert policy.strikes == strikes
-    policy.update(StepRange(is_finite=True))
-    assert policy.strikes == 0
-    assert policy.loss_scale == 1.0
-    assert not policy.promoted
