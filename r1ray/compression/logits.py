@@ -94,7 +94,7 @@ def store_logits(
             partial.rename(parts_dir / part_name(row["part"]))
             num_done += 1
             on_batches(min(num_done * PART_BATCHES, len(batches)))
-    num_targets = sum(batches.read(index).num_targets for index in range(len(batches)))
+    num_targets = batches.summary["num_targets"]
     size = 0
     for part in range(num_parts):
         path = (parts_dir / part_name(part)).rename(out_dir / part_name(part))

@@ -51,6 +51,8 @@ def test_a_student_learns_from_stored_logits_and_then_from_its_own_answers(tmp_p
     assert store.index.num_batches == len(batches)
     for index in (0, len(batches) - 1):
         assert len(store.read(index).tail_P) == batches.read(index).num_targets
+    targets = sum(batches.read(index).num_targets for index in range(len(batches)))
+    assert store.index.num_targets == targets
     assert stored.manifest.metrics["bytes_per_target"] > 0
     history = json.loads((trained.local_dir / "history.json").read_text())
     assert [record["step"] for record in history] == [1, 2, 3, 4, 5]
