@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +159,11 @@ def find_versions() -> dict[str, str]:
 
 
 def read_commit() -> str | None:
-    """The git commit of this r1ray, with `+` behind it when there are uncommitted changes."""
+    """The git commit of this r1ray, with `+` behind it when there are uncommitted changes.
+
+    Where it does not lie in a repository, as in a container or shipped by `ray job submit`, it is
+    what the environment's R1RAY_COMMIT says, if anything.
+    """
     try:
         shown, status = (
             subprocess.run(
@@ -175,5 +180,5 @@ def read_commit() -> str | None:
             )
         )
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("R1RAY_COMMIT")
     return shown + ("+" if status else "")

@@ -26,27 +26,38 @@ def measure_latency(
     model: Decoder, *, prompt_tokens: int = 128, new_tokens: int = 32, repeats: int = 5
 ) -> Latency:
     """Latency of one sequence alone, after one warm-up; `repeats` prefills are counted."""
-    ids = torch.arange(prompt_tokens)[None] % model.config.vocab_size
-    dtype = model.model.norm.weight.dtype
+    dtype, device = model.model.norm.weight.dtype, model.model.norm.weight.device
+    ids = torch.arange(prompt_tokens, device=device)[None] % model.config.vocab_size
     prefills, decodes = [], []
     for repeat in range(repeats + 1):
         cache = KVCache(
-            model.config, max_rows=1, max_tokens=prompt_tokens + new_tokens, dtype=dtype
+            model.config,
+            max_rows=1,
+            max_tokens=prompt_tokens + new_tokens,
+            dtype=dtype,
+            device=device,
         )
-        started = time.perf_counter()
+        started = _now(device)
         rows = cache.add_rows(1)
         model.lm_head(model.hidden(ids, rows)[:, -1])
         rows.advance([prompt_tokens])
-        prefill = time.perf_counter() - started
+        prefill = _now(device) - started
         for _ in range(max(1, new_tokens // repeats)):
-            started = time.perf_counter()
+            started = _now(device)
             rows = cache.active()
             model(ids[:, :1], rows)
             rows.advance([1])
             if repeat:
-                decodes.append(time.perf_counter() - started)
+                decodes.append(_now(device) - started)
         if repeat:
             prefills.append(prefill)
     return Latency(
         1000 * statistics.median(prefills), 1000 * statistics.median(decodes), prompt_tokens
     )
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once what was asked of `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

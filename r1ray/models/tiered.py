@@ -19,7 +19,7 @@ from r1ray.models.checkpoint import assign_weights, list_shards, read_scheme
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
 from r1ray.models.mapped import MappedTensors
-from r1ray.models.quantization import fake_quantize_modules, quantize_modules
+from r1ray.models.quantization import fake_quantize_modules, quantize_modules, tie_head
 from r1ray.models.streaming import EMBEDDING, HEAD, list_units, stream_units
 from r1ray.models.tiers import Budget, DeviceTier, MappedTier, Placement, plan_placement
 
@@ -135,6 +135,8 @@ def move_to_device(model: Decoder, device: torch.device, *, budget_bytes: int) -
     for unit, module in units.items():
         if unit not in static:
             module.to(device)
+    if EMBEDDING not in static:
+        tie_head(model)
     stream_units(model, static, DeviceTier({unit: units[unit] for unit in static}, device))
     logger.info("%s", placement.describe())
     return placement

@@ -112,7 +112,9 @@ def train_model(
             worker_runtime_env={"env_vars": KEEP_FREED_MEMORY} if keeps_memory else {},  # type: ignore[call-arg]
         ),
         torch_config=TorchConfig(
-            backend="nccl" if resources.use_gpu else "gloo", timeout_s=int(resources.timeout_s)
+            # What workers agree on lies on their hosts, which NCCL cannot read.
+            backend="cpu:gloo,cuda:nccl" if resources.use_gpu else "gloo",
+            timeout_s=int(resources.timeout_s),
         ),
     )
     result, recoveries = _fit(trainer, board, on_step)

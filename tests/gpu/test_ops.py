@@ -1,0 +1,86 @@
+"""Operators and codecs on CUDA give what they give on a CPU."""
+
+import pytest
+import torch
+
+from r1ray.exchange.codecs import get_codec
+from r1ray.ops.causal_attention import causal_attention
+from r1ray.ops.fake_quant import fake_quant_linear
+from r1ray.ops.int8 import quantize_int8, torch_int8_linear
+from r1ray.training.range_meter import RangeMeter, split_groups
+from tests.fakes import tiny_model
+
+CUDA = torch.device("cuda")
+
+
+def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 576), (17, 1000), (300, 5)])
+def test_rounding_to_int8_is_the_same(shape: tuple[int, int]) -> None:
+    x = _normal(*shape)
+    expected, found = quantize_int8(x), quantize_int8(x.to(CUDA))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 33])
+@pytest.mark.parametrize(("inner", "outer"), [(8, 8), (576, 192), (1, 3), (13, 7), (100, 49)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_int8_products_are_the_same_bit_for_bit(
+    rows: int, inner: int, outer: int, has_bias: bool
+) -> None:
+    weight, scale = quantize_int8(_normal(outer, inner, seed=1))
+    bias = _normal(outer, seed=2) if has_bias else None
+    x = _normal(rows, inner)
+    expected = torch_int8_linear(x, weight, scale, bias)
+    on_device = (None if item is None else item.to(CUDA) for item in (x, weight, scale, bias))
+    found = torch_int8_linear(*on_device)  # type: ignore[arg-type]
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_fake_quant_products_are_exact_in_every_format(precision: torch.dtype) -> None:
+    x, weight = _normal(33, 512), _normal(64, 512, seed=1)
+    expected = fake_quant_linear(x, weight)
+    with torch.autocast("cuda", dtype=precision, enabled=precision != torch.float32):
+        found = fake_quant_linear(x.to(CUDA), weight.to(CUDA))
+    tolerance = 2.0 * torch.finfo(precision).eps * float(expected.abs().max())
+    torch.testing.assert_close(found.cpu().float(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (7, 7), (200, 200)])
+def test_attention_is_the_same(tokens: int, keys: int) -> None:
+    q, k, v = _normal(2, 6, tokens, 64), _normal(2, 2, keys, 64, seed=1), _normal(2, 2, keys, 64)
+    found = causal_attention(q.to(CUDA), k.to(CUDA), v.to(CUDA))
+    torch.testing.assert_close(found.cpu(), causal_attention(q, k, v), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "bf16", "int4_zstd"])
+def test_codecs_send_the_same_bytes(name: str) -> None:
+    x = _normal(70_001) * 10.0 ** _normal(70_001, seed=1)
+    payload, reconstruction = get_codec(name).encode_with_reconstruction(x.to(CUDA))
+    expected, reconstruction_on_cpu = get_codec(name).encode_with_reconstruction(x)
+    assert not payload.is_cuda
+    assert reconstruction.is_cuda
+    assert torch.equal(payload, expected)
+    assert torch.equal(reconstruction.cpu(), reconstruction_on_cpu)
+
+
+@pytest.mark.parametrize("fault", [None, float("inf"), float("nan")])
+def test_gradient_ranges_are_the_same(fault: float | None) -> None:
+    measured = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model().to(device)
+        for index, parameter in enumerate(model.parameters()):
+            gradient = _normal(*parameter.shape, seed=index)
+            gradient *= 10.0 ** (4 * _normal(*parameter.shape, seed=index + 1))
+            if fault is not None and index == 3:
+                gradient.view(-1)[5] = fault
+            parameter.grad = gradient.to(device)
+        measured.append(RangeMeter(split_groups(model), torch.float16).measure())
+    for mine, theirs in zip(*measured, strict=True):
+        assert mine.amax == theirs.amax
+        assert mine.num_nonfinite == theirs.num_nonfinite
+        assert mine.flushed_share == pytest.approx(theirs.flushed_share, rel=1e-5)
+        assert mine.subnormal_share == pytest.approx(theirs.subnormal_share, rel=1e-5)
