@@ -302,7 +302,7 @@ class DeltaExchange(Exchange):
             for index, weights in enumerate(self._master):
                 weights.copy_(owned["master"][index])
                 self.optimizer.state[weights] = {
-                    "step": torch.tensor(float(self.num_updates)),
+                    "step": torch.tensor(float(self.num_updates), device=weights.device),
                     "exp_avg": owned["exp_avg"][index].clone(),
                     "exp_avg_sq": owned["exp_avg_sq"][index].clone(),
                 }

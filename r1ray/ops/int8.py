@@ -8,12 +8,15 @@ Price: 1/4 of the bytes of fp32. On a CPU all three steps are one native kernel 
 where it was built. Else the product is `torch._int_mm` if the processor has int8 dot products
 (VNNI); elsewhere torch's integer product is 20-60x slower than its float one, so the integers are
 multiplied as float32: exact while sums stay below 2^24, which needs in_features <= 1040 in the
-worst case, and off by less than one part in 10^7 beyond.
+worst case, and off by less than one part in 10^7 beyond. On CUDA all is two Triton kernels
+(`ops.cuda_int8`).
 
 Shape legend: M tokens, I input features, O output features, V vocabulary, D hidden size.
 """
 
 import functools
+import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +80,8 @@ def int8_linear(
     is_native = x_MI.device.type == "cpu" and native.is_available()
     if is_native and x_MI.shape[1] <= native.MAX_INPUTS:
         return native.int8_linear(x_MI, weight_OI, scale_O, bias_O).to(x_MI.dtype)
+    if x_MI.is_cuda and (kernels := _cuda_kernels()) and x_MI.shape[1] <= kernels.MAX_INPUTS:
+        return kernels.int8_linear(x_MI, weight_OI, scale_O, bias_O)
     return torch_int8_linear(x_MI, weight_OI, scale_O, bias_O)
 
 
@@ -107,6 +112,15 @@ def _cuda_product(q_MI: Tensor, weight_OI: Tensor) -> Tensor:
     q_MI = nn.functional.pad(q_MI, (0, -inner % 8, 0, max(0, 17 - rows)))
     weight_OI = nn.functional.pad(weight_OI, (0, -inner % 8, 0, -outer % 8))
     return torch._int_mm(q_MI, weight_OI.t())[:rows, :outer].float()
+
+
+@functools.cache
+def _cuda_kernels() -> ModuleType | None:
+    """`r1ray.ops.cuda_int8`, where Triton is installed."""
+    try:
+        return importlib.import_module("r1ray.ops.cuda_int8")
+    except ImportError:
+        return None
 
 
 @functools.cache
