@@ -33,7 +33,7 @@ from r1ray.exchange.codecs import get_codec
 from r1ray.models import Decoder, ModelConfig
 from r1ray.models.config import RopeConfig
 from r1ray.models.kv_cache import KVCache
-from r1ray.models.quantization import quantize_modules, tie_head
+from r1ray.models.quantization import quantize_modules
 from r1ray.models.tiered import move_to_device
 from r1ray.ops.int8 import int8_linear, quantize_int8
 from r1ray.training.step import TrainState
@@ -44,7 +44,7 @@ _TARGET = Path("docs/benchmarks")
 _CUDA = torch.device("cuda")
 _VOCABULARY = 49_152
 _REPEATS = 15
-_STEPS = 8
+_STEPS = 6
 _BATCH_TOKENS = 16_384
 _STREAMED_SHARE = 0.33  # of the weights: the GPU memory that a streamed model may use
 
@@ -116,8 +116,8 @@ def _decoding() -> Iterator[Row]:
         model = _build(_smollm2())
         if name == "int8":
             quantize_modules(model)
-        model = model.to(_CUDA, torch.bfloat16 if name == "bf16" else None)
-        tie_head(model)
+        if name == "bf16":
+            model = model.bfloat16()
         found[name] = measure_latency(model, prompt_tokens=512, repeats=_REPEATS)
     for name, latency in found.items():
         yield Row(
@@ -181,15 +181,13 @@ def _streaming() -> Iterator[Row]:
     calls: dict[str, list[float]] = {}
     peaks, budget = {}, 0
     for name in ("resident", "streamed"):
+        before = torch.cuda.memory_allocated()
         model = _build(shape)
         weights = sum(item.nbytes for item in model.parameters())
         budget = int(_STREAMED_SHARE * weights)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        if name == "resident":
-            model = model.to(_CUDA)
-            tie_head(model)
-        else:
+        if name == "streamed":
+            model = model.cpu()
+            torch.cuda.reset_peak_memory_stats()
             move_to_device(model, _CUDA, budget_bytes=budget)
         for tokens in (1, 2048):
             calls[f"{name}.{tokens}"] = _in_turns({"": _forward(model, tokens)})[""]
@@ -260,8 +258,7 @@ def _ratio(
 
 def _state(shape: ModelConfig, precision: str) -> TrainState:
     config = TrainConfig(num_steps=1000, precision=precision)  # type: ignore[arg-type]
-    model = _build(shape).to(_CUDA)
-    return TrainState(model, config, build_exchange(config.exchange), LocalTransport())
+    return TrainState(_build(shape), config, build_exchange(config.exchange), LocalTransport())
 
 
 def _padded(lengths: list[int]) -> MicroBatch:
@@ -287,9 +284,9 @@ def _packed(lengths: list[int]) -> MicroBatch:
 
 def _build(shape: ModelConfig) -> Decoder:
     torch.manual_seed(0)
-    with torch.device(_CUDA):  # drawing billions of numbers on a CPU takes minutes
+    with torch.device(_CUDA):
         model = Decoder(shape)
-    return model.cpu().eval()
+    return model.eval()
 
 
 def _clear() -> None:

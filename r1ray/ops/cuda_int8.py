@@ -12,8 +12,6 @@ Triton comes with torch's CUDA builds; where it is missing, `r1ray.ops.int8` run
 Shape legend: M tokens, I input features, O output features.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +24,7 @@ _ROUNDING = tl.constexpr(12_582_912.0)  # 1.5 * 2^23: what is added to it become
 
 
 @triton.jit
-def _round_rows(x_ptr: Any, q_ptr: Any, scale_ptr: Any, inputs: Any, block: tl.constexpr) -> None:
+def _round_rows(x_ptr, q_ptr, scale_ptr, inputs, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     is_inside = columns < inputs
@@ -42,21 +40,21 @@ def _round_rows(x_ptr: Any, q_ptr: Any, scale_ptr: Any, inputs: Any, block: tl.c
 
 
 @triton.jit
-def _multiply(
-    q_ptr: Any,
-    weight_ptr: Any,
-    scale_m_ptr: Any,
-    scale_o_ptr: Any,
-    bias_ptr: Any,
-    out_ptr: Any,
-    rows: Any,
-    outputs: Any,
-    inputs: Any,
+def _multiply(  # type: ignore[no-untyped-def]
+    q_ptr,
+    weight_ptr,
+    scale_m_ptr,
+    scale_o_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    outputs,
+    inputs,
     has_bias: tl.constexpr,
     block_m: tl.constexpr,
     block_o: tl.constexpr,
     block_i: tl.constexpr,
-) -> None:
+):
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     o = tl.program_id(1) * block_o + tl.arange(0, block_o)
     is_row, is_output = m < rows, o < outputs

@@ -28,7 +28,13 @@ EXCHANGES: dict[str, dict[str, Any]] = {
     "dense": {"type": "dense"},
     "delta4": {"type": "delta4"},
     "delta4_async": {"type": "delta4_async"},
-    "stream": {"type": "stream", "sync_every_steps": 4, "num_fragments": 2},
+    "stream": {
+        "type": "stream",
+        "local_steps": 4,
+        "num_fragments": 2,
+        "overlap_steps": 1,
+        "tail_share": 0.3,
+    },
     "auto": {"type": "auto"},
 }
 
