@@ -161,9 +161,11 @@ def find_versions() -> dict[str, str]:
 def read_commit() -> str | None:
     """The git commit of this r1ray, with `+` behind it when there are uncommitted changes.
 
-    Where it does not lie in a repository, as in a container or shipped by `ray job submit`, it is
-    what the environment's R1RAY_COMMIT says, if anything.
+    The environment's R1RAY_COMMIT goes before: where r1ray was shipped without its repository, as
+    in a container or by `ray job submit`, only it can tell.
     """
+    if shipped := os.environ.get("R1RAY_COMMIT"):
+        return shipped
     try:
         shown, status = (
             subprocess.run(
@@ -180,5 +182,5 @@ def read_commit() -> str | None:
             )
         )
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("R1RAY_COMMIT")
+        return None
     return shown + ("+" if status else "")

@@ -93,9 +93,7 @@ def _products() -> Iterator[Row]:
                 },
                 calls=50,
             )
-            yield _ratio(
-                f"gpu.int8_linear_time.{inputs}x{outputs}.m{rows}", seconds, "int8", "bf16"
-            )
+            yield _time(f"gpu.int8_linear_time.{inputs}x{outputs}.m{rows}", seconds, "int8", "bf16")
 
 
 def _codecs() -> Iterator[Row]:
@@ -140,7 +138,7 @@ def _precisions() -> Iterator[Row]:
             del state
             _clear()
         for precision in ("bf16", "fp16"):
-            yield _ratio(f"gpu.training_speed.{name}.{precision}", seconds, "fp32", precision, "x")
+            yield _speed(f"gpu.training_speed.{name}.{precision}", seconds, precision, "fp32")
         yield Row(
             f"gpu.training_rate.{name}.bf16",
             batch.num_tokens / statistics.median(seconds["bf16"]),
@@ -169,7 +167,7 @@ def _packing() -> Iterator[Row]:
         seconds[name] = _time_steps(state, batches)
         del state
         _clear()
-    yield _ratio("gpu.packed_vs_random_batches", seconds, "padded", "packed", "x tokens/s")
+    yield _speed("gpu.packed_vs_random_batches", seconds, "packed", "padded")
     for name, batches in (("padded", padded), ("packed", packed)):
         held = sum(batch.input_ids_BT.numel() for batch in batches)
         yield Row(f"gpu.padding_share.{name}", 1 - sum(lengths) / held, "share of positions")
@@ -179,7 +177,7 @@ def _streaming() -> Iterator[Row]:
     """A model of 1.7 billion parameters in a third of the GPU memory that it takes."""
     shape = _large()
     calls: dict[str, list[float]] = {}
-    peaks, budget = {}, 0
+    weights = budget = peak = 0
     for name in ("resident", "streamed"):
         before = torch.cuda.memory_allocated()
         model = _build(shape)
@@ -191,19 +189,19 @@ def _streaming() -> Iterator[Row]:
             move_to_device(model, _CUDA, budget_bytes=budget)
         for tokens in (1, 2048):
             calls[f"{name}.{tokens}"] = _in_turns({"": _forward(model, tokens)})[""]
-        peaks[name] = torch.cuda.max_memory_allocated() - before
+        peak = torch.cuda.max_memory_allocated() - before
         del model
         _clear()
     yield Row(
-        "gpu.streamed_peak_share",
-        peaks["streamed"] / peaks["resident"],
-        f"share (budget: {budget / 2**20:.0f} MiB)",
-        baseline="peak of GPU memory with everything resident, bytes",
-        baseline_value=float(peaks["resident"]),
+        "gpu.streamed_peak",
+        peak / 2**20,
+        f"MiB of GPU memory (budget: {budget / 2**20:.0f})",
+        baseline="weights, MiB",
+        baseline_value=weights / 2**20,
     )
     for tokens in (1, 2048):
         seconds = {name: calls[f"{name}.{tokens}"] for name in ("resident", "streamed")}
-        yield _ratio(f"gpu.streamed_slowdown.{tokens}_tokens", seconds, "streamed", "resident", "x")
+        yield _time(f"gpu.streamed_slowdown.{tokens}_tokens", seconds, "streamed", "resident")
 
 
 def _forward(model: Decoder, tokens: int) -> Callable[[], Any]:
@@ -241,18 +239,33 @@ def _time_steps(state: TrainState, batches: list[MicroBatch]) -> list[float]:
     return [state.run_step(batches).seconds for _ in range(_STEPS)]
 
 
+def _time(row_id: str, seconds: Mapping[str, list[float]], mine: str, base: str) -> Row:
+    """`mine`'s time over that of `base`."""
+    return _ratio(row_id, seconds[mine], seconds[base], "x the time", base, seconds[base])
+
+
+def _speed(row_id: str, seconds: Mapping[str, list[float]], mine: str, base: str) -> Row:
+    """`mine`'s speed over that of `base`."""
+    return _ratio(row_id, seconds[base], seconds[mine], "x the speed", base, seconds[base])
+
+
 def _ratio(
-    row_id: str, seconds: Mapping[str, list[float]], mine: str, base: str, unit: str = "share"
+    row_id: str,
+    above: list[float],
+    below: list[float],
+    unit: str,
+    baseline: str,
+    baseline_seconds: list[float],
 ) -> Row:
-    ratios = np.asarray(seconds[mine]) / np.asarray(seconds[base])
+    ratios = np.asarray(above) / np.asarray(below)
     low, high = np.percentile(ratios, [2.5, 97.5])
     return Row(
         row_id,
         float(np.median(ratios)),
         unit,
         (float(low), float(high)),
-        f"{base if unit == 'share' else mine}, s",
-        statistics.median(seconds[base if unit == "share" else mine]),
+        f"{baseline}, s",
+        statistics.median(baseline_seconds),
     )
 
 

@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.errors import ArtifactError
-from r1ray.manifest import MANIFEST_NAME, compute_run_id
+from r1ray.manifest import MANIFEST_NAME, compute_run_id, read_commit
 
 CONFIG = {"size": 3}
 INPUTS = {"base": "abc"}
@@ -367,3 +367,10 @@ def test_a_link_leads_to_the_latest_artifact(tmp_path: Path) -> None:
         made = store.run("s", {"size": size}, {}, _body(str(size)))
         store.link("model", made)
         assert (tmp_path / "model").resolve() == made.local_dir
+
+
+def test_a_shipped_commit_goes_before_the_repositorys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("R1RAY_COMMIT", raising=False)
+    assert read_commit() != "abc123"
+    monkeypatch.setenv("R1RAY_COMMIT", "abc123")
+    assert read_commit() == "abc123"
