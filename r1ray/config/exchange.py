@@ -56,9 +56,9 @@ class Delta4AsyncExchangeConfig:
     """Add what rounding took from a gradient to the next one."""
     checksum_every_steps: Annotated[int, Field(ge=1)] = 50
     """Steps between two comparisons of the weights over the workers."""
-    sync_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    sync_share: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Share of the run, from its start, in which gradients are not stale."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.7
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.8
     """In place of train.adam_beta1, over the whole run: a stale gradient acts as more momentum."""
 
 

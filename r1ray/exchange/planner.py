@@ -6,8 +6,8 @@ that behind computing; stream moves the same once in H steps. Encoding costs tim
 cores and hides behind nothing.
 
 The choice is the first of dense fp32, dense bf16, delta4, delta4_async, stream, from exact to
-approximate, whose step is at most a tenth longer than the shortest one. A step of stream counts
-twice: local steps learn less from the same data (how much, the exchange benchmark measures).
+approximate, whose mean step is at most a tenth longer than the shortest one. A step of stream
+counts twice: local steps learn less from the same data (how much, the exchange benchmark measures).
 """
 
 import time
@@ -93,15 +93,19 @@ def estimate(config: ExchangeConfig, measured: Measurements) -> Estimate:
     sent = elements * _BYTES_PER_ELEMENT["delta4"]
     coding_s = 2 * measured.num_parameters / measured.codec_rate
     transfer_s = sent / measured.link_rate
+    waiting_s = measured.compute_s + coding_s + transfer_s
     if isinstance(config, Delta4ExchangeConfig):
-        return Estimate(config, measured.compute_s + coding_s + transfer_s, sent)
+        return Estimate(config, waiting_s, sent)
     if isinstance(config, StreamExchangeConfig):
         sent, coding_s, transfer_s = (
             value / config.local_steps for value in (sent, coding_s, transfer_s)
         )
         step_s = max(measured.compute_s + coding_s, transfer_s)
         return Estimate(config, step_s, sent, weight=_STREAM_WEIGHT)
-    return Estimate(config, max(measured.compute_s + coding_s, coding_s + transfer_s), sent)
+    assert isinstance(config, Delta4AsyncExchangeConfig)
+    overlapped_s = max(measured.compute_s + coding_s, coding_s + transfer_s)
+    step_s = overlapped_s + config.sync_share * (waiting_s - overlapped_s)
+    return Estimate(config, step_s, sent)
 
 
 def choose(estimates: Sequence[Estimate]) -> Estimate:

@@ -1,5 +1,6 @@
 import pytest
 
+from r1ray.config.exchange import Delta4AsyncExchangeConfig
 from r1ray.exchange.planner import (
     Measurements,
     candidates,
@@ -50,11 +51,19 @@ def test_bf16_sends_half_and_delta4_a_ninth() -> None:
 
 
 def test_the_asynchronous_form_waits_for_the_longer_of_computing_and_sending() -> None:
-    stale = candidates(NUM_STEPS)[3]
+    stale = Delta4AsyncExchangeConfig(type="delta4_async", sync_share=0)
     coding_s = 2 * 2e6 / 1e8
     assert estimate(stale, _measured(200)).step_s == pytest.approx(0.1 + coding_s)
     slow = _measured(20)
     assert estimate(stale, slow).step_s == pytest.approx(coding_s + 12e6 / 9 / 2.5e6)
+
+
+def test_its_synchronous_steps_wait_for_both() -> None:
+    delta4, mixed = (estimate(item, _measured(200)) for item in candidates(NUM_STEPS)[2:4])
+    stale = Delta4AsyncExchangeConfig(type="delta4_async", sync_share=0)
+    overlapped = estimate(stale, _measured(200))
+    mean = 0.3 * delta4.step_s + 0.7 * overlapped.step_s
+    assert mixed.step_s == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(
