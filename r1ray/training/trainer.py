@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.config.training import TrainConfig
-from r1ray.errors import DivergenceError, ExchangeError, R1RayError
+from r1ray.errors import ExchangeError, R1RayError
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.training.checkpoint import HISTORY_NAME, is_whole, load_history
 from r1ray.training.memory import KEEP_FREED_MEMORY
@@ -39,7 +39,7 @@ _POLL_S = 0.5
 
 @ray.remote(num_cpus=0)
 class _Board:
-    """What rank 0 posts about its progress, and any worker of its divergence; the driver reads."""
+    """What rank 0 posts about its progress, and any worker of its end; the driver reads."""
 
     def __init__(self) -> None:
         self._posted = Posted()
@@ -50,8 +50,8 @@ class _Board:
     def post(self, record: StepRecord, plan: str | None) -> None:
         self._posted = self._posted.with_record(record, plan)
 
-    def stop(self, reason: str) -> None:
-        self._posted = self._posted.with_divergence(reason)
+    def stop(self, error: R1RayError) -> None:
+        self._posted = self._posted.with_fatal(error)
 
     def read(self) -> Posted:
         return self._posted
@@ -77,6 +77,7 @@ def train_model(
     Raises:
         ExchangeError: more workers failed than `train.resources.max_failures` allows.
         DivergenceError: the gradients are not finite, step after step.
+        BudgetError: the model does not fit, or the memory of `train.resources.tiers` is spent.
     """
     resources = config.resources
     keeps_memory = not resources.use_gpu and resources.tiers is None
@@ -151,8 +152,8 @@ def _fit(
             watch.look(ray.get(board.read.remote(), timeout=10))
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             continue  # progress is a convenience; training goes on without it
-    if reason := ray.get(board.read.remote()).diverged:
-        raise DivergenceError(reason)
+    if error := ray.get(board.read.remote()).fatal:
+        raise error
     return _unwrap(outcome), watch.recoveries
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from r1ray.errors import R1RayError
 from r1ray.training.step import StepRecord
 
 __all__ = ["Posted", "Recovery", "Watch"]
@@ -21,14 +22,14 @@ class Posted:
         started_at: the step that its last start went on from.
         last: the latest record since that start.
         plan: why the exchange was chosen, where one was.
-        diverged: why training stopped, where starting it again would only lead to the same point.
+        fatal: why training stopped, where starting it again would only lead to the same point.
     """
 
     num_starts: int = 0
     started_at: int = 0
     last: StepRecord | None = None
     plan: str | None = None
-    diverged: str | None = None
+    fatal: R1RayError | None = None
 
     def with_start(self, step: int) -> "Posted":
         return replace(self, num_starts=self.num_starts + 1, started_at=step, last=None)
@@ -36,8 +37,8 @@ class Posted:
     def with_record(self, record: StepRecord, plan: str | None) -> "Posted":
         return replace(self, last=record, plan=plan)
 
-    def with_divergence(self, reason: str) -> "Posted":
-        return replace(self, diverged=reason)
+    def with_fatal(self, error: R1RayError) -> "Posted":
+        return replace(self, fatal=error)
 
 
 @dataclass(frozen=True)

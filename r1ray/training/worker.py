@@ -20,7 +20,7 @@ from r1ray.compression.logit_store import LogitStore
 from r1ray.config.distill import DistillConfig
 from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import BatchSet, plan_order
-from r1ray.errors import DivergenceError
+from r1ray.errors import BudgetError, DivergenceError
 from r1ray.exchange import (
     CollectiveTransport,
     Exchange,
@@ -90,8 +90,16 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     """Train to `num_steps` from the base model or from the run's last checkpoint."""
     setup_logging()
     job: WorkerJob = loop_config["job"]
-    if ray.get(job.board.read.remote()).diverged:
+    if ray.get(job.board.read.remote()).fatal:
         return  # this start is one too many
+    try:
+        _run(job)
+    except (BudgetError, DivergenceError) as error:
+        ray.get(job.board.stop.remote(error))
+        raise
+
+
+def _run(job: WorkerJob) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if not job.config.resources.use_gpu:
@@ -113,11 +121,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
         indices = [index for _, index in itertools.islice(order, per_step // world_size)]
         is_saved = _is_saved_after(state.step + 1, job.config)
         chosen = (batches.read(index, buffers) for index in indices)
-        try:
-            record = state.run_step(chosen, flush=is_saved)
-        except DivergenceError as error:
-            ray.get(job.board.stop.remote(str(error)))
-            raise
+        record = state.run_step(chosen, flush=is_saved)
         history.append(record)
         metrics.observe(record)
         if rank == 0:
