@@ -1,0 +1,117 @@
+"""A learned guess of which blocks of keys a query will attend to, and what it is to guess.
+
+For one layer and group of query heads, q̂ is a projection of the group's queries and k̂ of the
+largest, least and mean key of a block, both before rotary positions, normed, and rotated by the
+query's position and by that of the block's first key. The score is q̂·k̂/√H. A gate that was not
+trained compares the mean query with the mean key.
+
+The target of a query is how much attention each earlier block got at most, over its keys and the
+group's heads, as shares; it is computed for a chunk of queries at a time. The loss is the
+divergence of softmax(score) from it.
+
+Price: (G + 3)·H² multiplications a token and group, and 2·C·H a query and group to score; a target
+takes one attention over all earlier keys. Parameters: (G + 3)·H² a group and layer.
+
+Source: SeerAttention-R, arXiv:2506.08889.
+
+Shape legend: B rows, T queries, N query heads, K groups, G = N/K, S keys, C blocks, H head size,
+P = 3·H pooled features.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from r1ray.ops.block_sparse import BLOCK
+
+__all__ = ["BlockGate", "gate_divergence", "gate_targets", "pool_keys"]
+
+_EPS = 1e-6
+
+
+class BlockGate(nn.Module):
+    """The gate of one layer."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        groups, identity = num_heads // num_kv_heads, torch.eye(head_dim)
+        query = torch.cat([identity / groups] * groups)
+        key = torch.cat([torch.zeros(2 * head_dim, head_dim), identity])
+        self.query_weight = nn.Parameter(query.repeat(num_kv_heads, 1, 1))
+        self.key_weight = nn.Parameter(key.repeat(num_kv_heads, 1, 1))
+        self.query_norm = nn.Parameter(torch.ones(head_dim))
+        self.key_norm = nn.Parameter(torch.ones(head_dim))
+
+    def queries(self, q_BTNH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
+        """q̂ [B, K, T, H] of queries before rotary positions."""
+        kv_heads = self.query_weight.shape[0]
+        grouped_BTKX = q_BTNH.unflatten(2, (kv_heads, -1)).flatten(3)
+        projected = torch.einsum("btkx,kxh->bkth", grouped_BTKX.float(), self.query_weight)
+        return _rotate(_norm(projected, self.query_norm), cos_B1TH, sin_B1TH)
+
+    def keys(self, pooled_BKCP: Tensor, cos_B1CH: Tensor, sin_B1CH: Tensor) -> Tensor:
+        """k̂ [B, K, C, H] of `pool_keys`; rotary tables of each block's first position."""
+        projected = torch.einsum("bkcp,kph->bkch", pooled_BKCP.float(), self.key_weight)
+        return _rotate(_norm(projected, self.key_norm), cos_B1CH, sin_B1CH)
+
+    @staticmethod
+    def scores(queries_BKTH: Tensor, keys_BKCH: Tensor) -> Tensor:
+        """[B, K, T, C]; higher means more attention is expected."""
+        return queries_BKTH @ keys_BKCH.transpose(-1, -2) / math.sqrt(keys_BKCH.shape[-1])
+
+
+def pool_keys(k_BSKH: Tensor) -> Tensor:
+    """Largest, least and mean of whole blocks of keys before rotary positions: [B, K, C, P]."""
+    whole = k_BSKH.shape[1] // BLOCK * BLOCK
+    blocks_BCLKH = k_BSKH[:, :whole].float().unflatten(1, (-1, BLOCK))
+    pooled = [blocks_BCLKH.amax(2), blocks_BCLKH.amin(2), blocks_BCLKH.mean(2)]
+    return torch.cat(pooled, dim=-1).transpose(1, 2)
+
+
+@torch.no_grad()
+def gate_targets(q_BNTH: Tensor, k_BKSH: Tensor, start: int) -> Tensor:
+    """Shares [B, K, T, C] of the attention of queries at `start` + t, over the whole blocks.
+
+    Blocks that are not earlier than a query's own get 0; so does all of a row without any earlier.
+
+    Args:
+        q_BNTH, k_BKSH: with rotary positions; keys from position 0 on.
+    """
+    kv_heads, tokens, keys = k_BKSH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]
+    positions_T = start + torch.arange(tokens, device=q_BNTH.device)
+    q_BKGTH = q_BNTH.unflatten(1, (kv_heads, -1)).float()
+    scores = q_BKGTH @ k_BKSH[:, :, None].float().transpose(-1, -2) / math.sqrt(q_BNTH.shape[-1])
+    is_later_TS = torch.arange(keys, device=q_BNTH.device) > positions_T[:, None]
+    shares_BKTS = scores.masked_fill(is_later_TS, -math.inf).softmax(-1).amax(2)
+    whole = keys // BLOCK
+    largest_BKTC = shares_BKTS[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)).amax(-1)
+    is_earlier_TC = _is_earlier(positions_T, whole)
+    largest_BKTC = largest_BKTC * is_earlier_TC
+    return largest_BKTC / largest_BKTC.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def gate_divergence(scores_BKTC: Tensor, targets_BKTC: Tensor, start: int) -> Tensor:
+    """KL(target ‖ softmax(score)) of every query in nats: [B, K, T]; 0 where nothing is earlier."""
+    tokens, blocks = scores_BKTC.shape[2:]
+    positions_T = start + torch.arange(tokens, device=scores_BKTC.device)
+    is_earlier_TC = _is_earlier(positions_T, blocks)
+    masked = scores_BKTC.masked_fill(~is_earlier_TC, -1e30)
+    log_shares = masked.log_softmax(-1)
+    terms = torch.special.xlogy(targets_BKTC, targets_BKTC) - targets_BKTC * log_shares
+    return (terms * is_earlier_TC).sum(-1)
+
+
+def _is_earlier(positions_T: Tensor, blocks: int) -> Tensor:
+    """Whether a block ends before the one that the query is in: bool [T, C]."""
+    own_T1 = (positions_T // BLOCK)[:, None]
+    return torch.arange(blocks, device=positions_T.device) < own_T1
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS) * weight
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
