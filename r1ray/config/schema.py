@@ -293,6 +293,17 @@ class PipelineConfig:
         return self
 
     @model_validator(mode="after")
+    def _gates_learn_from_whole_sequences(self) -> "PipelineConfig":
+        if self.train.gates is None:
+            return self
+        if self.prepare.batching.type == "packing" or self.distill is not None:
+            raise ValueError(
+                "train.gates goes with prepare.batching {type: buckets} and without distill; "
+                "train the model first, and its gates in a run of their own"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_budget_streams_int8(self) -> "PipelineConfig":
         is_on_cpu = self.serve.num_gpus_per_replica == 0
         if self.serve.budget_mib is not None and is_on_cpu and self.compress.scheme != "w8a8":

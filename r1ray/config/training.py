@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from r1ray.config.exchange import DenseExchangeConfig, ExchangeConfig
 
-__all__ = ["TiersConfig", "TrainConfig", "TrainResources"]
+__all__ = ["GatesConfig", "TiersConfig", "TrainConfig", "TrainResources"]
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -46,6 +46,14 @@ class TrainResources:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class GatesConfig:
+    """Train the gates of block-sparse attention, and nothing else; the model stays as it is."""
+
+    query_chunk: Annotated[int, Field(ge=1, le=65_536)] = 512
+    """Queries whose attention is looked at together; bounds memory, changes nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class TrainConfig:
     """Full fine-tuning with AdamW on the target tokens."""
 
@@ -73,6 +81,8 @@ class TrainConfig:
     """range: loss scaling, and fp32 for groups it cannot help; threshold: fp32 where |g| > 6."""
     fake_quant: Literal["w8a8", "w4a8"] | None = None
     """Train through the rounding of this scheme (quantization-aware); null trains in float."""
+    gates: GatesConfig | None = None
+    """Train the gates of block-sparse attention; null trains the model."""
     exchange: ExchangeConfig = DenseExchangeConfig(type="dense")
     resources: TrainResources = TrainResources()
 
@@ -87,6 +97,16 @@ class TrainConfig:
             )
         if self.resources.use_gpu:
             raise ValueError("resources.tiers are for CPUs; set resources.use_gpu: false")
+        return self
+
+    @model_validator(mode="after")
+    def _gates_train_alone(self) -> "TrainConfig":
+        others = self.fake_quant is not None or self.resources.tiers is not None
+        if self.gates is not None and (others or self.precision != "fp32"):
+            raise ValueError(
+                "gates are trained beside a model that does not change: set precision: fp32, and "
+                "leave fake_quant and resources.tiers out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """Model directories: `config.json`, `*.safetensors`, tokenizer files and `r1ray.json`.
 
 A plain Hugging Face checkpoint is a model directory. `r1ray.json` is there when r1ray quantized the
-weights: it names the scheme (`r1ray.models.quantization`).
+weights: it names the scheme (`r1ray.models.quantization`). Gates of block-sparse attention, where
+there are any, lie beside them (`r1ray.models.gates`).
 """
 
 import json
@@ -19,6 +20,7 @@ from r1ray.config.schema import Scheme
 from r1ray.errors import ArtifactError
 from r1ray.models.config import CONFIG_NAME, ModelConfig
 from r1ray.models.decoder import Decoder
+from r1ray.models.gates import is_gate, load_gates, save_gates
 from r1ray.models.quantization import (
     SCHEMES,
     pack_tensors,
@@ -74,6 +76,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Decoder
         if dtype is not None and tensor.is_floating_point() and not name.endswith("_scale"):
             tensors[name] = tensor.to(dtype)
     assign_weights(model, tensors, where=path)
+    load_gates(model, path)
     return model.eval()
 
 
@@ -90,11 +93,12 @@ def save_model(
     tensors = {
         name: tensor.detach().contiguous()
         for name, tensor in model.state_dict().items()
-        if not (model.config.tie_embeddings and name.startswith("lm_head."))
+        if not (model.config.tie_embeddings and name.startswith("lm_head.")) and not is_gate(name)
     }
     if model.scheme is not None:
         tensors = pack_tensors(tensors, model.scheme)
     save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_gates(model, path)
     config = model.config.to_hf()
     config["torch_dtype"] = str(model.model.norm.weight.dtype).removeprefix("torch.")
     _write_json(path / CONFIG_NAME, config)

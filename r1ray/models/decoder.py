@@ -10,7 +10,7 @@ Shape legend: B batch, T new tokens, S cached tokens, N query heads, K key/value
 G = N/K heads per group, H head dimension, D hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,11 @@ from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
 from r1ray.models.rope import apply_rotary, rotary_tables
+from r1ray.ops.block_gate import BlockGate
 from r1ray.ops.causal_attention import causal_attention
 from r1ray.ops.packed_attention import Documents, packed_attention
 
-__all__ = ["Decoder"]
+__all__ = ["Attention", "Decoder"]
 
 
 class RMSNorm(nn.Module):
@@ -41,12 +42,25 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+Observer = Callable[["Attention", Tensor, Tensor, Tensor, Tensor], None]
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention over the new tokens, or their document, or a cache as well."""
+    """Causal grouped-query attention over the new tokens, or their document, or a cache as well.
+
+    Attributes:
+        gate: guesses which blocks of keys count (`r1ray.models.gates`); None without.
+        observe: called in every forward with this module, queries [B, T, N, H] and keys
+            [B, T, K, H] before rotary positions, and both [B, N, T, H], [B, K, T, H] after.
+    """
+
+    gate: BlockGate | None
+    observe: Observer | None = None
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        self.gate = None
         queries = config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
@@ -74,6 +88,8 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BNTH = apply_rotary(q_BTNH.transpose(1, 2), *rotary)
         k_BKTH = apply_rotary(k_BTKH.transpose(1, 2), *rotary)
+        if self.observe is not None:
+            self.observe(self, q_BTNH, k_BTKH, q_BNTH, k_BKTH)
         k_BKSH, v_BKSH = k_BKTH, v_BKTH
         if cache is not None:
             k_BKSH, v_BKSH = cache.write(self.layer, k_BKTH, v_BKTH, positions_BT)

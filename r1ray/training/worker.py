@@ -31,11 +31,13 @@ from r1ray.exchange import (
 from r1ray.models.checkpoint import load_model
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
+from r1ray.models.gates import attach_gates
 from r1ray.models.quantization import fake_quantize_modules
 from r1ray.models.tiered import load_to_train
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
+from r1ray.training.gates import GateTraining
 from r1ray.training.metrics import StepMetrics
 from r1ray.training.objective import (
     CrossEntropy,
@@ -165,6 +167,9 @@ def _build_model(job: WorkerJob, device: torch.device) -> tuple[Decoder, Exchang
         model = load_model(source, dtype=torch.float32).to(device)
         if config.fake_quant is not None:
             fake_quantize_modules(model, config.fake_quant)
+        if config.gates is not None:
+            model.requires_grad_(False)
+            attach_gates(model)
         return model, build_exchange(config.exchange)
     tiered = load_to_train(
         source,
@@ -176,6 +181,8 @@ def _build_model(job: WorkerJob, device: torch.device) -> tuple[Decoder, Exchang
 
 
 def _build_objective(job: WorkerJob, device: torch.device) -> Objective:
+    if job.config.gates is not None:
+        return GateTraining(job.config.gates)
     if job.teaching is None:
         return CrossEntropy()
     config, logits_run_id = job.teaching.config, job.teaching.logits_run_id

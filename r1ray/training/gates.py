@@ -1,0 +1,88 @@
+"""Training the gates of block-sparse attention: the model runs as it is, frozen, and they watch.
+
+1. In the forward of every layer, a chunk of queries at a time, the gate's scores are compared with
+   the attention that the model itself pays to every earlier block (`r1ray.ops.block_gate`).
+2. The loss is the divergence of the two, averaged over layers and groups, of each target token.
+
+Price: one forward of the model without gradients, and one more attention whose scores are there for
+a chunk of queries at a time: N·chunk·T floats.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from r1ray.config.training import GatesConfig
+from r1ray.data.batch_set import IGNORED, MicroBatch
+from r1ray.errors import ShapeError
+from r1ray.models.decoder import Attention, Decoder, Observer
+from r1ray.models.gates import list_attentions
+from r1ray.models.rope import rotary_tables
+from r1ray.ops.block_gate import gate_divergence, gate_targets, pool_keys
+from r1ray.ops.block_sparse import BLOCK
+
+__all__ = ["GateTraining"]
+
+
+class GateTraining:
+    """The objective of `train.gates`; every layer of the model has a gate."""
+
+    def __init__(self, config: GatesConfig) -> None:
+        self._chunk = config.query_chunk
+
+    def draw(self, model: Decoder, batch: MicroBatch, step: int) -> MicroBatch:  # noqa: ARG002
+        return batch
+
+    def loss(self, model: Decoder, batch: MicroBatch) -> Tensor:
+        """Summed over target tokens.
+
+        Raises:
+            ShapeError: the batch is packed.
+        """
+        if batch.document_lengths is not None:
+            raise ShapeError(
+                "gates learn from whole sequences; use prepare.batching {type: buckets}"
+            )
+        ids_BT = batch.input_ids_BT
+        is_target_BT = batch.labels_BT != IGNORED
+        positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        cos, sin = rotary_tables(model.config, positions_1T)
+        block_cos, block_sin = cos[:, :, ::BLOCK], sin[:, :, ::BLOCK]
+        losses: list[Tensor] = []
+
+        @torch.enable_grad()
+        def observe(
+            attention: Attention, q_BTNH: Tensor, k_BTKH: Tensor, q_BNTH: Tensor, k_BKTH: Tensor
+        ) -> None:
+            gate, pooled = attention.gate, pool_keys(k_BTKH)
+            assert gate is not None
+            blocks = pooled.shape[2]
+            if blocks == 0:
+                return
+            keys = gate.keys(pooled, block_cos[:, :, :blocks], block_sin[:, :, :blocks])
+            for start in range(0, q_BTNH.shape[1], self._chunk):
+                part = slice(start, start + self._chunk)
+                queries = gate.queries(q_BTNH[:, part], cos[:, :, part], sin[:, :, part])
+                targets = gate_targets(q_BNTH[:, :, part], k_BKTH, start)
+                divergence = gate_divergence(gate.scores(queries, keys), targets, start)
+                losses.append((divergence.mean(1) * is_target_BT[:, part]).sum())
+
+        with _observing(model, observe), torch.no_grad():
+            model.hidden(ids_BT)
+        if not losses:  # sequences of less than a block: nothing to choose, and nothing to learn
+            return sum(item.sum() for item in model.parameters() if item.requires_grad) * 0.0  # type: ignore[return-value]
+        return torch.stack(losses).sum() / model.config.num_layers
+
+
+@contextlib.contextmanager
+def _observing(model: Decoder, observe: Observer) -> Iterator[None]:
+    attentions = list_attentions(model)
+    for attention in attentions:
+        attention.observe = observe
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            attention.observe = None

@@ -1,0 +1,114 @@
+"""Training gates: the model stays as it is, and they learn where its attention goes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1ray.config.training import GatesConfig, TrainConfig
+from r1ray.data.batch_set import MicroBatch
+from r1ray.errors import ArtifactError, ShapeError
+from r1ray.exchange import LocalTransport, build_exchange
+from r1ray.models import Decoder, load_model, save_model
+from r1ray.models.gates import GATES_NAME, attach_gates, is_gate, list_attentions
+from r1ray.models.quantization import quantize_modules
+from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
+from r1ray.training.gates import GateTraining
+from r1ray.training.step import TrainState
+from tests.fakes import tiny_model
+from tests.unit.training.batches import random_batch
+
+BATCH = random_batch(2, 250, seed=0)
+
+
+def _gated(seed: int = 0) -> Decoder:
+    model = tiny_model(seed=seed)
+    model.requires_grad_(False)
+    attach_gates(model)
+    return model
+
+
+def _state(model: Decoder, query_chunk: int = 64) -> TrainState:
+    gates = GatesConfig(query_chunk=query_chunk)
+    config = TrainConfig(
+        num_steps=40, warmup_steps=2, precision="fp32", learning_rate=2e-2, gates=gates
+    )
+    exchange = build_exchange(config.exchange)
+    return TrainState(model, config, exchange, LocalTransport(), GateTraining(gates))
+
+
+def test_gates_learn_and_nothing_else_changes() -> None:
+    model, plain = _gated(), tiny_model()
+    with torch.no_grad():  # sharper attention than a random model's: something to learn
+        for owner in (model, plain):
+            for attention in list_attentions(owner):
+                attention.q_proj.weight.mul_(4.0)
+                attention.k_proj.weight.mul_(4.0)
+    state = _state(model)
+    losses = [state.run_step([BATCH]).loss for _ in range(40)]
+    assert losses[0] is not None
+    assert losses[-1] is not None
+    assert losses[-1] < 0.9 * losses[0]
+    trained = {name: item for name, item in model.state_dict().items() if not is_gate(name)}
+    for name, item in plain.state_dict().items():
+        assert torch.equal(trained[name], item), name
+    assert all(attention.observe is None for attention in list_attentions(model))
+
+
+def test_chunks_of_queries_change_nothing() -> None:
+    losses = [
+        GateTraining(GatesConfig(query_chunk=chunk)).loss(_gated(), BATCH) for chunk in (7, 64, 999)
+    ]
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+
+
+def test_sequences_of_less_than_a_block_teach_nothing() -> None:
+    state = _state(_gated())
+    assert state.run_step([random_batch(2, 40, seed=0)]).loss == 0.0
+
+
+def test_packed_rows_are_refused() -> None:
+    packed = MicroBatch(BATCH.input_ids_BT[:1], BATCH.labels_BT[:1], 250, 10, (100, 150))
+    with pytest.raises(ShapeError, match="gates learn from whole sequences"):
+        GateTraining(GatesConfig()).loss(_gated(), packed)
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_gates_are_saved_beside_the_weights(is_int8: bool, tmp_path: Path) -> None:
+    model = _gated()
+    with torch.no_grad():
+        for attention in list_attentions(model):
+            assert attention.gate is not None
+            attention.gate.query_weight.normal_()
+    if is_int8:
+        quantize_modules(model)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, dtype=torch.bfloat16)
+    for mine, theirs in zip(list_attentions(loaded), list_attentions(model), strict=True):
+        assert mine.gate is not None
+        assert theirs.gate is not None
+        assert torch.equal(mine.gate.query_weight, theirs.gate.query_weight)
+    (tmp_path / GATES_NAME).unlink()
+    assert all(item.gate is None for item in list_attentions(load_model(tmp_path)))
+
+
+def test_gates_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    save_model(_gated(), tmp_path / "gated")
+    save_model(tiny_model(), tmp_path / "plain")
+    damaged = (tmp_path / "gated" / GATES_NAME).read_bytes()
+    (tmp_path / "plain" / GATES_NAME).write_bytes(damaged[: len(damaged) // 2])
+    with pytest.raises(ArtifactError, match=r"gates\.safetensors: cannot be read"):
+        load_model(tmp_path / "plain")
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = _state(_gated())
+    history = [whole.run_step([BATCH], flush=step == 2) for step in range(3)]
+    save_checkpoint(tmp_path, whole, history, rank=0, world_size=1)
+    resumed = _state(_gated(seed=3))
+    load_checkpoint(tmp_path, resumed)
+    for state in (whole, resumed):
+        state.run_step([BATCH])
+    for name, item in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], item), name
