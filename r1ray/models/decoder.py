@@ -21,6 +21,7 @@ from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
 from r1ray.models.rope import apply_rotary, rotary_tables
+from r1ray.models.sparse import SparseForward
 from r1ray.ops.block_gate import BlockGate
 from r1ray.ops.causal_attention import causal_attention
 from r1ray.ops.packed_attention import Documents, packed_attention
@@ -78,6 +79,7 @@ class Attention(nn.Module):
         positions_BT: Tensor,
         cache: CacheSlice | None,
         documents: Documents | None = None,
+        sparse: SparseForward | None = None,
     ) -> Tensor:
         batch, tokens, _ = x_BTD.shape
         heads = (batch, tokens, -1, self.config.head_dim)
@@ -93,7 +95,11 @@ class Attention(nn.Module):
         k_BKSH, v_BKSH = k_BKTH, v_BKTH
         if cache is not None:
             k_BKSH, v_BKSH = cache.write(self.layer, k_BKTH, v_BKTH, positions_BT)
-        if documents is not None:
+        if sparse is not None:
+            sparse.update(self, k_BKSH)
+        if sparse is not None and not sparse.is_dense:
+            out_BNTH = sparse.attend(self, q_BTNH, q_BNTH, rotary, k_BKSH, v_BKSH)
+        elif documents is not None:
             out_BNTH = packed_attention(q_BNTH, k_BKTH, v_BKTH, documents)
         elif cache is None or cache.max_start == 0:
             out_BNTH = causal_attention(q_BNTH, k_BKTH, v_BKTH)
@@ -149,9 +155,10 @@ class Block(nn.Module):
         positions_BT: Tensor,
         cache: CacheSlice | None,
         documents: Documents | None = None,
+        sparse: SparseForward | None = None,
     ) -> Tensor:
         normed_BTD = self.input_layernorm(x_BTD)
-        x_BTD = x_BTD + self.self_attn(normed_BTD, rotary, positions_BT, cache, documents)
+        x_BTD = x_BTD + self.self_attn(normed_BTD, rotary, positions_BT, cache, documents, sparse)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -182,6 +189,16 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.get_parameter("weight")
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it attends to chosen blocks in a cache that keeps them: it has gates.
+
+        Not where a token's rotation depends on the length of its sequence: a block's summary would
+        change with every token.
+        """
+        has_gates = all(getattr(block.self_attn, "gate", None) for block in self.model.layers)
+        return has_gates and not self.config.rope.depends_on_length
+
     def hidden(
         self,
         input_ids_BT: Tensor,
@@ -193,7 +210,8 @@ class Decoder(nn.Module):
         Args:
             input_ids_BT: int64; rows are padded on the right, where causality hides the padding.
             cache: rows to continue; the new keys and values are written there, but not yet counted
-                (`CacheSlice.advance`). Each row starts at its own stored length.
+                (`CacheSlice.advance`). Each row starts at its own stored length. Where the model is
+                sparse and the cache keeps blocks, rows beyond 2,048 tokens are not padded.
             document_lengths: of the documents packed into the one row (B = 1), in its order and
                 with a sum of T; padding counts as the last. Each document has the states that it
                 has alone: positions restart, and attention stays inside it.
@@ -210,9 +228,12 @@ class Decoder(nn.Module):
             if cache is not None:
                 positions_BT = cache.starts_R[:, None] + positions_BT
             rotary = rotary_tables(self.config, positions_BT)
+        sparse = None
+        if cache is not None and cache.keeps_blocks:
+            sparse = SparseForward(self.config, cache, input_ids_BT.shape[1])
         x_BTD = self.model.embed_tokens(input_ids_BT)
         for block in self.model.layers:
-            x_BTD = block(x_BTD, rotary, positions_BT, cache, documents)
+            x_BTD = block(x_BTD, rotary, positions_BT, cache, documents, sparse)
         return self.model.norm(x_BTD)
 
     def forward(

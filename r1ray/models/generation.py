@@ -70,6 +70,8 @@ class BatchGenerator:
         max_context_tokens: prompt and output of one sequence together.
         max_prefill_tokens: padded prompt tokens in one prefill forward (a single longer prompt
             still runs, alone).
+        prefill_chunk: tokens of a longer prompt that go through one forward; it bounds the memory
+            of activations, and where attention is sparse has to be a multiple of 64.
     """
 
     def __init__(
@@ -79,11 +81,12 @@ class BatchGenerator:
         max_concurrency: int,
         max_context_tokens: int,
         max_prefill_tokens: int = 4096,
+        prefill_chunk: int = 1024,
     ) -> None:
         weight = model.model.norm.weight
         self._model = model
         self._device = weight.device
-        self._max_prefill_tokens = max_prefill_tokens
+        self._max_prefill_tokens, self._prefill_chunk = max_prefill_tokens, prefill_chunk
         self._rotates_by_length = model.config.rope.depends_on_length
         self._cache = KVCache(
             model.config,
@@ -91,6 +94,7 @@ class BatchGenerator:
             max_tokens=max_context_tokens,
             dtype=weight.dtype,
             device=weight.device,
+            keeps_blocks=model.is_sparse,
         )
         self._waiting: deque[GenerationRequest] = deque()
         self._rows: list[_Row] = []
@@ -143,7 +147,8 @@ class BatchGenerator:
             if admitted and self._rotates_by_length and length != longest:
                 break  # padding would pass for length
             longest = max(longest, length)
-            if admitted and longest * (len(admitted) + 1) > self._max_prefill_tokens:
+            is_too_much = longest * (len(admitted) + 1) > self._max_prefill_tokens
+            if admitted and (is_too_much or longest > self._prefill_chunk):
                 break
             request = self._waiting.popleft()
             admitted.append(_Row(request, request.sampling.build_generator()))
@@ -154,11 +159,18 @@ class BatchGenerator:
         input_ids_BT = torch.zeros(len(admitted), max(lengths), dtype=torch.long)
         for index, row in enumerate(admitted):
             input_ids_BT[index, : lengths[index]] = torch.tensor(row.request.prompt_ids)
+        input_ids_BT = input_ids_BT.to(self._device)
         cache = self._cache.add_rows(len(admitted))
-        hidden_BTD = self._model.hidden(input_ids_BT.to(self._device), cache)
-        cache.advance(lengths)
-        last_B = torch.tensor(lengths, device=self._device) - 1
-        hidden_BD = hidden_BTD[torch.arange(len(admitted), device=self._device), last_B]
+        if len(admitted) == 1 and not self._rotates_by_length:
+            for ids_1T in input_ids_BT.split(self._prefill_chunk, dim=1):
+                cache = self._cache.rows(len(self._rows), 1)
+                hidden_BD = self._model.hidden(ids_1T, cache)[:, -1]
+                cache.advance([ids_1T.shape[1]])
+        else:
+            hidden_BTD = self._model.hidden(input_ids_BT, cache)
+            cache.advance(lengths)
+            last_B = torch.tensor(lengths, device=self._device) - 1
+            hidden_BD = hidden_BTD[torch.arange(len(admitted), device=self._device), last_B]
         first_row = len(self._rows)
         self._rows.extend(admitted)
         return self._emit(hidden_BD, first_row)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
+from r1ray.ops.block_sparse import BLOCK
 
 __all__ = ["CacheSlice", "KVCache", "cache_bytes"]
 
@@ -30,6 +31,9 @@ def cache_bytes(
 class KVCache:
     """Buffers for `max_rows` sequences of up to `max_tokens` tokens.
 
+    Args:
+        keeps_blocks: also keep one summary of each block of keys (`r1ray.models.sparse`).
+
     Attributes:
         lengths: tokens stored in each active row, in row order; its length is `num_active`.
     """
@@ -42,11 +46,15 @@ class KVCache:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        keeps_blocks: bool = False,
     ) -> None:
         shape = (config.num_layers, max_rows, config.num_kv_heads, max_tokens, config.head_dim)
         # Zeros, not empty: masked positions are multiplied by 0 and must not hold NaN.
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keeps_blocks = keeps_blocks
+        blocks = (*shape[:3], max_tokens // BLOCK if keeps_blocks else 0, config.head_dim)
+        self._block_keys = torch.zeros(blocks, dtype=torch.float32, device=device)
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.lengths: list[int] = []
@@ -69,6 +77,10 @@ class KVCache:
         self.lengths.extend([0] * count)
         return CacheSlice(self, first, count)
 
+    def rows(self, first: int, count: int) -> "CacheSlice":
+        """A slice over `count` active rows; valid until a row is added or removed."""
+        return CacheSlice(self, first, count)
+
     def active(self) -> "CacheSlice":
         """A slice over all active rows; valid until a row is added or removed."""
         return CacheSlice(self, 0, self.num_active)
@@ -80,6 +92,7 @@ class KVCache:
             used = self.lengths[last]
             self._keys[:, row, :, :used] = self._keys[:, last, :, :used]
             self._values[:, row, :, :used] = self._values[:, last, :, :used]
+            self._block_keys[:, row] = self._block_keys[:, last]
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
         return last
@@ -94,9 +107,10 @@ class CacheSlice:
     def __init__(self, cache: KVCache, first: int, count: int) -> None:
         self._cache = cache
         self._rows = slice(first, first + count)
-        starts = cache.lengths[self._rows]
-        self.max_start = max(starts, default=0)
-        self.starts_R = torch.tensor(starts, dtype=torch.long, device=cache._keys.device)
+        self.starts = cache.lengths[self._rows]
+        self.max_start = max(self.starts, default=0)
+        self.device, self.keeps_blocks = cache._keys.device, cache.keeps_blocks
+        self.starts_R = torch.tensor(self.starts, dtype=torch.long, device=self.device)
 
     def write(
         self, layer: int, k_RKTH: Tensor, v_RKTH: Tensor, positions_RT: Tensor
@@ -126,3 +140,11 @@ class CacheSlice:
         """Count the first `counts[r]` of the tokens just written as stored in row r."""
         for offset, count in enumerate(counts):
             self._cache.lengths[self._rows.start + offset] += count
+
+    def write_blocks(self, layer: int, row: int, blocks: slice, summaries_KCH: Tensor) -> None:
+        """Keep the summaries of some blocks of row `row` of the slice."""
+        self._cache._block_keys[layer, self._rows.start + row, :, blocks] = summaries_KCH
+
+    def read_blocks(self, layer: int, count: int) -> Tensor:
+        """Summaries of the first `count` blocks, if a row has as many: a view [R, K, C, H]."""
+        return self._cache._block_keys[layer, self._rows, :, :count]
