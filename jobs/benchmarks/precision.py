@@ -1,16 +1,14 @@
 """The precision benchmark: its parts, each stored when it has been measured, and the record."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jobs.benchmarks.parts import StoredParts
 from jobs.benchmarks.precision_arms import ARMS
 from jobs.benchmarks.precision_failures import FAILURES, run_failure
 from jobs.benchmarks.precision_report import failure_rows, render_failures, step_rows
 from jobs.benchmarks.precision_steps import SHAPES, measure_steps
 from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
-from r1ray.manifest import read_commit
 
 __all__ = ["PrecisionBenchmark"]
 
@@ -21,14 +19,13 @@ class PrecisionBenchmark:
     """What `jobs.bench_precision` measures; every result is kept in `work`."""
 
     def __init__(self, work: Path, num_steps: int) -> None:
-        self._work, self._num_steps = work, num_steps
-        self._commits: dict[str, str | None] = {}  # of the code that measured each part
+        self._parts, self._num_steps = StoredParts(work), num_steps
 
     def steps(self) -> dict[str, Any]:
         """From a model's shape -> step times and losses of the arms, which take turns."""
         counts = {shape: self._num_steps // (8 if shape == "smollm2" else 1) for shape in SHAPES}
         return {
-            shape: self._once(f"steps_{shape}_{count}", measure_steps, shape, count)
+            shape: self._parts.once(f"steps_{shape}_{count}", measure_steps, shape, count)
             for shape, count in counts.items()
         }
 
@@ -38,7 +35,7 @@ class PrecisionBenchmark:
         for failure in FAILURES:
             runs[failure] = {}
             for arm in ARMS:
-                run = self._once(f"failure_{failure}_{arm}", run_failure, failure, arm)
+                run = self._parts.once(f"failure_{failure}_{arm}", run_failure, failure, arm)
                 print(f"  {failure}, {arm}: held-out loss {run['final_loss']}", flush=True)
                 runs[failure][arm] = run
         return runs
@@ -47,7 +44,7 @@ class PrecisionBenchmark:
         """Write the record and its tables; returns the tables."""
         steps, failures = self.steps(), self.failures()
         rows = [*step_rows(steps), *failure_rows(failures)]
-        circumstances = {**describe_circumstances(), "commits_of_parts": self._commits}
+        circumstances = {**describe_circumstances(), "commits_of_parts": self._parts.commits}
         record = build_record("precision", command, rows, circumstances)
         _TARGET.mkdir(parents=True, exist_ok=True)
         write_json(_TARGET / "precision.json", {**record, "provoked_failures": failures})
@@ -56,23 +53,11 @@ class PrecisionBenchmark:
         text = (
             f"# Dynamic mixed precision\n\n`{command}` on {hardware['cores']} cores of "
             f"{hardware['cpu']} ({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, "
-            f"commits {', '.join(sorted({str(commit) for commit in self._commits.values()}))}, "
+            f"commits {', '.join(sorted(set(map(str, self._parts.commits.values()))))}, "
             f"{circumstances['date']}.\n\n{tables}\n{_NOTES}"
         )
         (_TARGET / "precision.md").write_text(text, encoding="utf-8")
         return tables
-
-    def _once(self, name: str, measure: Callable[..., Any], *arguments: Any) -> Any:
-        """The stored result `name`, or that of `measure(*arguments)`, stored with its commit."""
-        path = self._work / f"{name}.json"
-        if not path.exists():
-            result = {"commit": read_commit(), "result": measure(*arguments)}
-            partial = path.with_suffix(".tmp")
-            write_json(partial, result)
-            partial.rename(path)
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        self._commits[name] = stored["commit"]
-        return stored["result"]
 
 
 _NOTES = """
