@@ -210,6 +210,18 @@ def test_prefill_is_cut_by_its_padded_tokens() -> None:
     assert admitted == [["0"], ["1", "2", "3"], ["4"]]
 
 
+def test_long_prompts_are_read_alone_in_chunks() -> None:
+    model = tiny_model()
+    prompts = [random_ids(length, seed=length).tolist() for length in (5, 90, 7, 33)]
+    generator = BatchGenerator(model, max_concurrency=4, max_context_tokens=120, prefill_chunk=32)
+    for index, prompt in enumerate(prompts):
+        generator.add(_request(str(index), prompt))
+    events = _run(generator)
+    for index, prompt in enumerate(prompts):
+        found = [event.token_id for event in events[str(index)]]
+        assert found == _reference(model, prompt, 8)
+
+
 def test_seeded_sampling_is_reproducible_and_independent_of_the_other_rows() -> None:
     model, prompts = tiny_model(), _prompts(5)
     sampling = SamplingParams(temperature=1.5, top_p=0.95, seed=7)

@@ -1,0 +1,210 @@
+"""Long-context tasks in RULER's manner, made here from nothing but Python's own documentation.
+
+- `niah_single_1`: one number to be found in sentences that repeat.
+- `niah_multikey_2`: the hay is needles: one number among many, each of another word.
+- `niah_multikey_3`: the same with random hexadecimal strings for words and numbers.
+- `vt`: variables that are given one another's value; all of one chain are asked for.
+- `cwe`: the ten words that are common in a list of words.
+- `fwe`: the three most frequent made-up words.
+
+Every task is filled up to a number of tokens. A reply's score is the share of the expected strings
+that are in it.
+
+Source: Hsieh et al. 2024, RULER, arXiv:2404.06654.
+"""
+
+import functools
+import random
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from r1ray.errors import ConfigError
+from r1ray.evaluation.perplexity import read_english
+
+__all__ = ["TASKS", "LongTask", "build_long_task", "score_reply"]
+
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_COMMON, _COMMON_TIMES, _RARE_TIMES = 10, 30, 3
+_CHAIN, _FREQUENT = 5, 3
+
+
+@dataclass(frozen=True)
+class LongTask:
+    """A prompt, and the strings that its answer holds."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+def build_long_task(
+    name: str, count_tokens: Callable[[str], int], max_tokens: int, *, seed: int
+) -> LongTask:
+    """The task `name`, as long as fits `max_tokens`.
+
+    Args:
+        count_tokens: of a prompt, whatever is put around it included.
+    Raises:
+        ConfigError: there is no such task, or it does not fit at its shortest.
+    """
+    try:
+        build = TASKS[name]
+    except KeyError:
+        raise ConfigError(f"no task {name!r}; there are {', '.join(TASKS)}") from None
+
+    def attempt(size: int) -> LongTask:
+        return build(random.Random(f"{name} {seed}"), size)
+
+    if count_tokens(attempt(1).prompt) > max_tokens:
+        raise ConfigError(f"{name} does not fit {max_tokens} tokens at its shortest; raise them")
+    fits, size = 1, 2
+    while count_tokens(attempt(size).prompt) <= max_tokens:
+        fits, size = size, 2 * size
+    while size - fits > 1:
+        middle = (fits + size) // 2
+        if count_tokens(attempt(middle).prompt) <= max_tokens:
+            fits = middle
+        else:
+            size = middle
+    return attempt(fits)
+
+
+def score_reply(reply: str, answers: Sequence[str]) -> float:
+    """Share of `answers` that are in `reply`, whatever their case."""
+    lowered = reply.lower()
+    return sum(answer.lower() in lowered for answer in answers) / len(answers)
+
+
+def _niah_single_1(rng: random.Random, size: int) -> LongTask:
+    word, number = rng.choice(_words()), _number(rng)
+    hay = [_NOISE] * size
+    hay.insert(rng.randrange(size + 1), _needle(word, number))
+    return _ask_needle("\n".join(hay), "number", word, number)
+
+
+def _niah_multikey_2(rng: random.Random, size: int) -> LongTask:
+    keys = _distinct(size, lambda: f"{rng.choice(_words())}-{rng.choice(_words())}")
+    return _among_needles(rng, keys, [_number(rng) for _ in keys], "number")
+
+
+def _niah_multikey_3(rng: random.Random, size: int) -> LongTask:
+    keys = _distinct(size, lambda: _hexadecimal(rng))
+    return _among_needles(rng, keys, [_hexadecimal(rng) for _ in keys], "string")
+
+
+def _among_needles(
+    rng: random.Random, keys: Sequence[str], values: Sequence[str], kind: str
+) -> LongTask:
+    hay = "\n".join(map(functools.partial(_needle, kind=kind), keys, values))
+    asked = rng.randrange(len(keys))
+    return _ask_needle(hay, kind, keys[asked], values[asked])
+
+
+def _vt(rng: random.Random, size: int) -> LongTask:
+    names = _distinct(2 * _CHAIN, lambda: _letters(rng, 5).upper())
+    chains = [names[:_CHAIN], names[_CHAIN:]]
+    values = [str(rng.randrange(10_000, 100_000)) for _ in chains]
+    steps = []
+    for chain, value in zip(chains, values, strict=True):
+        sources = [value, *(f"VAR {name}" for name in chain)]
+        steps.append(
+            [f"VAR {name} = {source}" for name, source in zip(chain, sources, strict=False)]
+        )
+    hay = [_NOISE] * size
+    places = [sorted(rng.randrange(len(hay) + 1) for _ in chain) for chain in steps]
+    placed = [
+        (place, order, line)
+        for spots, lines in zip(places, steps, strict=True)
+        for order, (place, line) in enumerate(zip(spots, lines, strict=True))
+    ]
+    for place, _, line in sorted(placed, reverse=True):
+        hay.insert(place, line)
+    prompt = (
+        "Memorize and track the chains of variable assignment hidden in the following text.\n\n"
+        + "\n".join(hay)
+        + f"\n\nQuestion: Find all variables that are assigned the value {values[0]} in the text "
+        f"above. Answer: the {_CHAIN} variables that are assigned the value {values[0]} are:"
+    )
+    return LongTask(prompt, tuple(chains[0]))
+
+
+def _cwe(rng: random.Random, size: int) -> LongTask:
+    words = iter(rng.sample(_words(), len(_words())))
+    words_then_letters = _distinct(_COMMON + size, lambda: next(words, "") or _letters(rng, 7))
+    common, rare = words_then_letters[:_COMMON], words_then_letters[_COMMON:]
+    listed = [*common * _COMMON_TIMES, *rare * _RARE_TIMES]
+    rng.shuffle(listed)
+    numbered = " ".join(f"{place}. {word}" for place, word in enumerate(listed, start=1))
+    prompt = (
+        "Below is a numbered list of words. In these words, some appear more often than others. "
+        f"Memorize the ones that appear most often.\n{numbered}\n"
+        f"Question: What are the {_COMMON} most common words in the above list? Answer: The top "
+        f"{_COMMON} words that appear most often in the list are:"
+    )
+    return LongTask(prompt, tuple(common))
+
+
+def _fwe(rng: random.Random, size: int) -> LongTask:
+    coded = _distinct(60, lambda: _letters(rng, 6))
+    weights = [1.0 / (rank + 1) ** 2 for rank in range(len(coded))]
+    counts = [max(1, round(20 * size * weight)) for weight in weights]
+    listed = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
+    rng.shuffle(listed)
+    prompt = (
+        "Read the following coded text and track the frequency of each coded word. Find the three "
+        f"most frequently appeared coded words.\n{' '.join(listed)}\nQuestion: What are the three "
+        "most frequently appeared words in the above coded text? Answer: the three most "
+        "frequently appeared words are:"
+    )
+    return LongTask(prompt, tuple(coded[:_FREQUENT]))
+
+
+TASKS: dict[str, Callable[[random.Random, int], LongTask]] = {
+    "niah_single_1": _niah_single_1,
+    "niah_multikey_2": _niah_multikey_2,
+    "niah_multikey_3": _niah_multikey_3,
+    "vt": _vt,
+    "cwe": _cwe,
+    "fwe": _fwe,
+}
+
+
+def _needle(key: str, value: str, kind: str = "number") -> str:
+    return f"One of the special magic {kind}s for {key} is: {value}."
+
+
+def _ask_needle(hay: str, kind: str, key: str, value: str) -> LongTask:
+    prompt = (
+        f"Some special magic {kind}s are hidden within the following text. Make sure to memorize "
+        f"them. I will quiz you about one of them afterwards.\n{hay}\nWhat is the special magic "
+        f"{kind} for {key} mentioned in the provided text? The special magic {kind} for {key} "
+        "mentioned in the provided text is"
+    )
+    return LongTask(prompt, (value,))
+
+
+def _distinct(count: int, draw: Callable[[], str]) -> list[str]:
+    """`count` strings of `draw`, in the order in which they came up."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randrange(1_000_000, 10_000_000))
+
+
+def _hexadecimal(rng: random.Random) -> str:
+    return f"{rng.getrandbits(64):016x}"
+
+
+def _letters(rng: random.Random, count: int) -> str:
+    return "".join(rng.choices(string.ascii_lowercase, k=count))
+
+
+@functools.cache
+def _words() -> list[str]:
+    """Distinct words of the documentation, in alphabetical order."""
+    return sorted(set(re.findall(r"\b[a-z]{5,12}\b", read_english())))

@@ -1,0 +1,80 @@
+"""Long-context tasks: they fit, hold their answers, and are scored by them."""
+
+import re
+
+import pytest
+
+from r1ray.errors import ConfigError
+from r1ray.evaluation.long_context import TASKS, LongTask, build_long_task, score_reply
+
+
+def _count(text: str) -> int:
+    return len(text) // 4
+
+
+def _build(name: str, max_tokens: int = 2000, seed: int = 0) -> LongTask:
+    return build_long_task(name, _count, max_tokens, seed=seed)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("max_tokens", [1500, 4000, 60_000])
+def test_tasks_fill_their_tokens_and_hold_their_answers(name: str, max_tokens: int) -> None:
+    task = _build(name, max_tokens)
+    assert 0.85 * max_tokens < _count(task.prompt) <= max_tokens
+    assert len(set(task.answers)) == len(task.answers)
+    assert all(answer in task.prompt for answer in task.answers)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_seed_decides_and_another_one_differs(name: str) -> None:
+    assert _build(name) == _build(name)
+    assert _build(name) != _build(name, seed=1)
+
+
+def test_the_needle_that_is_asked_for_is_the_one_in_the_answer() -> None:
+    for name, kind in (("niah_single_1", "number"), ("niah_multikey_2", "number")):
+        task = _build(name)
+        (key,) = re.findall(rf"What is the special magic {kind} for (\S+) mentioned", task.prompt)
+        (value,) = re.findall(rf"special magic {kind}s for {key} is: (\d+)\.", task.prompt)
+        assert task.answers == (value,)
+
+
+def test_a_chain_of_variables_ends_at_the_value_that_is_asked_for() -> None:
+    task = _build("vt")
+    assignments = dict(re.findall(r"^VAR (\w+) = (?:VAR )?(\w+)$", task.prompt, re.MULTILINE))
+    (value,) = re.findall(r"Find all variables that are assigned the value (\d+)", task.prompt)
+
+    def follow(name: str) -> str:
+        return follow(assignments[name]) if name in assignments else name
+
+    assert len(assignments) == 10
+    assert {name for name in assignments if follow(name) == value} == set(task.answers)
+    lines = task.prompt.splitlines()
+    places = [lines.index(line) for line in lines if line.startswith(f"VAR {task.answers[0]}")]
+    for name in task.answers[1:]:  # a variable is there before another one takes its value
+        (place,) = [at for at, line in enumerate(lines) if line.startswith(f"VAR {name} =")]
+        assert place > places[-1]
+        places.append(place)
+
+
+@pytest.mark.parametrize(("name", "count"), [("cwe", 10), ("fwe", 3)])
+def test_the_words_asked_for_are_the_most_frequent(name: str, count: int) -> None:
+    task = _build(name)
+    body = task.prompt.split("\n")[1]
+    words = [word for word in body.split() if word.isalpha()]
+    ranked = sorted(set(words), key=words.count, reverse=True)
+    assert set(ranked[:count]) == set(task.answers)
+    assert words.count(ranked[count - 1]) > words.count(ranked[count])
+
+
+def test_replies_are_scored_by_the_answers_in_them() -> None:
+    assert score_reply("It is ABC and 12.", ("abc", "12")) == 1.0
+    assert score_reply("It is ABC.", ("abc", "12")) == 0.5
+    assert score_reply("", ("abc",)) == 0.0
+
+
+def test_what_does_not_fit_is_said() -> None:
+    with pytest.raises(ConfigError, match="cwe does not fit 100 tokens at its shortest"):
+        _build("cwe", 100)
+    with pytest.raises(ConfigError, match="no task 'x'; there are niah_single_1"):
+        _build("x")
