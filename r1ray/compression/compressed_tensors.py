@@ -20,6 +20,7 @@ from r1ray.errors import ArtifactError
 from r1ray.models.checkpoint import WEIGHTS_NAME, copy_tokenizer, load_model
 from r1ray.models.config import CONFIG_NAME
 from r1ray.models.decoder import Decoder
+from r1ray.models.gates import is_gate
 from r1ray.ops.int8 import Int8Embedding, Int8Linear
 
 __all__ = ["write_compressed_tensors"]
@@ -44,7 +45,7 @@ def write_compressed_tensors(model_dir: str | Path, out_dir: str | Path) -> None
 def _list_tensors(model: Decoder) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, tensor in model.state_dict().items():
-        if not name.startswith(("model.embed_tokens.", "lm_head.")):
+        if not name.startswith(("model.embed_tokens.", "lm_head.")) and not is_gate(name):
             tensors[name] = tensor[:, None] if name.endswith(".weight_scale") else tensor
     ends: dict[str, Any] = {"model.embed_tokens": model.model.embed_tokens}
     if not model.config.tie_embeddings:

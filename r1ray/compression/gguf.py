@@ -23,6 +23,7 @@ from torch import Tensor
 from r1ray.errors import ArtifactError
 from r1ray.models.checkpoint import load_model
 from r1ray.models.config import ModelConfig
+from r1ray.models.gates import is_gate
 from r1ray.models.gguf import BLOCK_NAMES, OUTER_NAMES, interleave
 
 __all__ = ["write_gguf"]
@@ -53,7 +54,7 @@ def write_gguf(model_dir: str | Path, path: str | Path) -> None:
     _add_shape(writer, config)
     _add_tokenizer(writer, model_dir, config)
     for name, tensor in _float_tensors(model.state_dict()).items():
-        if config.tie_embeddings and name.startswith("lm_head."):
+        if is_gate(name) or (config.tie_embeddings and name.startswith("lm_head.")):
             continue
         stored_name = _translate(name)
         _add_tensor(writer, stored_name, interleave(stored_name, tensor.float(), config))

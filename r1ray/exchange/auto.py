@@ -88,6 +88,7 @@ class AutoExchange(Exchange):
             self._sums = [gradient.clone() for gradient in gradients]
         else:
             torch._foreach_add_(self._sums, gradients)
+        torch._foreach_zero_(gradients)  # a flush may follow before the caller does so
 
     def _take_gradients_back(self) -> None:
         assert self._sums is not None, "there were timed steps"

@@ -15,7 +15,15 @@ from r1ray.models.decoder import Attention, Decoder
 from r1ray.ops.block_gate import BlockGate
 from r1ray.ops.block_sparse import BLOCK
 
-__all__ = ["GATES_NAME", "attach_gates", "is_gate", "list_attentions", "load_gates", "save_gates"]
+__all__ = [
+    "GATES_NAME",
+    "attach_gates",
+    "detach_gates",
+    "is_gate",
+    "list_attentions",
+    "load_gates",
+    "save_gates",
+]
 
 GATES_NAME = "gates.safetensors"
 _PART = ".self_attn.gate."
@@ -28,6 +36,15 @@ def attach_gates(model: Decoder) -> None:
         if attention.gate is None:
             gate = BlockGate(config.num_heads, config.num_kv_heads, config.head_dim)
             attention.gate = gate.to(model.model.norm.weight.device)
+
+
+def detach_gates(model: Decoder) -> bool:
+    """Take the gates away; returns whether there were any."""
+    attentions = list_attentions(model)
+    had_gates = any(attention.gate is not None for attention in attentions)
+    for attention in attentions:
+        attention.gate = None
+    return had_gates
 
 
 def list_attentions(model: Decoder) -> list[Attention]:
@@ -43,7 +60,7 @@ def is_gate(name: str) -> bool:
 
 
 def save_gates(model: Decoder, path: Path) -> None:
-    """Write the gates of `model`, if it has any, into the model directory `path`."""
+    """Write the gates of `model` into the model directory `path`; none are there if it has none."""
     tensors = {
         name: tensor.detach().contiguous()
         for name, tensor in model.state_dict().items()
@@ -51,6 +68,8 @@ def save_gates(model: Decoder, path: Path) -> None:
     }
     if tensors:
         save_file(tensors, path / GATES_NAME, metadata={"format": "pt", "block": str(BLOCK)})
+    else:
+        (path / GATES_NAME).unlink(missing_ok=True)
 
 
 def load_gates(model: Decoder, path: Path) -> None:

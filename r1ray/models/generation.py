@@ -26,6 +26,7 @@ from r1ray.models.sampling import SamplingParams, sample_tokens
 __all__ = ["BatchGenerator", "GenerationRequest", "TokenEvent", "generate_batch"]
 
 FinishReason = Literal["stop", "length"]
+_SPARSE_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class BatchGenerator:
         max_prefill_tokens: padded prompt tokens in one prefill forward (a single longer prompt
             still runs, alone).
         prefill_chunk: tokens of a longer prompt that go through one forward; it bounds the memory
-            of activations, and where attention is sparse has to be a multiple of 64.
+            of activations, and where attention is sparse has to be a multiple of 64. None for 1,024
+            where it is sparse, and for whole prompts elsewhere.
     """
 
     def __init__(
@@ -81,12 +83,15 @@ class BatchGenerator:
         max_concurrency: int,
         max_context_tokens: int,
         max_prefill_tokens: int = 4096,
-        prefill_chunk: int = 1024,
+        prefill_chunk: int | None = None,
     ) -> None:
         weight = model.model.norm.weight
         self._model = model
         self._device = weight.device
-        self._max_prefill_tokens, self._prefill_chunk = max_prefill_tokens, prefill_chunk
+        self._max_prefill_tokens = max_prefill_tokens
+        # Dense attention over a cache takes a mask: such prompts are read whole unless told.
+        whole = _SPARSE_CHUNK if model.is_sparse else max_context_tokens
+        self._prefill_chunk = prefill_chunk or whole
         self._rotates_by_length = model.config.rope.depends_on_length
         self._cache = KVCache(
             model.config,

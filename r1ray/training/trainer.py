@@ -6,6 +6,7 @@
 3. The last checkpoint becomes the stage's model directory, the history `history.json`.
 """
 
+import contextlib
 import json
 import logging
 import threading
@@ -152,8 +153,9 @@ def _fit(
             watch.look(ray.get(board.read.remote(), timeout=10))
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             continue  # progress is a convenience; training goes on without it
-    if error := ray.get(board.read.remote()).fatal:
-        raise error
+    with contextlib.suppress(ray.exceptions.RayError):  # the board is gone; so is what it knew
+        if error := ray.get(board.read.remote()).fatal:
+            raise error
     return _unwrap(outcome), watch.recoveries
 
 

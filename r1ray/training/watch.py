@@ -29,7 +29,7 @@ class Posted:
     started_at: int = 0
     last: StepRecord | None = None
     plan: str | None = None
-    fatal: R1RayError | None = None
+    fatal: R1RayError | None = field(default=None, compare=False)
 
     def with_start(self, step: int) -> "Posted":
         return replace(self, num_starts=self.num_starts + 1, started_at=step, last=None)

@@ -5,6 +5,7 @@ equally often.
 """
 
 import itertools
+import logging
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from r1ray.compression.logit_store import LogitStore
 from r1ray.config.distill import DistillConfig
 from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import BatchSet, plan_order
-from r1ray.errors import BudgetError, DivergenceError
+from r1ray.errors import BudgetError, ConfigError, DivergenceError
 from r1ray.exchange import (
     CollectiveTransport,
     Exchange,
@@ -31,7 +32,7 @@ from r1ray.exchange import (
 from r1ray.models.checkpoint import load_model
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
-from r1ray.models.gates import attach_gates
+from r1ray.models.gates import attach_gates, detach_gates, list_attentions
 from r1ray.models.quantization import fake_quantize_modules
 from r1ray.models.tiered import load_to_train
 from r1ray.models.tokenizer import Tokenizer
@@ -49,6 +50,8 @@ from r1ray.training.objective import (
 from r1ray.training.step import StepRecord, TrainState
 
 __all__ = ["Teaching", "WorkerJob", "run_worker"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def run_worker(loop_config: dict[str, Any]) -> None:
         return  # this start is one too many
     try:
         _run(job)
-    except (BudgetError, DivergenceError) as error:
+    except (BudgetError, ConfigError, DivergenceError) as error:
         ray.get(job.board.stop.remote(error))
         raise
 
@@ -168,8 +171,9 @@ def _build_model(job: WorkerJob, device: torch.device) -> tuple[Decoder, Exchang
         if config.fake_quant is not None:
             fake_quantize_modules(model, config.fake_quant)
         if config.gates is not None:
-            model.requires_grad_(False)
-            attach_gates(model)
+            _train_gates_alone(model)
+        elif detach_gates(model):
+            logger.warning("the base's gates fit the weights as they were, and are left behind")
         return model, build_exchange(config.exchange)
     tiered = load_to_train(
         source,
@@ -178,6 +182,19 @@ def _build_model(job: WorkerJob, device: torch.device) -> tuple[Decoder, Exchang
         fake_quant=config.fake_quant,
     )
     return tiered.model, OffloadedExchange(tiered, tiers.directory)
+
+
+def _train_gates_alone(model: Decoder) -> None:
+    if model.config.rope.depends_on_length:
+        raise ConfigError(
+            f"train.gates: with rope type {model.config.rope.type!r} attention stays dense, and "
+            "gates would never be used; leave train.gates out"
+        )
+    model.requires_grad_(False)
+    attach_gates(model)
+    for attention in list_attentions(model):
+        assert attention.gate is not None
+        attention.gate.requires_grad_(True)
 
 
 def _build_objective(job: WorkerJob, device: torch.device) -> Objective:

@@ -7,8 +7,8 @@ import torch
 
 from r1ray.config import load_config
 from r1ray.errors import ConfigError
-from r1ray.models import load_model
-from r1ray.models.gates import is_gate, list_attentions
+from r1ray.models import load_model, save_model
+from r1ray.models.gates import attach_gates, is_gate, list_attentions
 from r1ray.pipeline import Pipeline
 from tests.fakes import write_tiny_model
 
@@ -24,6 +24,7 @@ def test_two_workers_train_gates_and_compression_keeps_them(tmp_path: Path) -> N
             f"run.root={tmp_path}",
             f"base.source={tmp_path / 'model'}",
             "train.exchange={type: delta4}",
+            "compress.exports=[gguf, compressed_tensors]",
             *GATES,
         ],
     )
@@ -43,6 +44,21 @@ def test_two_workers_train_gates_and_compression_keeps_them(tmp_path: Path) -> N
         assert mine.gate is not None
         assert theirs.gate is not None
         assert torch.equal(mine.gate.key_weight, theirs.gate.key_weight)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_gates_go_on_from_gates_and_are_left_behind_when_the_model_changes(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model", max_positions=1024)
+    model = load_model(tmp_path / "model")
+    attach_gates(model)
+    save_model(model, tmp_path / "model")
+    settings = [f"run.root={tmp_path}", f"base.source={tmp_path / 'model'}"]
+    gated = Pipeline(load_config("jobs/configs/tiny.yaml", [*settings, *GATES])).train()
+    for attention in list_attentions(load_model(gated.local_dir)):
+        assert attention.gate is not None
+        assert not torch.equal(attention.gate.key_norm, torch.ones(8))
+    tuned = Pipeline(load_config("jobs/configs/tiny.yaml", settings)).train()
+    assert all(item.gate is None for item in list_attentions(load_model(tuned.local_dir)))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from r1ray.config.exchange import AutoExchangeConfig, StreamExchangeConfig
+from r1ray.config.exchange import (
+    AutoExchangeConfig,
+    DenseExchangeConfig,
+    StreamExchangeConfig,
+)
 from r1ray.exchange import LocalTransport, Transport, auto, build_exchange
 from tests.unit.exchange.problem import (
     NUM_ROWS,
@@ -98,6 +102,10 @@ def test_an_early_checkpoint_hastens_the_choice_and_loses_nothing() -> None:
     outcome = exchange.flush()
     assert outcome.verdict == "apply"
     assert outcome.totals.num_targets == NUM_ROWS
+    others = build_parameters()
+    dense = build_exchange(DenseExchangeConfig(type="dense"))
+    dense.setup(others, LocalTransport(), build_rule(6))
+    assert outcome.grad_norm == pytest.approx(take_step(dense, others, range(NUM_ROWS)).grad_norm)
     assert exchange.state_dict()["config"]["type"] == "dense"  # one worker
 
 

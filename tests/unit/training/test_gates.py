@@ -10,7 +10,13 @@ from r1ray.data.batch_set import MicroBatch
 from r1ray.errors import ArtifactError, ShapeError
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import Decoder, load_model, save_model
-from r1ray.models.gates import GATES_NAME, attach_gates, is_gate, list_attentions
+from r1ray.models.gates import (
+    GATES_NAME,
+    attach_gates,
+    detach_gates,
+    is_gate,
+    list_attentions,
+)
 from r1ray.models.quantization import quantize_modules
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
 from r1ray.training.gates import GateTraining
@@ -112,3 +118,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         state.run_step([BATCH])
     for name, item in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], item), name
+
+
+def test_a_model_that_is_saved_without_gates_leaves_none_behind(tmp_path: Path) -> None:
+    model = _gated()
+    save_model(model, tmp_path)
+    assert detach_gates(model)
+    save_model(model, tmp_path)
+    assert not (tmp_path / GATES_NAME).exists()
+    assert not detach_gates(model)
