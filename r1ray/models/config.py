@@ -119,7 +119,7 @@ class ModelConfig:
             raise ArtifactError(f"{path}: no readable model configuration ({error})") from error
         try:
             return cls.from_hf(raw)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArtifactError(
                 f"{path}: a key is missing or of the wrong type ({error!r})"
             ) from error
@@ -149,7 +149,7 @@ class ModelConfig:
             num_layers=raw["num_hidden_layers"],
             num_heads=num_heads,
             num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // max(1, num_heads),
             max_positions=raw.get("max_position_embeddings", 2048),
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope=_read_rope(raw),

@@ -263,6 +263,13 @@ _KEYS = [
 ]
 
 
+def test_no_attention_heads_are_named(tmp_path: Path) -> None:
+    raw = {**tiny_config().to_hf(), "num_attention_heads": 0, "head_dim": None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match="num_heads is 0, not a whole number of at least 1"):
+        ModelConfig.load(tmp_path)
+
+
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
