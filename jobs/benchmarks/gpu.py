@@ -4,6 +4,7 @@ Times are medians of repetitions after a warm-up, taken in turns; intervals are 
 ratios, 2.5% to 97.5%.
 """
 
+import dataclasses
 import gc
 import statistics
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from jobs.benchmarks.layers_child import build_shape
 from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.data.packing import pack_best_fit
@@ -31,7 +33,6 @@ from r1ray.evaluation.record import (
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.exchange.codecs import get_codec
 from r1ray.models import Decoder, ModelConfig
-from r1ray.models.config import RopeConfig
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.tiered import move_to_device
@@ -308,31 +309,19 @@ def _clear() -> None:
 
 
 def _smollm2() -> ModelConfig:
-    return _shape(576, 1536, 30, heads=9, kv_heads=3)
+    """SmolLM2-135M's sizes."""
+    return build_shape(30, vocab_size=_VOCABULARY)
 
 
 def _large() -> ModelConfig:
     """SmolLM2-1.7B's sizes."""
-    return _shape(2048, 8192, 24, heads=32, kv_heads=32)
-
-
-def _shape(
-    hidden: int, intermediate: int, layers: int, *, heads: int, kv_heads: int
-) -> ModelConfig:
-    return ModelConfig(
-        family="llama",
-        vocab_size=_VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=64,
-        max_positions=8192,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(theta=10_000.0),
-        tie_embeddings=True,
-        eos_token_ids=(2,),
+    return dataclasses.replace(
+        _smollm2(),
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=24,
+        num_heads=32,
+        num_kv_heads=32,
     )
 
 

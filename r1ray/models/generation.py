@@ -22,6 +22,7 @@ from r1ray.errors import ShapeError
 from r1ray.models.decoder import Decoder
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.sampling import SamplingParams, sample_tokens
+from r1ray.ops.block_sparse import BLOCK
 
 __all__ = ["BatchGenerator", "GenerationRequest", "TokenEvent", "generate_batch"]
 
@@ -74,6 +75,8 @@ class BatchGenerator:
         prefill_chunk: tokens of a longer prompt that go through one forward; it bounds the memory
             of activations, and where attention is sparse has to be a multiple of 64. None for 1,024
             where it is sparse, and for whole prompts elsewhere.
+    Raises:
+        ShapeError: attention is sparse and prefill_chunk cuts a block.
     """
 
     def __init__(
@@ -92,6 +95,11 @@ class BatchGenerator:
         # Dense attention over a cache takes a mask: such prompts are read whole unless told.
         whole = _SPARSE_CHUNK if model.is_sparse else max_context_tokens
         self._prefill_chunk = prefill_chunk or whole
+        if model.is_sparse and self._prefill_chunk % BLOCK:
+            raise ShapeError(
+                f"prefill_chunk ({self._prefill_chunk}) is not a multiple of {BLOCK}, the tokens "
+                "of a block of sparse attention; round it"
+            )
         self._rotates_by_length = model.config.rope.depends_on_length
         self._cache = KVCache(
             model.config,

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from r1ray.errors import ShapeError
 from r1ray.models import Decoder
 from r1ray.models.gates import attach_gates, list_attentions
-from r1ray.models.generation import generate_batch
+from r1ray.models.generation import BatchGenerator, generate_batch
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.rope import rotary_tables
@@ -121,3 +122,8 @@ def test_answers_do_not_depend_on_company() -> None:
         for prompt in prompts
     ]
     assert together == alone
+
+
+def test_chunks_that_cut_a_block_are_refused() -> None:
+    with pytest.raises(ShapeError, match=r"prefill_chunk \(100\) is not a multiple of 64"):
+        BatchGenerator(_gated(), max_concurrency=1, max_context_tokens=500, prefill_chunk=100)

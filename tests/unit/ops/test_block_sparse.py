@@ -34,6 +34,19 @@ def _choose(
     return chosen
 
 
+def _compare(
+    starts: list[int], chosen: Tensor, groups: int, tokens: int, keys: int, seed: int
+) -> None:
+    """Random queries, keys and values: the operator against its oracle."""
+    rows, kv_heads = chosen.shape[:2]
+    q = _normal(rows, kv_heads * groups, tokens, 16, seed=seed)
+    k = _normal(rows, kv_heads, keys, 16, seed=seed + 1)
+    v = _normal(rows, kv_heads, keys, 16, seed=seed + 2)
+    found = block_sparse_attention(q, k, v, chosen, starts)
+    expected = reference_attention(q, k, v, chosen, starts)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     kv_heads=st.integers(1, 3),
@@ -55,14 +68,9 @@ def test_units_of_a_block_equal_the_masked_reference(
 ) -> None:
     units = -(-tokens // BLOCK)
     keys = max(firsts) * BLOCK + tokens + spare
-    q = _normal(len(firsts), kv_heads * groups, tokens, 16, seed=seed)
-    k = _normal(len(firsts), kv_heads, keys, 16, seed=seed + 1)
-    v = _normal(len(firsts), kv_heads, keys, 16, seed=seed + 2)
     starts = [first * BLOCK for first in firsts]
     chosen = _choose(firsts, kv_heads, units, BLOCK, limit, seed)
-    found = block_sparse_attention(q, k, v, chosen, starts)
-    expected = reference_attention(q, k, v, chosen, starts)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    _compare(starts, chosen, groups, tokens, keys, seed)
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,14 +85,9 @@ def test_units_of_a_block_equal_the_masked_reference(
 def test_single_tokens_equal_the_masked_reference(
     kv_heads: int, groups: int, tokens: int, starts: list[int], limit: int, seed: int
 ) -> None:
-    q = _normal(len(starts), kv_heads * groups, tokens, 16, seed=seed)
-    k = _normal(len(starts), kv_heads, max(starts) + tokens, 16, seed=seed + 1)
-    v = _normal(len(starts), kv_heads, max(starts) + tokens, 16, seed=seed + 2)
     firsts = [start // BLOCK for start in starts]
     chosen = _choose(firsts, kv_heads, tokens, 1, limit, seed)
-    found = block_sparse_attention(q, k, v, chosen, starts)
-    expected = reference_attention(q, k, v, chosen, starts)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    _compare(starts, chosen, groups, tokens, max(starts) + tokens, seed)
 
 
 def test_with_all_blocks_chosen_it_is_causal_attention() -> None:
