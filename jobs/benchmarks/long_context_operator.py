@@ -20,6 +20,7 @@ from jobs.benchmarks.kernel_memory import read_peak, reset_peak
 from r1ray.ops.block_gate import BlockGate, pool_keys
 from r1ray.ops.block_selection import choose_blocks
 from r1ray.ops.block_sparse import BLOCK, block_sparse_attention
+from r1ray.ops.cached_states import CachedStates
 
 __all__ = ["LENGTHS", "measure_decode", "measure_memory", "measure_prefill"]
 
@@ -62,7 +63,9 @@ class _Layer:
         scores = BlockGate.scores(self.queries(slice(None)), keys)
         scores = scores.unflatten(2, (-1, BLOCK)).amax(3)
         chosen = choose_blocks(scores, [list(range(units))])
-        return block_sparse_attention(self.q, self.k, self.v, chosen, [0])
+        return block_sparse_attention(
+            self.q, CachedStates(self.k), CachedStates(self.v), chosen, [0]
+        )
 
     def prefill_dense(self) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -80,7 +83,9 @@ class _Layer:
         last = self.tokens - 1
         scores = BlockGate.scores(self.queries(slice(last, None)), keys)
         chosen = choose_blocks(scores, [[last // BLOCK]])
-        return block_sparse_attention(self.q[:, :, last:], self.k, self.v, chosen, [last])
+        return block_sparse_attention(
+            self.q[:, :, last:], CachedStates(self.k), CachedStates(self.v), chosen, [last]
+        )
 
     def decode_dense(self) -> Tensor:
         q = self.q[:, :, -1:].reshape(1, _KV_HEADS, _HEADS // _KV_HEADS, _HEAD_DIM)

@@ -15,6 +15,7 @@ from r1ray.config.distill import DistillConfig
 from r1ray.config.training import TrainConfig
 
 __all__ = [
+    "AttentionKind",
     "BaseConfig",
     "BatchingConfig",
     "BucketsConfig",
@@ -37,6 +38,7 @@ __all__ = [
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Scheme = Literal["w8a8", "w4a8", "codebook4"]
+AttentionKind = Literal["auto", "dense", "sparse"]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
@@ -261,6 +263,10 @@ class ServeConfig:
     """Requests waiting in one replica before further ones are answered 429."""
     max_context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Prompt and answer of one request together."""
+    attention: AttentionKind = "auto"
+    """auto: block-sparse beyond 2,048 tokens if the model has gates; sparse: without them, too."""
+    kv_cache: Literal["float", "int8"] = "float"
+    """How keys and values are kept: as the weights' floating point, or in a quarter of float32."""
     budget_mib: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """What a replica may take of memory (of the GPU's, for its weights); the rest is streamed."""
 

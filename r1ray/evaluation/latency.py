@@ -36,7 +36,7 @@ def measure_latency(
             max_tokens=prompt_tokens + new_tokens,
             dtype=dtype,
             device=device,
-            keeps_blocks=model.is_sparse,
+            summary_size=model.summary_size,
         )
         started = _now(device)
         rows = cache.add_rows(1)

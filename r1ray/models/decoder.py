@@ -22,8 +22,8 @@ from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
 from r1ray.models.rope import apply_rotary, rotary_tables
 from r1ray.models.sparse import SparseForward
-from r1ray.ops.block_gate import BlockGate
-from r1ray.ops.causal_attention import causal_attention
+from r1ray.ops.block_gate import BlockGate, BoundsGate
+from r1ray.ops.causal_attention import cached_attention, causal_attention
 from r1ray.ops.packed_attention import Documents, packed_attention
 
 __all__ = ["Attention", "Decoder"]
@@ -55,7 +55,7 @@ class Attention(nn.Module):
             [B, T, K, H] before rotary positions, and both [B, N, T, H], [B, K, T, H] after.
     """
 
-    gate: BlockGate | None
+    gate: BlockGate | BoundsGate | None
     observe: Observer | None = None
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -92,36 +92,21 @@ class Attention(nn.Module):
         k_BKTH = apply_rotary(k_BTKH.transpose(1, 2), *rotary)
         if self.observe is not None:
             self.observe(self, q_BTNH, k_BTKH, q_BNTH, k_BKTH)
-        k_BKSH, v_BKSH = k_BKTH, v_BKTH
-        if cache is not None:
-            k_BKSH, v_BKSH = cache.write(self.layer, k_BKTH, v_BKTH, positions_BT)
-        if sparse is not None:
-            sparse.update(self, k_BKSH)
-        if sparse is not None and not sparse.is_dense:
-            out_BNTH = sparse.attend(self, q_BTNH, q_BNTH, rotary, k_BKSH, v_BKSH)
-        elif documents is not None:
+        if documents is not None:
             out_BNTH = packed_attention(q_BNTH, k_BKTH, v_BKTH, documents)
-        elif cache is None or cache.max_start == 0:
+        elif cache is None:
             out_BNTH = causal_attention(q_BNTH, k_BKTH, v_BKTH)
         else:
-            out_BNTH = self._attend_cached(q_BNTH, k_BKSH, v_BKSH, positions_BT)
+            k, v = cache.write(self.layer, k_BKTH, v_BKTH, positions_BT)
+            if sparse is not None:
+                sparse.update(self, k)
+            if sparse is not None and not sparse.is_dense:
+                out_BNTH = sparse.attend(self, q_BTNH, q_BNTH, rotary, k, v)
+            elif cache.max_start == 0:
+                out_BNTH = causal_attention(q_BNTH, *(x.floats().to(q_BNTH.dtype) for x in (k, v)))
+            else:
+                out_BNTH = cached_attention(q_BNTH, k, v, cache.starts)
         return self.o_proj(out_BNTH.transpose(1, 2).reshape(batch, tokens, -1))
-
-    def _attend_cached(
-        self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, positions_BT: Tensor
-    ) -> Tensor:
-        """Over the cache; a group's queries are folded, so that K and V are not copied for them."""
-        batch, _, tokens, head_dim = q_BNTH.shape
-        groups = self.config.num_heads // self.config.num_kv_heads
-        slots_S = torch.arange(k_BKSH.shape[2], device=q_BNTH.device)
-        mask_B1TS = (slots_S <= positions_BT[:, :, None])[:, None]
-        out = F.scaled_dot_product_attention(
-            q_BNTH.reshape(batch, self.config.num_kv_heads, groups * tokens, head_dim),
-            k_BKSH.to(q_BNTH.dtype),
-            v_BKSH.to(q_BNTH.dtype),
-            attn_mask=mask_B1TS.repeat(1, 1, groups, 1),
-        )
-        return out.reshape(batch, self.config.num_heads, tokens, head_dim)
 
 
 class MLP(nn.Module):
@@ -191,13 +176,20 @@ class Decoder(nn.Module):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether it attends to chosen blocks in a cache that keeps them: it has gates.
+        """Whether it attends to chosen blocks in a cache that keeps summaries: it has gates.
 
         Not where a token's rotation depends on the length of its sequence: a block's summary would
         change with every token.
         """
-        has_gates = all(getattr(block.self_attn, "gate", None) for block in self.model.layers)
-        return has_gates and not self.config.rope.depends_on_length
+        return self.summary_size > 0
+
+    @property
+    def summary_size(self) -> int:
+        """Floats that its gates need of each block of keys, layer and group; 0 where not sparse."""
+        if self.config.rope.depends_on_length:
+            return 0
+        gates = (getattr(block.self_attn, "gate", None) for block in self.model.layers)
+        return min(0 if gate is None else int(gate.summary_size) for gate in gates)
 
     def hidden(
         self,

@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r1ray.errors import ArtifactError
+from r1ray.config.schema import AttentionKind
+from r1ray.errors import ArtifactError, ConfigError
 from r1ray.models.decoder import Attention, Decoder
-from r1ray.ops.block_gate import BlockGate
+from r1ray.ops.block_gate import BlockGate, BoundsGate
 from r1ray.ops.block_sparse import BLOCK
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "list_attentions",
     "load_gates",
     "save_gates",
+    "set_attention",
 ]
 
 GATES_NAME = "gates.safetensors"
@@ -36,6 +38,28 @@ def attach_gates(model: Decoder) -> None:
         if attention.gate is None:
             gate = BlockGate(config.num_heads, config.num_kv_heads, config.head_dim)
             attention.gate = gate.to(model.model.norm.weight.device)
+
+
+def set_attention(model: Decoder, kind: AttentionKind) -> None:
+    """Make `model` attend densely over its cache, or to chosen blocks.
+
+    Args:
+        kind: auto is sparse where there are gates; sparse takes bounds where there are none.
+    Raises:
+        ConfigError: it is to be sparse, but its rotary positions depend on the length.
+    """
+    if kind == "dense":
+        detach_gates(model)
+    if kind != "sparse":
+        return
+    if model.config.rope.depends_on_length:
+        raise ConfigError(
+            f"serve.attention: sparse does not go with rotary positions of type "
+            f"{model.config.rope.type!r}, which turn with a sequence's length; use dense"
+        )
+    for attention in list_attentions(model):
+        if attention.gate is None:
+            attention.gate = BoundsGate(model.config.head_dim)
 
 
 def detach_gates(model: Decoder) -> bool:

@@ -27,7 +27,6 @@ from r1ray.ops.block_sparse import BLOCK
 __all__ = ["BatchGenerator", "GenerationRequest", "TokenEvent", "generate_batch"]
 
 FinishReason = Literal["stop", "length"]
-_SPARSE_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ class BatchGenerator:
         max_prefill_tokens: padded prompt tokens in one prefill forward (a single longer prompt
             still runs, alone).
         prefill_chunk: tokens of a longer prompt that go through one forward; it bounds the memory
-            of activations, and where attention is sparse has to be a multiple of 64. None for 1,024
-            where it is sparse, and for whole prompts elsewhere.
+            of activations, and where attention is sparse has to be a multiple of 64.
+        kv_dtype: of cached keys and values, a floating point one or int8; None for the weights'.
     Raises:
         ShapeError: attention is sparse and prefill_chunk cuts a block.
     """
@@ -86,18 +85,17 @@ class BatchGenerator:
         max_concurrency: int,
         max_context_tokens: int,
         max_prefill_tokens: int = 4096,
-        prefill_chunk: int | None = None,
+        prefill_chunk: int = 1024,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         weight = model.model.norm.weight
         self._model = model
         self._device = weight.device
         self._max_prefill_tokens = max_prefill_tokens
-        # Dense attention over a cache takes a mask: such prompts are read whole unless told.
-        whole = _SPARSE_CHUNK if model.is_sparse else max_context_tokens
-        self._prefill_chunk = prefill_chunk or whole
-        if model.is_sparse and self._prefill_chunk % BLOCK:
+        self._prefill_chunk = prefill_chunk
+        if model.is_sparse and prefill_chunk % BLOCK:
             raise ShapeError(
-                f"prefill_chunk ({self._prefill_chunk}) is not a multiple of {BLOCK}, the tokens "
+                f"prefill_chunk ({prefill_chunk}) is not a multiple of {BLOCK}, the tokens "
                 "of a block of sparse attention; round it"
             )
         self._rotates_by_length = model.config.rope.depends_on_length
@@ -105,9 +103,9 @@ class BatchGenerator:
             model.config,
             max_rows=max_concurrency,
             max_tokens=max_context_tokens,
-            dtype=weight.dtype,
+            dtype=kv_dtype or weight.dtype,
             device=weight.device,
-            keeps_blocks=model.is_sparse,
+            summary_size=model.summary_size,
         )
         self._waiting: deque[GenerationRequest] = deque()
         self._rows: list[_Row] = []
@@ -232,18 +230,21 @@ def generate_batch(
     stop_token_ids: frozenset[int],
     max_concurrency: int,
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    kv_dtype: torch.dtype | None = None,
     on_finish: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continuations of `prompts`, in their order.
 
     Args:
         sampling: of all prompts, or one for each.
+        kv_dtype: as in `BatchGenerator`.
         on_finish: called with the number of finished prompts each time one finishes.
     """
     generator = BatchGenerator(
         model,
         max_concurrency=min(max_concurrency, max(1, len(prompts))),
         max_context_tokens=max(map(len, prompts), default=0) + max_new_tokens,
+        kv_dtype=kv_dtype,
     )
     samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
     outputs: dict[str, list[int]] = {}

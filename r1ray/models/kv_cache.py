@@ -1,9 +1,11 @@
 """Keys and values of the sequences being decoded, in rows of one preallocated buffer per layer.
 
 Rows [0, num_active) are in use: removing one moves the last active row into its place, so that a
-decode step always works on a contiguous slice. A row costs 2·layers·K·max_tokens·H elements.
+decode step always works on a contiguous slice. A row costs 2·layers·K·max_tokens·H elements; in
+int8, each token and group has a float32 scale beside its H bytes.
 
-Shape legend: R rows, K key/value heads, S cached tokens, T new tokens, H head dimension.
+Shape legend: R rows, K key/value heads, S cached tokens, T new tokens, H head dimension, C blocks,
+X size of a block's summary.
 """
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
 from r1ray.ops.block_sparse import BLOCK
+from r1ray.ops.cached_states import CachedStates, quantize_states
 
 __all__ = ["CacheSlice", "KVCache", "cache_bytes"]
 
@@ -24,15 +27,18 @@ def cache_bytes(
     dtype: torch.dtype = torch.float32,
 ) -> int:
     """Size of a `KVCache` of this shape."""
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return per_token * max_rows * max_tokens * dtype.itemsize
+    states = 2 * config.num_layers * config.num_kv_heads * max_rows * max_tokens
+    scale_bytes = torch.float32.itemsize if dtype == torch.int8 else 0
+    return states * (config.head_dim * dtype.itemsize + scale_bytes)
 
 
 class KVCache:
     """Buffers for `max_rows` sequences of up to `max_tokens` tokens.
 
     Args:
-        keeps_blocks: also keep one summary of each block of keys (`r1ray.models.sparse`).
+        dtype: a floating point one, or int8.
+        summary_size: floats of each summary of a block of keys (`r1ray.models.sparse`), if any are
+            kept.
 
     Attributes:
         lengths: tokens stored in each active row, in row order; its length is `num_active`.
@@ -46,14 +52,17 @@ class KVCache:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        keeps_blocks: bool = False,
+        summary_size: int = 0,
     ) -> None:
         shape = (config.num_layers, max_rows, config.num_kv_heads, max_tokens, config.head_dim)
         # Zeros, not empty: masked positions are multiplied by 0 and must not hold NaN.
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
-        self.keeps_blocks = keeps_blocks
-        blocks = (*shape[:3], max_tokens // BLOCK if keeps_blocks else 0, config.head_dim)
+        scales = shape[:-1] if dtype == torch.int8 else (0,)
+        self._key_scales = torch.zeros(scales, dtype=torch.float32, device=device)
+        self._value_scales = torch.zeros(scales, dtype=torch.float32, device=device)
+        self.is_int8, self.keeps_blocks = dtype == torch.int8, summary_size > 0
+        blocks = (*shape[:3], max_tokens // BLOCK if summary_size else 0, summary_size)
         self._block_keys = torch.zeros(blocks, dtype=torch.float32, device=device)
         self.max_rows = max_rows
         self.max_tokens = max_tokens
@@ -90,8 +99,11 @@ class KVCache:
         last = self.num_active - 1
         if row != last:
             used = self.lengths[last]
-            self._keys[:, row, :, :used] = self._keys[:, last, :, :used]
-            self._values[:, row, :, :used] = self._values[:, last, :, :used]
+            for states in (self._keys, self._values):
+                states[:, row, :, :used] = states[:, last, :, :used]
+            if self.is_int8:
+                for scales in (self._key_scales, self._value_scales):
+                    scales[:, row, :, :used] = scales[:, last, :, :used]
             self._block_keys[:, row] = self._block_keys[:, last]
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
@@ -114,37 +126,46 @@ class CacheSlice:
 
     def write(
         self, layer: int, k_RKTH: Tensor, v_RKTH: Tensor, positions_RT: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[CachedStates, CachedStates]:
         """Store new keys and values at `positions`; returns views [R, K, S, H] of all up to them.
 
         Raises:
             ShapeError: the new tokens do not fit into `max_tokens`.
         """
+        cache = self._cache
         num_tokens = self.max_start + k_RKTH.shape[2]
-        if num_tokens > self._cache.max_tokens:
-            raise ShapeError(
-                f"{num_tokens} tokens do not fit into a cache of {self._cache.max_tokens}"
+        if num_tokens > cache.max_tokens:
+            raise ShapeError(f"{num_tokens} tokens do not fit into a cache of {cache.max_tokens}")
+
+        def store(buffer: Tensor, new_RKT_: Tensor) -> Tensor:
+            """Keys or values, or their scales."""
+            view = buffer[layer, self._rows, :, :num_tokens]
+            if self.max_start == 0:
+                view.copy_(new_RKT_)
+            else:
+                rows_R1 = torch.arange(len(positions_RT), device=view.device)[:, None]
+                view[rows_R1, :, positions_RT] = new_RKT_.transpose(1, 2).to(view.dtype)
+            return view
+
+        if not cache.is_int8:
+            return CachedStates(store(cache._keys, k_RKTH)), CachedStates(
+                store(cache._values, v_RKTH)
             )
-        keys = self._cache._keys[layer, self._rows, :, :num_tokens]
-        values = self._cache._values[layer, self._rows, :, :num_tokens]
-        if self.max_start == 0:
-            keys.copy_(k_RKTH)
-            values.copy_(v_RKTH)
-        else:
-            rows_R1 = torch.arange(len(positions_RT), device=keys.device)[:, None]
-            keys[rows_R1, :, positions_RT] = k_RKTH.transpose(1, 2).to(keys.dtype)
-            values[rows_R1, :, positions_RT] = v_RKTH.transpose(1, 2).to(values.dtype)
-        return keys, values
+        (k, k_scale), (v, v_scale) = quantize_states(k_RKTH), quantize_states(v_RKTH)
+        return (
+            CachedStates(store(cache._keys, k), store(cache._key_scales, k_scale)),
+            CachedStates(store(cache._values, v), store(cache._value_scales, v_scale)),
+        )
 
     def advance(self, counts: list[int]) -> None:
         """Count the first `counts[r]` of the tokens just written as stored in row r."""
         for offset, count in enumerate(counts):
             self._cache.lengths[self._rows.start + offset] += count
 
-    def write_blocks(self, layer: int, row: int, blocks: slice, summaries_KCH: Tensor) -> None:
+    def write_blocks(self, layer: int, row: int, blocks: slice, summaries_KCX: Tensor) -> None:
         """Keep the summaries of some blocks of row `row` of the slice."""
-        self._cache._block_keys[layer, self._rows.start + row, :, blocks] = summaries_KCH
+        self._cache._block_keys[layer, self._rows.start + row, :, blocks] = summaries_KCX
 
     def read_blocks(self, layer: int, count: int) -> Tensor:
-        """Summaries of the first `count` blocks, if a row has as many: a view [R, K, C, H]."""
+        """Summaries of the first `count` blocks, if a row has as many: a view [R, K, C, X]."""
         return self._cache._block_keys[layer, self._rows, :, :count]

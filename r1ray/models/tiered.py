@@ -18,6 +18,7 @@ from r1ray.errors import ArtifactError, ConfigError
 from r1ray.models.checkpoint import assign_weights, list_shards, read_scheme
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
+from r1ray.models.gates import load_gates
 from r1ray.models.mapped import MappedTensors
 from r1ray.models.quantization import fake_quantize_modules, quantize_modules, tie_head
 from r1ray.models.streaming import EMBEDDING, HEAD, list_units, stream_units
@@ -75,7 +76,9 @@ def load_to_serve(path: str | Path, *, budget_bytes: int, reserved_bytes: int = 
     files = {name: file for file in map(MappedTensors.open, list_shards(path)) for name in file}
     assign_weights(model, {name: file[name] for name, file in files.items()}, where=path)
     placement = _plan(model, max(0, budget_bytes - reserved_bytes), is_training=False)
-    return _stream(model.eval(), files, placement, budget)
+    tiered = _stream(model.eval(), files, placement, budget)
+    load_gates(model, path)  # small, and never streamed
+    return tiered
 
 
 def load_to_train(

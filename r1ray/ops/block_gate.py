@@ -2,8 +2,11 @@
 
 For one layer and group of query heads, q̂ is a projection of the group's queries and k̂ of the
 largest, least and mean key of a block, both before rotary positions, normed, and rotated by the
-query's position and by that of the block's first key. The score is q̂·k̂/√H. A gate that was not
-trained compares the mean query with the mean key.
+query's position and by that of the block's first key. The score is q̂·k̂/√H.
+
+Without a trained gate, `BoundsGate` scores a single query by the most that any key within a block's
+least and greatest elements could score, and a block of queries by the best match of a query with a
+block's mean key; both after rotary positions, the largest of the group's heads.
 
 The target of a query is how much attention each earlier block got at most, over its keys and the
 group's heads, as shares; it is computed for a chunk of queries at a time. The loss is the
@@ -12,10 +15,10 @@ divergence of softmax(score) from it.
 Price: (G + 3)·H² multiplications a token and group, and 2·C·H a query and group to score; a target
 takes one attention over all earlier keys. Parameters: (G + 3)·H² a group and layer.
 
-Source: SeerAttention-R, arXiv:2506.08889.
+Sources: SeerAttention-R, arXiv:2506.08889; bounds: Quest, arXiv:2406.10774.
 
-Shape legend: B rows, T queries, N query heads, K groups, G = N/K, S keys, C blocks, H head size,
-P = 3·H pooled features.
+Shape legend: B rows, T queries, U units of queries, N query heads, K groups, G = N/K, S keys,
+L keys of whole blocks, C blocks, H head size, P = 3·H pooled features, X size of a summary.
 """
 
 import math
@@ -25,16 +28,21 @@ from torch import Tensor, nn
 
 from r1ray.ops.block_sparse import BLOCK
 
-__all__ = ["BlockGate", "gate_divergence", "gate_targets", "pool_keys"]
+__all__ = ["BlockGate", "BoundsGate", "gate_divergence", "gate_targets", "pool_keys"]
 
 _EPS = 1e-6
 
 
 class BlockGate(nn.Module):
-    """The gate of one layer."""
+    """The gate of one layer; before it is trained, it compares the mean query with the mean key.
+
+    Attributes:
+        summary_size: floats that a block's summary takes, for each group.
+    """
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
+        self.summary_size = head_dim
         groups, identity = num_heads // num_kv_heads, torch.eye(head_dim)
         query = torch.cat([identity / groups] * groups)
         key = torch.cat([torch.zeros(2 * head_dim, head_dim), identity])
@@ -59,6 +67,58 @@ class BlockGate(nn.Module):
     def scores(queries_BKTH: Tensor, keys_BKCH: Tensor) -> Tensor:
         """[B, K, T, C]; higher means more attention is expected."""
         return queries_BKTH @ keys_BKCH.transpose(-1, -2) / math.sqrt(keys_BKCH.shape[-1])
+
+    def summarize(self, k_BKLH: Tensor, cos_B1LH: Tensor, sin_B1LH: Tensor) -> Tensor:
+        """k̂ [B, K, C, H] of whole blocks of keys with rotary positions, and their tables."""
+        turned_back = _turn_back(k_BKLH.float(), cos_B1LH, sin_B1LH)
+        pooled = pool_keys(turned_back.transpose(1, 2))
+        return self.keys(pooled, cos_B1LH[:, :, ::BLOCK], sin_B1LH[:, :, ::BLOCK])
+
+    def score(
+        self,
+        q_BTNH: Tensor,
+        q_BNTH: Tensor,  # noqa: ARG002
+        rotary: tuple[Tensor, Tensor],
+        summaries_BKCX: Tensor,
+        unit: int,
+    ) -> Tensor:
+        """[B, K, U, C] of units of `unit` queries, each the largest of its queries' scores.
+
+        Args:
+            q_BTNH, q_BNTH: before and after rotary positions, whose tables follow.
+        """
+        scores_BKTC = self.scores(self.queries(q_BTNH, *rotary), summaries_BKCX)
+        return scores_BKTC.unflatten(2, (-1, unit)).amax(3)
+
+
+class BoundsGate(nn.Module):
+    """What stands in for the gate of one layer that was not trained; it has no parameters."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.summary_size = 3 * head_dim
+
+    @staticmethod
+    def summarize(k_BKLH: Tensor, cos_B1LH: Tensor, sin_B1LH: Tensor) -> Tensor:  # noqa: ARG004
+        """Greatest, least and mean key [B, K, C, 3·H] of whole blocks, with rotary positions."""
+        return pool_keys(k_BKLH.transpose(1, 2))
+
+    @staticmethod
+    def score(
+        q_BTNH: Tensor,  # noqa: ARG004
+        q_BNTH: Tensor,
+        rotary: tuple[Tensor, Tensor],  # noqa: ARG004
+        summaries_BKCX: Tensor,
+        unit: int,
+    ) -> Tensor:
+        """As `BlockGate.score`."""
+        q_BKGTH = q_BNTH.float().unflatten(1, (summaries_BKCX.shape[1], -1))
+        greatest, least, mean = summaries_BKCX.mT[:, :, None].chunk(3, dim=3)
+        if unit == 1:
+            scores = q_BKGTH.clamp_min(0) @ greatest + q_BKGTH.clamp_max(0) @ least
+        else:
+            scores = q_BKGTH @ mean
+        return scores.amax(2).unflatten(2, (-1, unit)).amax(3)
 
 
 def pool_keys(k_BSKH: Tensor) -> Tensor:
@@ -115,3 +175,10 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What was rotated by these tables."""
+    first, second = x.chunk(2, dim=-1)
+    turned = x * cos + torch.cat([second, -first], dim=-1) * sin
+    return turned / (cos.square() + sin.square())

@@ -17,7 +17,6 @@ Shape legend: B rows, T new tokens, S cached tokens, N query heads, K key/value 
 of a group, H head dimension, U units, M chosen blocks, L tokens that one unit gathers.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1ray.errors import ShapeError
+from r1ray.ops.cached_states import CachedStates
+from r1ray.ops.causal_attention import flash_attention, merge_attention
 
 __all__ = ["BLOCK", "block_sparse_attention", "reference_attention"]
 
@@ -33,13 +34,13 @@ _UNITS_TOGETHER = 8
 
 
 def block_sparse_attention(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, chosen_BKUM: Tensor, starts: list[int]
+    q_BNTH: Tensor, k: CachedStates, v: CachedStates, chosen_BKUM: Tensor, starts: list[int]
 ) -> Tensor:
     """softmax(q·kᵀ/√H)·v over the keys that a query keeps: [B, N, T, H].
 
     Args:
         q_BNTH: the queries of row b are at positions starts[b], starts[b] + 1, ...
-        k_BKSH, v_BKSH: at positions 0 to S - 1, of which those up to each query count.
+        k, v: [B, K, S, H], at positions 0 to S - 1, of which those up to each query count.
         chosen_BKUM: int64 numbers of blocks, earlier than the one before the unit's, each at most
             once; -1 for none, at the end. Units have one token each where U = T, else 64, and then
             every start is a multiple of 64. One unit has the same number of blocks in every group
@@ -48,28 +49,28 @@ def block_sparse_attention(
     Raises:
         ShapeError: the shapes, or starts and units, do not fit each other.
     """
-    _check(q_BNTH, k_BKSH, chosen_BKUM, starts)
+    _check(q_BNTH, k.shape, chosen_BKUM, starts)
     if chosen_BKUM.shape[2] == q_BNTH.shape[2]:
-        return _attend_tokens(q_BNTH, k_BKSH, v_BKSH, chosen_BKUM, starts)
+        return _attend_tokens(q_BNTH, k, v, chosen_BKUM, starts)
     rows = [
-        _attend_row(q_BNTH[b], k_BKSH[b], v_BKSH[b], chosen_BKUM[b], start // BLOCK)
+        _attend_row(q_BNTH[b], k.row(b), v.row(b), chosen_BKUM[b], start // BLOCK)
         for b, start in enumerate(starts)
     ]
     return torch.stack(rows)
 
 
 def reference_attention(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, chosen_BKUM: Tensor, starts: list[int]
+    q_BNTH: Tensor, k: CachedStates, v: CachedStates, chosen_BKUM: Tensor, starts: list[int]
 ) -> Tensor:
     """As `block_sparse_attention`, by a mask over all keys: its oracle."""
-    _check(q_BNTH, k_BKSH, chosen_BKUM, starts)
-    groups = q_BNTH.shape[1] // k_BKSH.shape[1]
-    kept_BKTS = _kept(chosen_BKUM, starts, q_BNTH.shape[2], k_BKSH.shape[2])
+    _check(q_BNTH, k.shape, chosen_BKUM, starts)
+    groups = q_BNTH.shape[1] // k.shape[1]
+    kept_BKTS = _kept(chosen_BKUM, starts, q_BNTH.shape[2], k.shape[2])
     mask_BNTS = kept_BKTS.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(
         q_BNTH,
-        k_BKSH.repeat_interleave(groups, dim=1),
-        v_BKSH.repeat_interleave(groups, dim=1),
+        k.floats().to(q_BNTH.dtype).repeat_interleave(groups, dim=1),
+        v.floats().to(q_BNTH.dtype).repeat_interleave(groups, dim=1),
         attn_mask=mask_BNTS,
     )
 
@@ -90,38 +91,32 @@ def _kept(chosen_BKUM: Tensor, starts: list[int], tokens: int, keys: int) -> Ten
 
 
 def _attend_row(
-    q_NTH: Tensor, k_KSH: Tensor, v_KSH: Tensor, chosen_KUM: Tensor, first: int
+    q_NTH: Tensor, k: CachedStates, v: CachedStates, chosen_KUM: Tensor, first: int
 ) -> Tensor:
     """One row in units of a block; `first` is the block of its first query."""
     heads, tokens, head_dim = q_NTH.shape
-    kv_heads, units = k_KSH.shape[0], chosen_KUM.shape[1]
+    kv_heads, units, dtype = k.shape[1], chosen_KUM.shape[1], q_NTH.dtype
     padding = units * BLOCK - tokens
     q_UNBH = _in_units(F.pad(q_NTH, (0, 0, 0, padding)))
-    own = slice(first * BLOCK, first * BLOCK + tokens)
-    k_UKBH = _in_units(F.pad(k_KSH[:, own], (0, 0, 0, padding)))
-    v_UKBH = _in_units(F.pad(v_KSH[:, own], (0, 0, 0, padding)))
+    own = (0, slice(None), slice(first * BLOCK, first * BLOCK + tokens))
+    own_states = (_in_units(F.pad(x[own].to(dtype), (0, 0, 0, padding))) for x in (k, v))
     groups = heads // kv_heads
-    out_UNBH, lse_UNB = _flash(
-        q_UNBH,
-        k_UKBH.repeat_interleave(groups, dim=1),
-        v_UKBH.repeat_interleave(groups, dim=1),
-        is_causal=True,
+    out_UNBH, lse_UNB = flash_attention(
+        q_UNBH, *(x.repeat_interleave(groups, dim=1) for x in own_states), is_causal=True
     )
     q_UKLH = q_UNBH.reshape(units, kv_heads, groups * BLOCK, head_dim)
-    whole = k_KSH.shape[1] // BLOCK
-    k_KCBH = k_KSH[:, : whole * BLOCK].view(kv_heads, whole, BLOCK, head_dim)
-    v_KCBH = v_KSH[:, : whole * BLOCK].view(kv_heads, whole, BLOCK, head_dim)
+    k_blocks, v_blocks = k.in_blocks(BLOCK), v.in_blocks(BLOCK)
     kv_index = torch.arange(kv_heads, device=q_NTH.device)[None, :, None]
     for span, blocks_UKM in _gathers(chosen_KUM, first):
-        k_UKLH = k_KCBH[kv_index, blocks_UKM].flatten(2, 3)
-        v_UKLH = v_KCBH[kv_index, blocks_UKM].flatten(2, 3)
-        far_UKLH, far_lse_UKL = _flash(q_UKLH[span], k_UKLH, v_UKLH, is_causal=False)
+        far_states = (
+            x[0, kv_index, blocks_UKM].flatten(2, 3).to(dtype) for x in (k_blocks, v_blocks)
+        )
+        far_UKLH, far_lse_UKL = flash_attention(q_UKLH[span], *far_states, is_causal=False)
         shape = out_UNBH[span].shape
-        merged = _merge(
+        out_UNBH[span] = merge_attention(
             (out_UNBH[span], lse_UNB[span]),
             (far_UKLH.reshape(shape), far_lse_UKL.reshape(shape[:-1])),
         )
-        out_UNBH[span] = merged
     return out_UNBH.transpose(0, 1).reshape(heads, units * BLOCK, head_dim)[:, :tokens]
 
 
@@ -146,33 +141,12 @@ def _in_units(x_XTH: Tensor) -> Tensor:
     return x_XTH.unflatten(1, (-1, BLOCK)).transpose(0, 1)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """Torch's flash attention of one dtype, and the log-sum-exps of its rows."""
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q.contiguous(), k.contiguous(), v.contiguous(), 0.0, is_causal
-        )
-        return out, lse
-    scores = torch.matmul(q.float() / math.sqrt(q.shape[-1]), k.float().transpose(-1, -2))
-    if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~visible, -math.inf)
-    lse = scores.logsumexp(-1)
-    return torch.matmul((scores - lse[..., None]).exp().to(v.dtype), v), lse
-
-
-def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention over two sets of keys from that over each, by their log-sum-exps."""
-    share = torch.sigmoid(one[1] - other[1])[..., None].to(one[0].dtype)
-    return torch.lerp(other[0], one[0], share)
-
-
 def _attend_tokens(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, chosen_BKUM: Tensor, starts: list[int]
+    q_BNTH: Tensor, k: CachedStates, v: CachedStates, chosen_BKUM: Tensor, starts: list[int]
 ) -> Tensor:
     """Every query gathers its own keys: for the few tokens of a decode step."""
     batch, heads, tokens, head_dim = q_BNTH.shape
-    kv_heads, device = k_BKSH.shape[1], q_BNTH.device
+    kv_heads, device, dtype = k.shape[1], q_BNTH.device, q_BNTH.dtype
     positions_BT = _positions(starts, tokens, device)
     own_BKT1 = (positions_BT // BLOCK)[:, None, :, None].expand(batch, kv_heads, tokens, 1)
     blocks_BKTM = torch.cat([chosen_BKUM, own_BKT1 - 1, own_BKT1], dim=3)
@@ -180,13 +154,13 @@ def _attend_tokens(
     slots_BKTL = (blocks_BKTM[..., None] * BLOCK + offsets).flatten(3)
     is_kept_BKTL = (blocks_BKTM >= 0)[..., None].expand(*blocks_BKTM.shape, BLOCK).flatten(3)
     is_kept_BKTL = is_kept_BKTL & (slots_BKTL <= positions_BT[:, None, :, None])
-    slots_BKTL = slots_BKTL.clamp(0, k_BKSH.shape[2] - 1)
+    slots_BKTL = slots_BKTL.clamp(0, k.shape[2] - 1)
     rows = torch.arange(batch, device=device)[:, None, None, None]
     kv_index = torch.arange(kv_heads, device=device)[None, :, None, None]
     out = F.scaled_dot_product_attention(
         q_BNTH.unflatten(1, (kv_heads, -1)).transpose(2, 3),  # [B, K, T, G, H]
-        k_BKSH[rows, kv_index, slots_BKTL],
-        v_BKSH[rows, kv_index, slots_BKTL],
+        k[rows, kv_index, slots_BKTL].to(dtype),
+        v[rows, kv_index, slots_BKTL].to(dtype),
         attn_mask=is_kept_BKTL[..., None, :],
     )
     return out.transpose(2, 3).reshape(batch, heads, tokens, head_dim)
@@ -197,13 +171,13 @@ def _positions(starts: list[int], tokens: int, device: torch.device) -> Tensor:
     return torch.tensor(starts, device=device)[:, None] + torch.arange(tokens, device=device)
 
 
-def _check(q_BNTH: Tensor, k_BKSH: Tensor, chosen_BKUM: Tensor, starts: list[int]) -> None:
+def _check(q_BNTH: Tensor, kv_shape: torch.Size, chosen_BKUM: Tensor, starts: list[int]) -> None:
     batch, heads, tokens, _ = q_BNTH.shape
-    kv_batch, kv_heads, keys, _ = k_BKSH.shape
+    kv_batch, kv_heads, keys, _ = kv_shape
     units = chosen_BKUM.shape[2]
     if kv_batch != batch or len(starts) != batch or chosen_BKUM.shape[:2] != (batch, kv_heads):
         raise ShapeError(
-            f"block_sparse_attention: queries {tuple(q_BNTH.shape)}, keys {tuple(k_BKSH.shape)}, "
+            f"block_sparse_attention: queries {tuple(q_BNTH.shape)}, keys {tuple(kv_shape)}, "
             f"blocks {tuple(chosen_BKUM.shape)} and {len(starts)} starts are not of the same rows"
         )
     if heads % kv_heads:

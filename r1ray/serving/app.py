@@ -9,13 +9,13 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from r1ray.config.schema import ServeConfig
+from r1ray.config.schema import AttentionKind, ServeConfig
 from r1ray.errors import ConfigError, ServingError
 from r1ray.models import ModelConfig
 from r1ray.serving.ingress import OpenAIIngress
@@ -53,6 +53,10 @@ class ServeArgs(BaseModel):
     """Requests waiting in one replica before further ones are answered 429."""
     max_context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Prompt and answer of one request together."""
+    attention: AttentionKind = "auto"
+    """auto: block-sparse beyond 2,048 tokens if the model has gates; sparse: without them, too."""
+    kv_cache: Literal["float", "int8"] = "float"
+    """How keys and values are kept: as the weights' floating point, or in a quarter of float32."""
     budget_mib: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """What a replica may take of memory (of the GPU's, for its weights); the rest is streamed."""
 
@@ -77,6 +81,8 @@ def build_app(args: ServeArgs) -> Application:
         max_concurrency=args.max_concurrency,
         max_queued_requests=args.max_queued_requests,
         max_context_tokens=args.max_context_tokens,
+        attention=args.attention,
+        kv_cache=args.kv_cache,
         budget_mib=args.budget_mib,
         num_threads=max(1, int(args.num_cpus_per_replica)),
     )
@@ -108,6 +114,8 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 120.
         max_concurrency=config.max_concurrency,
         max_queued_requests=config.max_queued_requests,
         max_context_tokens=config.max_context_tokens,
+        attention=config.attention,
+        kv_cache=config.kv_cache,
         budget_mib=config.budget_mib,
     )
     serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})

@@ -7,12 +7,15 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from r1ray.config.schema import AttentionKind
 from r1ray.errors import ConfigError, ServingError
 from r1ray.models import ModelConfig, load_model
 from r1ray.models.decoder import Decoder
+from r1ray.models.gates import set_attention
 from r1ray.models.generation import BatchGenerator, GenerationRequest, TokenEvent
 from r1ray.models.kv_cache import cache_bytes
 from r1ray.models.quantization import tie_head
@@ -60,17 +63,27 @@ def build_engine(
     max_concurrency: int,
     max_queued_requests: int,
     max_context_tokens: int,
+    attention: AttentionKind = "auto",
+    kv_cache: Literal["float", "int8"] = "float",
     budget_mib: int | None = None,
 ) -> Engine:
     """An engine over the model in `model_dir`, on the GPU that Ray gave this process, if any."""
     check_context(max_context_tokens, ModelConfig.load(model_dir))
+    kv_dtype = torch.int8 if kv_cache == "int8" else None
     kv_bytes = cache_bytes(
-        ModelConfig.load(model_dir), max_rows=max_concurrency, max_tokens=max_context_tokens
+        ModelConfig.load(model_dir),
+        max_rows=max_concurrency,
+        max_tokens=max_context_tokens,
+        dtype=kv_dtype or torch.float32,
     )
     model = _load(model_dir, budget_mib, kv_bytes)
+    set_attention(model, attention)
     return Engine(
         lambda: BatchGenerator(
-            model, max_concurrency=max_concurrency, max_context_tokens=max_context_tokens
+            model,
+            max_concurrency=max_concurrency,
+            max_context_tokens=max_context_tokens,
+            kv_dtype=kv_dtype,
         ),
         max_concurrency=max_concurrency,
         max_queued_requests=max_queued_requests,
@@ -87,6 +100,8 @@ class ModelReplica:
         max_concurrency: int,
         max_queued_requests: int,
         max_context_tokens: int,
+        attention: AttentionKind,
+        kv_cache: Literal["float", "int8"],
         budget_mib: int | None,
         num_threads: int,
     ) -> None:
@@ -97,6 +112,8 @@ class ModelReplica:
             max_concurrency=max_concurrency,
             max_queued_requests=max_queued_requests,
             max_context_tokens=max_context_tokens,
+            attention=attention,
+            kv_cache=kv_cache,
             budget_mib=budget_mib,
         )
         logger.info("%s is loaded; %d torch threads; %s", model_dir, num_threads, native.describe())

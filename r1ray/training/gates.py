@@ -20,7 +20,7 @@ from r1ray.errors import ShapeError
 from r1ray.models.decoder import Attention, Decoder, Observer
 from r1ray.models.gates import list_attentions
 from r1ray.models.rope import rotary_tables
-from r1ray.ops.block_gate import gate_divergence, gate_targets, pool_keys
+from r1ray.ops.block_gate import BlockGate, gate_divergence, gate_targets, pool_keys
 from r1ray.ops.block_sparse import BLOCK
 
 __all__ = ["GateTraining"]
@@ -57,7 +57,7 @@ class GateTraining:
             attention: Attention, q_BTNH: Tensor, k_BTKH: Tensor, q_BNTH: Tensor, k_BKTH: Tensor
         ) -> None:
             gate, pooled = attention.gate, pool_keys(k_BTKH)
-            assert gate is not None
+            assert isinstance(gate, BlockGate)
             blocks = pooled.shape[2]
             if blocks == 0:
                 return

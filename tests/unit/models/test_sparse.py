@@ -1,17 +1,20 @@
 """Block-sparse attention in the decoder: independent of chunks, of company, and of how it began."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
-from r1ray.errors import ShapeError
+from r1ray.errors import ConfigError, ShapeError
 from r1ray.models import Decoder
-from r1ray.models.gates import attach_gates, list_attentions
+from r1ray.models.config import RopeConfig
+from r1ray.models.gates import attach_gates, detach_gates, list_attentions, set_attention
 from r1ray.models.generation import BatchGenerator, generate_batch
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.rope import rotary_tables
-from r1ray.ops.block_gate import pool_keys
+from r1ray.ops.block_gate import BlockGate, BoundsGate, pool_keys
 from r1ray.ops.block_sparse import BLOCK
 from tests.fakes import tiny_model
 from tests.unit.oracle import FAMILIES, random_ids
@@ -41,13 +44,20 @@ def _gated(family: str = "llama", *, is_int8: bool = False) -> Decoder:
 
 
 @torch.inference_mode()
-def _logits(model: Decoder, ids: Tensor, chunks: list[int], *, keeps_blocks: bool = True) -> Tensor:
+def _logits(
+    model: Decoder,
+    ids: Tensor,
+    chunks: list[int],
+    *,
+    is_dense: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     cache = KVCache(
         model.config,
         max_rows=1,
         max_tokens=ids.shape[1] + 3,
-        dtype=torch.float32,
-        keeps_blocks=keeps_blocks,
+        dtype=dtype,
+        summary_size=0 if is_dense else model.summary_size,
     )
     cache.add_rows(1)
     found = []
@@ -61,15 +71,37 @@ def _logits(model: Decoder, ids: Tensor, chunks: list[int], *, keeps_blocks: boo
 @pytest.mark.usefixtures("few_dense_blocks")
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_chunks_change_nothing(family: str, is_int8: bool) -> None:
+@pytest.mark.parametrize("has_gates", [True, False])
+def test_chunks_change_nothing(family: str, is_int8: bool, has_gates: bool) -> None:
     model, ids = _gated(family, is_int8=is_int8), random_ids(1, TOKENS)
-    whole = _logits(model, ids, [TOKENS])
+    if not has_gates:
+        detach_gates(model)
+        set_attention(model, "sparse")
+    dtype = torch.int8 if is_int8 else torch.float32
+    whole = _logits(model, ids, [TOKENS], dtype=dtype)
     for size in (64, 256):
         sizes = [size] * (TOKENS // size) + [TOKENS % size]
-        torch.testing.assert_close(_logits(model, ids, sizes), whole, rtol=0, atol=1e-4)
-    dense = _logits(model, ids, [TOKENS], keeps_blocks=False)
+        found = _logits(model, ids, sizes, dtype=dtype)
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-4)
+    dense = _logits(model, ids, [TOKENS], is_dense=True, dtype=dtype)
     torch.testing.assert_close(whole[:, :256], dense[:, :256], rtol=0, atol=1e-4)
     assert (whole - dense).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_dense_attention_in_chunks_equals_that_of_the_whole(dtype: torch.dtype) -> None:
+    model, ids = _gated(), random_ids(1, TOKENS)
+    whole = _logits(model, ids, [TOKENS], is_dense=True, dtype=dtype)
+    found = _logits(model, ids, [100, 500, 1, 1, TOKENS - 602], is_dense=True, dtype=dtype)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-4)
+
+
+def test_int8_keys_and_values_change_little() -> None:
+    model, ids = _gated(), random_ids(1, TOKENS)
+    exact = _logits(model, ids, [TOKENS])
+    found = _logits(model, ids, [TOKENS], dtype=torch.int8)
+    error = (found - exact).abs().max() / exact.abs().max()
+    assert 0.0 < error < 0.02
 
 
 @pytest.mark.usefixtures("few_dense_blocks")
@@ -85,7 +117,7 @@ def test_what_does_not_fill_a_block_is_read_as_if_it_were_written() -> None:
 def test_with_every_block_chosen_it_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("r1ray.models.sparse.DENSE_BLOCKS", 0)  # choose all, the sparse way
     model, ids = _gated(), random_ids(1, TOKENS)
-    dense = _logits(model, ids, [TOKENS], keeps_blocks=False)
+    dense = _logits(model, ids, [TOKENS], is_dense=True)
     chunks = [512, TOKENS - 512 - 3, 1, 1, 1]
     torch.testing.assert_close(_logits(model, ids, chunks), dense, rtol=0, atol=1e-4)
 
@@ -93,7 +125,11 @@ def test_with_every_block_chosen_it_is_dense(monkeypatch: pytest.MonkeyPatch) ->
 def test_summaries_are_those_that_gates_are_trained_on() -> None:
     model, ids = _gated(), random_ids(1, 200)
     cache = KVCache(
-        model.config, max_rows=1, max_tokens=256, dtype=torch.float32, keeps_blocks=True
+        model.config,
+        max_rows=1,
+        max_tokens=256,
+        dtype=torch.float32,
+        summary_size=model.summary_size,
     )
     rows = cache.add_rows(1)
     seen: dict[int, Tensor] = {}
@@ -103,7 +139,7 @@ def test_summaries_are_those_that_gates_are_trained_on() -> None:
         model(ids, rows)
     for attention in list_attentions(model):
         pooled, gate = seen[attention.layer], attention.gate
-        assert gate is not None
+        assert isinstance(gate, BlockGate)
         positions = torch.arange(3)[None] * BLOCK
         with torch.inference_mode():
             expected = gate.keys(pooled, *rotary_tables(model.config, positions))
@@ -127,3 +163,26 @@ def test_answers_do_not_depend_on_company() -> None:
 def test_chunks_that_cut_a_block_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"prefill_chunk \(100\) is not a multiple of 64"):
         BatchGenerator(_gated(), max_concurrency=1, max_context_tokens=500, prefill_chunk=100)
+
+
+def test_a_switch_decides_whether_it_is_sparse() -> None:
+    model = _gated()
+    set_attention(model, "auto")
+    assert model.is_sparse
+    set_attention(model, "sparse")
+    assert isinstance(list_attentions(model)[0].gate, BlockGate)
+    set_attention(model, "dense")
+    assert not model.is_sparse
+    set_attention(model, "auto")
+    assert not model.is_sparse
+    set_attention(model, "sparse")
+    assert model.is_sparse
+    assert isinstance(list_attentions(model)[0].gate, BoundsGate)
+
+
+def test_rotary_positions_that_turn_with_the_length_are_refused() -> None:
+    model = tiny_model("llama")
+    rope = RopeConfig(theta=1e4, type="dynamic", parameters={"factor": 2.0})
+    model.config = dataclasses.replace(model.config, rope=rope)
+    with pytest.raises(ConfigError, match=r"serve.attention: sparse .* 'dynamic'"):
+        set_attention(model, "sparse")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.ops.block_sparse import BLOCK, block_sparse_attention, reference_attention
+from r1ray.ops.cached_states import CachedStates, quantize_states
 
 
 def _normal(*shape: int, seed: int) -> Tensor:
@@ -42,9 +43,10 @@ def _compare(
     q = _normal(rows, kv_heads * groups, tokens, 16, seed=seed)
     k = _normal(rows, kv_heads, keys, 16, seed=seed + 1)
     v = _normal(rows, kv_heads, keys, 16, seed=seed + 2)
-    found = block_sparse_attention(q, k, v, chosen, starts)
-    expected = reference_attention(q, k, v, chosen, starts)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for make in (CachedStates, lambda x: CachedStates(*quantize_states(x))):
+        found = block_sparse_attention(q, make(k), make(v), chosen, starts)
+        expected = reference_attention(q, make(k), make(v), chosen, starts)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,7 +100,7 @@ def test_with_all_blocks_chosen_it_is_causal_attention() -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=True
     )
-    found = block_sparse_attention(q, k, v, chosen, [0])
+    found = block_sparse_attention(q, CachedStates(k), CachedStates(v), chosen, [0])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -106,10 +108,10 @@ def test_keys_that_are_not_kept_do_not_count() -> None:
     q, k, v = (_normal(1, 2, 256, 16, seed=seed) for seed in range(3))
     chosen = torch.full((1, 2, 4, 1), -1)
     chosen[:, :, 3] = 0
-    before = block_sparse_attention(q, k, v, chosen, [0])
+    before = block_sparse_attention(q, CachedStates(k), CachedStates(v), chosen, [0])
     k[:, :, BLOCK : 2 * BLOCK] = 7.0
     v[:, :, BLOCK : 2 * BLOCK] = 7.0
-    after = block_sparse_attention(q, k, v, chosen, [0])
+    after = block_sparse_attention(q, CachedStates(k), CachedStates(v), chosen, [0])
     assert torch.equal(before[:, :, 3 * BLOCK :], after[:, :, 3 * BLOCK :])
     assert not torch.equal(before[:, :, 2 * BLOCK : 3 * BLOCK], after[:, :, 2 * BLOCK : 3 * BLOCK])
 
@@ -126,6 +128,6 @@ def test_keys_that_are_not_kept_do_not_count() -> None:
 def test_shapes_that_do_not_fit_are_refused(
     shape: tuple[int, ...], starts: list[int], message: str
 ) -> None:
-    q, k = torch.zeros(1, 2, 128, 16), torch.zeros(1, 2, 128, 16)
+    q, k = torch.zeros(1, 2, 128, 16), CachedStates(torch.zeros(1, 2, 128, 16))
     with pytest.raises(ShapeError, match=message):
         block_sparse_attention(q, k, k, torch.full(shape, -1), starts)
