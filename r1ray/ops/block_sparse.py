@@ -10,6 +10,8 @@ up to itself, the block before, and what was chosen for its unit.
    blocks go together, a few at a time.
 3. Both are merged by their log-sum-exps.
 
+On CUDA, units of a block are one FlexAttention call, whose block mask the numbers make.
+
 Price: 4·64·(M + 2)·N·H FLOP a token and layer, M blocks chosen; memory for the keys and values that
 a few units gather, whatever the length.
 
@@ -22,12 +24,14 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from r1ray.errors import ShapeError
 from r1ray.ops.cached_states import CachedStates
 from r1ray.ops.causal_attention import flash_attention, merge_attention
+from r1ray.ops.packed_attention import compiled_flex_attention
 
-__all__ = ["BLOCK", "block_sparse_attention", "reference_attention"]
+__all__ = ["BLOCK", "block_sparse_attention", "build_block_mask", "reference_attention"]
 
 BLOCK = 64
 _UNITS_TOGETHER = 8
@@ -52,8 +56,9 @@ def block_sparse_attention(
     _check(q_BNTH, k.shape, chosen_BKUM, starts)
     if chosen_BKUM.shape[2] == q_BNTH.shape[2]:
         return _attend_tokens(q_BNTH, k, v, chosen_BKUM, starts)
+    attend = _attend_flex if q_BNTH.is_cuda else _attend_row
     rows = [
-        _attend_row(q_BNTH[b], k.row(b), v.row(b), chosen_BKUM[b], start // BLOCK)
+        attend(q_BNTH[b], k.row(b), v.row(b), chosen_BKUM[b], start // BLOCK)
         for b, start in enumerate(starts)
     ]
     return torch.stack(rows)
@@ -118,6 +123,56 @@ def _attend_row(
             (far_UKLH.reshape(shape), far_lse_UKL.reshape(shape[:-1])),
         )
     return out_UNBH.transpose(0, 1).reshape(heads, units * BLOCK, head_dim)[:, :tokens]
+
+
+def _attend_flex(
+    q_NTH: Tensor, k: CachedStates, v: CachedStates, chosen_KUM: Tensor, first: int
+) -> Tensor:
+    """As `_attend_row`, in one kernel."""
+    groups, dtype = q_NTH.shape[0] // k.shape[1], q_NTH.dtype
+    mask = build_block_mask(chosen_KUM, first, (q_NTH.shape[1], k.shape[2]), groups)
+    out = compiled_flex_attention()(
+        q_NTH[None],
+        k.floats().to(dtype),
+        v.floats().to(dtype),
+        block_mask=mask,
+        enable_gqa=True,
+        kernel_options={"BLOCK_M": BLOCK, "BLOCK_N": BLOCK},
+    )
+    return out[0]
+
+
+def build_block_mask(
+    chosen_KUM: Tensor, first: int, lengths: tuple[int, int], groups: int
+) -> BlockMask:
+    """FlexAttention's mask of one row in units of a block: the own block in part, others whole.
+
+    Args:
+        first: block of the first query.
+        lengths: of queries and of keys.
+    """
+    kv_heads, units, _ = chosen_KUM.shape
+    own_U = first + torch.arange(units, device=chosen_KUM.device)
+    before_KU1 = (own_U - 1)[None, :, None].expand(kv_heads, units, 1)
+    whole_KUM = torch.cat([before_KU1, chosen_KUM], dim=2)  # no block before: none chosen either
+    start = own_U[0] * BLOCK
+
+    def may_attend(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query + start >= key
+
+    def for_heads(x_KU_: Tensor) -> Tensor:
+        return x_KU_.repeat_interleave(groups, dim=0)[None].to(torch.int32)
+
+    return BlockMask.from_kv_blocks(
+        for_heads(torch.ones_like(before_KU1[..., 0])),
+        for_heads(own_U[None, :, None].expand(kv_heads, units, 1)),
+        for_heads((whole_KUM >= 0).sum(2)),
+        for_heads(whole_KUM.clamp_min(0)),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=may_attend,
+        seq_lengths=lengths,
+        compute_q_blocks=False,
+    )
 
 
 def _gathers(chosen_KUM: Tensor, first: int) -> Iterator[tuple[slice, Tensor]]:

@@ -31,7 +31,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from r1ray.errors import ShapeError
 from r1ray.ops.causal_attention import causal_attention
 
-__all__ = ["Documents", "packed_attention"]
+__all__ = ["Documents", "compiled_flex_attention", "packed_attention"]
 
 _BLOCK = 128  # tokens: FlexAttention's
 
@@ -122,7 +122,7 @@ def _attend_each(q_1NTH: Tensor, k_1KTH: Tensor, v_1KTH: Tensor, documents: Docu
 
 def _attend_flex(q_1NTH: Tensor, k_1KTH: Tensor, v_1KTH: Tensor, documents: Documents) -> Tensor:
     """All documents in one kernel. Under autocast a norm may have left q and k wider than v."""
-    return _compiled_flex_attention()(
+    return compiled_flex_attention()(
         q_1NTH.to(v_1KTH.dtype),
         k_1KTH.to(v_1KTH.dtype),
         v_1KTH,
@@ -132,5 +132,6 @@ def _attend_flex(q_1NTH: Tensor, k_1KTH: Tensor, v_1KTH: Tensor, documents: Docu
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., Any]:
+def compiled_flex_attention() -> Callable[..., Any]:
+    """FlexAttention as kernels, which it only is when compiled."""
     return torch.compile(flex_attention)

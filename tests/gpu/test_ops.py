@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from r1ray.exchange.codecs import get_codec
-from r1ray.ops.causal_attention import causal_attention
+from r1ray.ops.block_sparse import BLOCK, block_sparse_attention, reference_attention
+from r1ray.ops.cached_states import CachedStates, quantize_states
+from r1ray.ops.causal_attention import cached_attention, causal_attention
 from r1ray.ops.fake_quant import fake_quant_linear
 from r1ray.ops.int8 import int8_linear, quantize_int8, torch_int8_linear
 from r1ray.training.range_meter import RangeMeter, split_groups
@@ -113,3 +115,39 @@ def test_gradient_ranges_are_the_same(fault: float | None) -> None:
         assert mine.num_nonfinite == theirs.num_nonfinite
         assert mine.flushed_share == pytest.approx(theirs.flushed_share, rel=1e-5)
         assert mine.subnormal_share == pytest.approx(theirs.subnormal_share, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 700), (0, 64), (256, 300), (640, 1024)])
+def test_units_of_a_block_equal_the_masked_reference(
+    start: int, tokens: int, is_int8: bool
+) -> None:
+    units, keys = -(-tokens // BLOCK), start + tokens + 30
+    q = _normal(1, 6, tokens, 64).to(CUDA)
+    k, v = (_normal(1, 2, keys, 64, seed=seed).to(CUDA) for seed in (1, 2))
+    chosen = torch.full((1, 2, units, 4), -1)
+    for unit in range(units):
+        earlier = max(0, start // BLOCK + unit - 1)
+        for head in range(2):
+            order = torch.randperm(earlier)[:4]
+            chosen[0, head, unit, : len(order)] = order
+    states = [CachedStates(*quantize_states(x)) if is_int8 else CachedStates(x) for x in (k, v)]
+    found = block_sparse_attention(q, *states, chosen.to(CUDA), [start])
+    expected = reference_attention(q, *states, chosen.to(CUDA), [start])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("starts", [[0, 0], [100, 300], [63, 0]])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_attention_over_a_cache_equals_that_on_a_cpu(
+    starts: list[int], tokens: int, dtype: torch.dtype
+) -> None:
+    q = _normal(2, 6, tokens, 64)
+    k, v = (_normal(2, 2, max(starts) + tokens, 64, seed=seed) for seed in (1, 2))
+    expected = cached_attention(q, CachedStates(k), CachedStates(v), starts)
+    on_gpu = [x.to(CUDA, dtype) for x in (q, k, v)]
+    states = [CachedStates(x) for x in on_gpu[1:]]
+    found = cached_attention(on_gpu[0], *states, starts)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=tolerance)

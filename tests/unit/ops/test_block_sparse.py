@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from r1ray.errors import ShapeError
-from r1ray.ops.block_sparse import BLOCK, block_sparse_attention, reference_attention
+from r1ray.ops.block_sparse import (
+    BLOCK,
+    block_sparse_attention,
+    build_block_mask,
+    reference_attention,
+)
 from r1ray.ops.cached_states import CachedStates, quantize_states
 
 
@@ -114,6 +119,24 @@ def test_keys_that_are_not_kept_do_not_count() -> None:
     after = block_sparse_attention(q, CachedStates(k), CachedStates(v), chosen, [0])
     assert torch.equal(before[:, :, 3 * BLOCK :], after[:, :, 3 * BLOCK :])
     assert not torch.equal(before[:, :, 2 * BLOCK : 3 * BLOCK], after[:, :, 2 * BLOCK : 3 * BLOCK])
+
+
+@pytest.mark.parametrize(("first", "tokens"), [(0, 300), (3, 128), (5, 200)])
+def test_the_mask_for_gpus_holds_the_same_blocks(first: int, tokens: int) -> None:
+    units, keys = -(-tokens // BLOCK), first * BLOCK + tokens
+    chosen = _choose([first], 2, units, BLOCK, 3, seed=7)
+    mask = build_block_mask(chosen[0], first, (tokens, keys), groups=3)
+    found = mask.full_kv_indices
+    assert found is not None
+    assert mask.full_kv_num_blocks is not None
+    for head in range(6):
+        for unit in range(units):
+            own = first + unit
+            count = int(mask.full_kv_num_blocks[0, head, unit])
+            whole = set(found[0, head, unit, :count].tolist())
+            expected = {*chosen[0, head // 3, unit].tolist(), own - 1} - {-1}
+            assert whole == expected
+            assert mask.kv_indices[0, head, unit].tolist() == [own]
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def eager_flex_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """FlexAttention without its compiler: PyTorch's own switch for debugging masks."""
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(
-        "r1ray.ops.packed_attention._compiled_flex_attention", lambda: flex.flex_attention
+        "r1ray.ops.packed_attention.compiled_flex_attention", lambda: flex.flex_attention
     )
     return
 
