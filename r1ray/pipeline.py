@@ -21,7 +21,7 @@ from r1ray.compression.export import export_model
 from r1ray.compression.logits import PARTS_DIR, store_logits
 from r1ray.config.checks import check_lengths
 from r1ray.config.distill import DistillConfig, StoredLogitsConfig
-from r1ray.config.schema import FileSourceConfig, PipelineConfig, identity
+from r1ray.config.schema import ContextConfig, FileSourceConfig, PipelineConfig, identity
 from r1ray.data.batch_set import BatchSet
 from r1ray.data.pipeline import prepare_batches
 from r1ray.data.reasoning import Problem, draw_heldout
@@ -67,9 +67,10 @@ class Pipeline:
         """A clean Hugging Face checkpoint of the base model."""
         if "base" in self._made:
             return self._made["base"]
-        base = self._import("base", "base.source", self.config.base.source)
+        config = self.config.base
+        base = self._import("base", "base.source", config.source, config.context)
         shape = ModelConfig.load(base.local_dir)
-        check_lengths(self.config, shape.max_positions)
+        check_lengths(self.config, shape.max_context)
         if self.config.student is not None:
             plan_student(shape, self.config.student)
         if self.config.distill is not None:
@@ -84,7 +85,7 @@ class Pipeline:
         teacher = self.teacher(config)
         check_same_vocabulary(base.local_dir, teacher.local_dir)
         shape = ModelConfig.load(teacher.local_dir)
-        check_lengths(self.config, shape.max_positions, of="the teacher", stages=("prepare",))
+        check_lengths(self.config, shape.max_context, of="the teacher", stages=("prepare",))
         if config.logits.type == "stored" and config.logits.top_k > shape.vocab_size:
             raise ConfigError(
                 f"distill.logits.top_k ({config.logits.top_k}) is above the vocabulary of "
@@ -234,7 +235,9 @@ class Pipeline:
     def heldout_problems(self) -> list[Problem]:
         return draw_heldout(self.config.tasks, self.config.evaluate.num_problems)
 
-    def _import(self, stage: str, key: str, name: str) -> Artifact:
+    def _import(
+        self, stage: str, key: str, name: str, context: ContextConfig | None = None
+    ) -> Artifact:
         """The checkpoint at the source `name`, which `key` gives, as the artifact of `stage`."""
         if stage in self._made:
             return self._made[stage]
@@ -242,11 +245,13 @@ class Pipeline:
 
         def body(out_dir: Path) -> dict[str, Any]:
             with StageProgress(stage, "checkpoint", 1) as progress:
-                metrics = import_base(source, out_dir, key=key)
+                metrics = import_base(source, out_dir, key=key, context=context)
                 progress.update(1)
             return metrics
 
-        values = {"BaseConfig": {"source": name}}
+        values: dict[str, Any] = {"BaseConfig": {"source": name}}
+        if context is not None:
+            values |= identity(context)
         return self._stage(stage, values, {"source": digest_path(source)}, body, job="base")
 
     def _stage(

@@ -8,7 +8,7 @@ __all__ = ["check_lengths"]
 
 def check_lengths(
     config: PipelineConfig,
-    max_positions: int,
+    max_context: int,
     *,
     of: str = "the base model",
     stages: tuple[str, ...] = ("prepare", "evaluate", "serve"),
@@ -25,7 +25,8 @@ def check_lengths(
         key = "prepare.max_tokens + distill.on_policy.max_new_tokens"
         lengths[key] = config.prepare.max_tokens + new_tokens
     for key, length in lengths.items():
-        if length > max_positions and key.startswith(stages):
+        if length > max_context and key.startswith(stages):
             raise ConfigError(
-                f"{key} ({length}) is above {of}'s {max_positions} positions; lower it"
+                f"{key} ({length}) is above {of}'s {max_context} positions; lower it, or scale "
+                "the model's with base.context"
             )

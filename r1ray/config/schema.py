@@ -20,6 +20,7 @@ __all__ = [
     "BatchingConfig",
     "BucketsConfig",
     "CompressConfig",
+    "ContextConfig",
     "EvaluateConfig",
     "FamilyConfig",
     "FileSourceConfig",
@@ -55,11 +56,23 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class ContextConfig:
+    """Positions beyond those that the checkpoint was trained on."""
+
+    type: Literal["yarn", "dynamic"]
+    """yarn: all positions are scaled; dynamic (NTK): longer sequences alone, dense attention."""
+    factor: Annotated[float, Field(gt=1, le=128)]
+    """Times the trained number of positions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class BaseConfig:
     """The checkpoint that the run starts from."""
 
     source: Annotated[str, Field(min_length=1)]
     """A checkpoint directory, a .gguf file, or package:NAME for the .gguf in a Python package."""
+    context: ContextConfig | None = None
+    """Scaling of rotary positions for longer contexts; null leaves them as the checkpoint has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

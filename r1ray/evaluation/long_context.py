@@ -13,6 +13,7 @@ that are in it.
 Source: Hsieh et al. 2024, RULER, arXiv:2404.06654.
 """
 
+import dataclasses
 import functools
 import random
 import re
@@ -28,14 +29,27 @@ __all__ = ["TASKS", "LongTask", "build_long_task", "score_reply"]
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _COMMON, _COMMON_TIMES, _RARE_TIMES = 10, 30, 3
 _CHAIN, _FREQUENT = 5, 3
+_FURTHER = 15  # questions about needles, besides the one that is asked
 
 
 @dataclass(frozen=True)
 class LongTask:
-    """A prompt, and the strings that its answer holds."""
+    """A prompt, and the strings that its answer holds.
+
+    Attributes:
+        further: other questions about the same text, each with its answers.
+    """
 
     prompt: str
     answers: tuple[str, ...]
+    further: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def to_conversation(self) -> list[dict[str, str]]:
+        """All questions and their answers, as the turns of a chat."""
+        turns = [{"role": "user", "content": self.prompt}, _answer(self.answers)]
+        for question, answers in self.further:
+            turns += [{"role": "user", "content": question}, _answer(answers)]
+        return turns
 
 
 def build_long_task(
@@ -56,17 +70,24 @@ def build_long_task(
     def attempt(size: int) -> LongTask:
         return build(random.Random(f"{name} {seed}"), size)
 
-    if count_tokens(attempt(1).prompt) > max_tokens:
-        raise ConfigError(f"{name} does not fit {max_tokens} tokens at its shortest; raise them")
+    def count(size: int) -> int:
+        return count_tokens(attempt(size).prompt)
+
     fits, size = 1, 2
-    while count_tokens(attempt(size).prompt) <= max_tokens:
-        fits, size = size, 2 * size
-    while size - fits > 1:
-        middle = (fits + size) // 2
-        if count_tokens(attempt(middle).prompt) <= max_tokens:
-            fits = middle
+    tokens_of_fits, tokens = count(fits), count(size)
+    if tokens_of_fits > max_tokens:
+        raise ConfigError(f"{name} does not fit {max_tokens} tokens at its shortest; raise them")
+    while tokens <= max_tokens:
+        fits, tokens_of_fits, size = size, tokens, 2 * size
+        tokens = count(size)
+    while size - fits > 1:  # tokens grow nearly evenly with the size
+        share = (max_tokens - tokens_of_fits) / (tokens - tokens_of_fits)
+        guess = min(max(fits + 1, fits + int(share * (size - fits))), size - 1)
+        tokens_of_guess = count(guess)
+        if tokens_of_guess <= max_tokens:
+            fits, tokens_of_fits = guess, tokens_of_guess
         else:
-            size = middle
+            size, tokens = guess, tokens_of_guess
     return attempt(fits)
 
 
@@ -97,8 +118,10 @@ def _among_needles(
     rng: random.Random, keys: Sequence[str], values: Sequence[str], kind: str
 ) -> LongTask:
     hay = "\n".join(map(functools.partial(_needle, kind=kind), keys, values))
-    asked = rng.randrange(len(keys))
-    return _ask_needle(hay, kind, keys[asked], values[asked])
+    asked, *others = rng.sample(range(len(keys)), min(len(keys), 1 + _FURTHER))
+    task = _ask_needle(hay, kind, keys[asked], values[asked])
+    further = tuple((_question(kind, keys[at]), (values[at],)) for at in others)
+    return dataclasses.replace(task, further=further)
 
 
 def _vt(rng: random.Random, size: int) -> LongTask:
@@ -120,13 +143,17 @@ def _vt(rng: random.Random, size: int) -> LongTask:
     ]
     for place, _, line in sorted(placed, reverse=True):
         hay.insert(place, line)
+    questions = [
+        f"Question: Find all variables that are assigned the value {value} in the text above. "
+        f"Answer: the {_CHAIN} variables that are assigned the value {value} are:"
+        for value in values
+    ]
     prompt = (
         "Memorize and track the chains of variable assignment hidden in the following text.\n\n"
         + "\n".join(hay)
-        + f"\n\nQuestion: Find all variables that are assigned the value {values[0]} in the text "
-        f"above. Answer: the {_CHAIN} variables that are assigned the value {values[0]} are:"
+        + f"\n\n{questions[0]}"
     )
-    return LongTask(prompt, tuple(chains[0]))
+    return LongTask(prompt, tuple(chains[0]), ((questions[1], tuple(chains[1])),))
 
 
 def _cwe(rng: random.Random, size: int) -> LongTask:
@@ -177,11 +204,20 @@ def _needle(key: str, value: str, kind: str = "number") -> str:
 def _ask_needle(hay: str, kind: str, key: str, value: str) -> LongTask:
     prompt = (
         f"Some special magic {kind}s are hidden within the following text. Make sure to memorize "
-        f"them. I will quiz you about one of them afterwards.\n{hay}\nWhat is the special magic "
-        f"{kind} for {key} mentioned in the provided text? The special magic {kind} for {key} "
-        "mentioned in the provided text is"
+        f"them. I will quiz you about one of them afterwards.\n{hay}\n{_question(kind, key)}"
     )
     return LongTask(prompt, (value,))
+
+
+def _question(kind: str, key: str) -> str:
+    return (
+        f"What is the special magic {kind} for {key} mentioned in the provided text? The special "
+        f"magic {kind} for {key} mentioned in the provided text is"
+    )
+
+
+def _answer(answers: Sequence[str]) -> dict[str, str]:
+    return {"role": "assistant", "content": ", ".join(answers) + "."}
 
 
 def _distinct(count: int, draw: Callable[[], str]) -> list[str]:

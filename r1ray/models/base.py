@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from r1ray.config.schema import ContextConfig
 from r1ray.errors import ArtifactError
 from r1ray.models.checkpoint import QUANTIZATION_NAME, copy_tokenizer, load_model, save_model
 from r1ray.models.config import ModelConfig
@@ -46,13 +47,17 @@ def resolve_source(source: str, *, key: str = "base.source") -> Path:
     return files[0]
 
 
-def import_base(source: Path, target: Path, *, key: str = "base.source") -> dict[str, Any]:
+def import_base(
+    source: Path, target: Path, *, key: str = "base.source", context: ContextConfig | None = None
+) -> dict[str, Any]:
     """Write the checkpoint at `source` into `target` as float32 safetensors; returns metrics.
 
     Args:
         key: of the configuration, for messages.
+        context: how its rotary positions are to be scaled.
     Raises:
-        ArtifactError: the weights or the tokenizer cannot be used, or do not belong together.
+        ArtifactError: the weights or the tokenizer cannot be used, or do not belong together; or
+            the positions are scaled already.
     """
     if source.is_dir():
         if (source / QUANTIZATION_NAME).is_file():
@@ -65,6 +70,8 @@ def import_base(source: Path, target: Path, *, key: str = "base.source") -> dict
         model = load_gguf_model(source)
         save_gguf_tokenizer(source, target, max_tokens=model.config.max_positions)
     _check_tokenizer(key, source, target, model.config.vocab_size)
+    if context is not None:
+        model.config = model.config.with_context(context.type, context.factor)
     save_model(model.float(), target)
     return {"parameters": count_parameters(model), "source": source.name}
 

@@ -105,6 +105,31 @@ class ModelConfig:
                     f"rope type {self.rope.type!r} needs a positive {name}, got {value!r}"
                 )
 
+    @property
+    def max_context(self) -> int:
+        """Tokens of the longest sequence: dynamic scaling goes beyond `max_positions`."""
+        if self.rope.type == "dynamic":
+            return int(self.max_positions * self.rope.parameters["factor"])
+        return self.max_positions
+
+    def with_context(self, kind: Literal["yarn", "dynamic"], factor: float) -> "ModelConfig":
+        """The configuration for `factor` times as many positions.
+
+        Raises:
+            ArtifactError: its positions are scaled already.
+        """
+        if self.rope.type != "default":
+            raise ArtifactError(
+                f"base.context: the checkpoint scales its positions already ({self.rope.type}); "
+                "leave base.context out"
+            )
+        parameters: dict[str, Any] = {"factor": factor}
+        if kind == "yarn":
+            parameters["original_max_position_embeddings"] = self.max_positions
+        rope = RopeConfig(self.rope.theta, kind, parameters)
+        positions = self.max_positions if kind == "dynamic" else int(self.max_positions * factor)
+        return dataclasses.replace(self, rope=rope, max_positions=positions)
+
     @classmethod
     def load(cls, model_dir: str | Path) -> "ModelConfig":
         """The configuration in `model_dir/config.json`.

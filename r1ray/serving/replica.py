@@ -50,10 +50,10 @@ class Failure:
 
 def check_context(max_context_tokens: int, config: ModelConfig) -> None:
     """Raise ConfigError when requests could be longer than the model's positions."""
-    if max_context_tokens > config.max_positions:
+    if max_context_tokens > config.max_context:
         raise ConfigError(
             f"serve.max_context_tokens ({max_context_tokens}) is above the model's "
-            f"{config.max_positions} positions; lower it"
+            f"{config.max_context} positions; lower it"
         )
 
 

@@ -2,13 +2,15 @@
 
 1. In the forward of every layer, a chunk of queries at a time, the gate's scores are compared with
    the attention that the model itself pays to every earlier block (`r1ray.ops.block_gate`).
-2. The loss is the divergence of the two, averaged over layers and groups, of each target token.
+2. The loss is the divergence of the two, averaged over layers and groups, of every token up to the
+   last target: prompts are read by the gates as well.
 
 Price: one forward of the model without gradients, and one more attention whose scores are there for
 a chunk of queries at a time: N·chunk·T floats.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -33,7 +35,12 @@ class GateTraining:
         self._chunk = config.query_chunk
 
     def draw(self, model: Decoder, batch: MicroBatch, step: int) -> MicroBatch:  # noqa: ARG002
-        return batch
+        """The batch with a target at every token that one follows, but for padding."""
+        is_target_BT = batch.labels_BT != IGNORED
+        is_read_BT = is_target_BT.flip(1).cumsum(1).flip(1) > 0
+        labels_BT = torch.where(is_read_BT, batch.input_ids_BT.roll(-1, 1), IGNORED)
+        num_targets = int(is_read_BT.sum())
+        return dataclasses.replace(batch, labels_BT=labels_BT, num_targets=num_targets)
 
     def loss(self, model: Decoder, batch: MicroBatch) -> Tensor:
         """Summed over target tokens.

@@ -1,11 +1,14 @@
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+import transformers
 
+from r1ray.config.schema import ContextConfig
 from r1ray.errors import ArtifactError
-from r1ray.models import load_model, save_model
+from r1ray.models import ModelConfig, load_model, save_model
 from r1ray.models.base import count_parameters, import_base, resolve_source
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.tokenizer import Tokenizer
@@ -25,6 +28,28 @@ def test_a_directory_is_imported_with_its_tokenizer_in_float32(tmp_path: Path) -
     assert {parameter.dtype for parameter in imported.parameters()} == {torch.float32}
     assert metrics == {"parameters": count_parameters(imported), "source": "source"}
     assert Tokenizer(target).encode("the") == Tokenizer(source).encode("the")
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("yarn", 512), ("dynamic", 128)])
+def test_positions_are_scaled_for_longer_contexts(
+    kind: Literal["yarn", "dynamic"], positions: int, tmp_path: Path
+) -> None:
+    source, target = write_tiny_model(tmp_path / "source"), tmp_path / "target"
+    save_model(tiny_model(max_positions=128), source)
+    target.mkdir()
+    import_base(source, target, context=ContextConfig(type=kind, factor=4.0))
+    config = ModelConfig.load(target)
+    assert (config.rope.type, config.max_positions, config.max_context) == (kind, positions, 512)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(target)
+    input_ids = random_ids(1, 300)
+    with torch.inference_mode():
+        found, expected = load_model(target)(input_ids), oracle(input_ids).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert not torch.allclose(found, load_model(source)(input_ids), atol=1e-2)
+    again = tmp_path / "again"
+    again.mkdir()
+    with pytest.raises(ArtifactError, match=rf"scales its positions already \({kind}\)"):
+        import_base(target, again, context=ContextConfig(type="yarn", factor=2.0))
 
 
 def test_tied_parameters_count_once() -> None:

@@ -1,0 +1,212 @@
+"""What sparse attention loses on long contexts: tasks, perplexity, and the blocks that it misses.
+
+Dense and sparse attention read the same prompts with the same weights, in float32 and as served:
+INT8 weights, int8 keys and values.
+"""
+
+import functools
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from jobs.benchmarks.long_context_models import (
+    CONTEXT,
+    TrainingSize,
+    count_prompt_tokens,
+    render_prompt,
+    train_gates,
+    tune_on_tasks,
+)
+from jobs.benchmarks.parts import StoredParts
+from r1ray.evaluation.block_recall import measure_block_recall
+from r1ray.evaluation.long_context import TASKS, LongTask, build_long_task, score_reply
+from r1ray.evaluation.perplexity import read_english
+from r1ray.models import Decoder, load_model
+from r1ray.models.base import import_base, resolve_source
+from r1ray.models.gates import set_attention
+from r1ray.models.generation import generate_batch
+from r1ray.models.kv_cache import KVCache
+from r1ray.models.quantization import quantize_modules
+from r1ray.models.tokenizer import Tokenizer
+
+__all__ = ["ATTENTIONS", "LENGTHS", "PRECISIONS", "QualityBenchmark"]
+
+Precision = Literal["fp32", "int8"]
+Attention = Literal["dense", "sparse"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+ATTENTIONS: tuple[Attention, ...] = ("dense", "sparse")
+LENGTHS = (4096, CONTEXT)
+_ANSWER_TOKENS = {"cwe": 64, "vt": 48, "fwe": 40, "niah_multikey_3": 32}
+_SHORT_ANSWER = 16
+_CHUNK = 1024
+
+
+class QualityBenchmark:
+    """Part `quality` of `jobs.bench_long_context`; results and models are found by the next start.
+
+    Args:
+        source: of the base model, as in `base.source`.
+        examples: of each task and length.
+    """
+
+    def __init__(self, work: Path, source: str, size: TrainingSize, examples: int) -> None:
+        self._work, self._source, self._size = work, source, size
+        self._examples = examples
+        self.parts = StoredParts(work)
+
+    def prepare(self) -> None:
+        """The models: base, taught the tasks, with gates."""
+        base, tuned = self._work / "base", self._work / "tuned"
+        if not base.exists():
+            import_base(resolve_source(self._source), base)
+        self.parts.once("quality_tuning", _timed(tune_on_tasks), base, tuned, self._size)
+        self.parts.once("quality_gates", _timed(train_gates), tuned, self.gated, self._size)
+
+    @property
+    def gated(self) -> Path:
+        return self._work / "gated"
+
+    def measure(self, precision: Precision, attention: Attention) -> None:
+        """Answers to all tasks, and perplexity, in one of the four ways."""
+        model, name = self._load(precision, attention), f"quality_{precision}_{attention}"
+        for length in LENGTHS:
+            for task in TASKS:
+                part = f"{name}_{task}_{length}"
+                self.parts.once(part, self._answer, model, precision, task, length)
+            self.parts.once(
+                f"{name}_perplexity_{length}", self._perplexity, model, precision, length
+            )
+
+    def recall(self, precision: Precision) -> None:
+        """How much of dense attention is in the blocks that gates choose."""
+        self.parts.once(f"quality_{precision}_recall", self._recall, precision)
+
+    def _load(self, precision: Precision, attention: Attention) -> Decoder:
+        model = load_model(self.gated, dtype=torch.float32)
+        set_attention(model, attention)
+        if precision == "int8":
+            quantize_modules(model)
+        return model.to(_device())
+
+    def _tasks(self, name: str, length: int) -> list[LongTask]:
+        count = functools.partial(count_prompt_tokens, self._tokenizer)
+        most = length - _answer_tokens(name)
+        return [build_long_task(name, count, most, seed=seed) for seed in range(self._examples)]
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.gated)
+
+    def _answer(
+        self, model: Decoder, precision: Precision, name: str, length: int
+    ) -> dict[str, Any]:
+        tokenizer, tasks = self._tokenizer, self._tasks(name, length)
+        prompts = [tokenizer.encode(render_prompt(tokenizer, task.prompt)) for task in tasks]
+        outputs = generate_batch(
+            model,
+            prompts,
+            max_new_tokens=_answer_tokens(name),
+            stop_token_ids=frozenset({tokenizer.eos_token_id}),
+            max_concurrency=24 if torch.cuda.is_available() else 4,
+            kv_dtype=_kv_dtype(precision),
+        )
+        scores = [
+            score_reply(tokenizer.decode(output), task.answers)
+            for output, task in zip(outputs, tasks, strict=True)
+        ]
+        print(f"  {name} {length}: {statistics.mean(scores):.3f}", flush=True)
+        return {
+            "scores": scores,
+            "outputs": outputs,
+            "prompt_tokens": statistics.mean(map(len, prompts)),
+        }
+
+    @torch.inference_mode()
+    def _perplexity(self, model: Decoder, precision: Precision, length: int) -> float:
+        """On whole windows of `length` tokens of Python's documentation, read in chunks."""
+        ids_T = torch.tensor(self._tokenizer.encode(read_english()), device=_device())
+        total, count = 0.0, 0
+        for ids in ids_T.split(length):
+            if len(ids) < length:
+                break
+            cache = KVCache(
+                model.config,
+                max_rows=1,
+                max_tokens=length,
+                dtype=_kv_dtype(precision) or torch.float32,
+                device=_device(),
+                summary_size=model.summary_size,
+            )
+            cache.add_rows(1)
+            for start in range(0, length, _CHUNK):
+                rows, chunk = cache.active(), ids[None, start : start + _CHUNK]
+                logits_TV = model(chunk, rows)[0].float()
+                rows.advance([chunk.shape[1]])
+                labels = ids[start + 1 : start + 1 + _CHUNK]
+                total += float(F.cross_entropy(logits_TV[: len(labels)], labels, reduction="sum"))
+                count += len(labels)
+        print(f"  perplexity {length}: {math.exp(total / count):.4f}", flush=True)
+        return math.exp(total / count)
+
+    def _recall(self, precision: Precision) -> dict[str, Any]:
+        """Over the answers to needles, and the ends of documents."""
+        model, tokenizer = self._load(precision, "sparse"), self._tokenizer
+        found: dict[str, Any] = {"mass": {}, "looks": 0, "found": 0}
+        for name in ("niah_single_1", "niah_multikey_2", "niah_multikey_3"):
+            masses = []
+            for task in self._tasks(name, CONTEXT)[:20]:
+                prompt = render_prompt(tokenizer, task.prompt)
+                answer = tokenizer.encode(f"{task.answers[0]}.")
+                [(ids, starts)] = tokenizer.encode_batch_with_offsets([prompt])
+                place = int((starts <= prompt.index(f"is: {task.answers[0]}") + 4).sum()) - 1
+                ids_1T = torch.tensor([[*ids.tolist(), *answer]], device=_device())
+                recall = measure_block_recall(
+                    model, ids_1T, num_queries=len(answer) + 1, needle_token=place
+                )
+                masses.append(recall.mass)
+                found["looks"] += recall.num_looks
+                found["found"] += recall.num_found
+            found["mass"][name] = _mean_columns(masses)
+        ids_T = torch.tensor(tokenizer.encode(read_english()), device=_device())
+        masses = [
+            measure_block_recall(model, ids[None], num_queries=64).mass
+            for ids in ids_T.split(CONTEXT)
+            if len(ids) == CONTEXT
+        ]
+        found["mass"]["documents"] = _mean_columns(masses)
+        print(f"  needle recall {found['found']}/{found['looks']}", flush=True)
+        return found
+
+
+def _timed(train: Any) -> Any:
+    """`train`, whose result is kept with the seconds that it took and the device."""
+
+    def run(*arguments: Any) -> dict[str, Any]:
+        started = time.perf_counter()
+        result = train(*arguments)
+        seconds = time.perf_counter() - started
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        return {"result": result, "seconds": seconds, "device": device}
+
+    return run
+
+
+def _mean_columns(rows: list[list[float]]) -> list[float]:
+    return [statistics.mean(column) for column in zip(*rows, strict=True)]
+
+
+def _answer_tokens(name: str) -> int:
+    return _ANSWER_TOKENS.get(name, _SHORT_ANSWER)
+
+
+def _kv_dtype(precision: Precision) -> torch.dtype | None:
+    return torch.int8 if precision == "int8" else None
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
