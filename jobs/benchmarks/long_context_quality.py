@@ -63,7 +63,10 @@ class QualityBenchmark:
         """The models: base, taught the tasks, with gates."""
         base, tuned = self._work / "base", self._work / "tuned"
         if not base.exists():
-            import_base(resolve_source(self._source), base)
+            partial = self._work / "base.partial"
+            partial.mkdir(parents=True, exist_ok=True)
+            import_base(resolve_source(self._source), partial)
+            partial.rename(base)
         self.parts.once("quality_tuning", _timed(tune_on_tasks), base, tuned, self._size)
         self.parts.once("quality_gates", _timed(train_gates), tuned, self.gated, self._size)
 
@@ -112,7 +115,7 @@ class QualityBenchmark:
             prompts,
             max_new_tokens=_answer_tokens(name),
             stop_token_ids=frozenset({tokenizer.eos_token_id}),
-            max_concurrency=24 if torch.cuda.is_available() else 4,
+            max_concurrency=16 if torch.cuda.is_available() else 4,
             kv_dtype=_kv_dtype(precision),
         )
         scores = [
