@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 CONTEXT = 8192
-_LENGTHS = (2500, 3300, 4096, CONTEXT)  # the shortest of all tasks takes 1,900 tokens
+_LENGTHS = (2700, 3400, 4096, CONTEXT)  # the shortest of all tasks takes 2,100 tokens
 _FIRST_SEED = 100_000  # of training examples; those that are asked begin at 0
 _BATCH_TOKENS = 32_768
 
@@ -132,7 +132,7 @@ def _build_example(model_dir: str, seed: int) -> Sample | None:
     rng = random.Random(seed)
     name, longest = list(TASKS)[seed % len(TASKS)], rng.choice(_LENGTHS)
     count = functools.partial(count_prompt_tokens, tokenizer)
-    most = int(longest * rng.uniform(0.8, 0.85))  # room for further questions
+    most = int(longest * rng.uniform(0.82, 0.86))  # room for further questions
     task = build_long_task(name, count, most, seed=seed)
     conversation = Conversation(task.to_conversation())
     [row] = tokenize_rows(tokenizer, [conversation], max_tokens=CONTEXT, overflow="truncate")
