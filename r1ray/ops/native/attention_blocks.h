@@ -139,7 +139,8 @@ TARGET inline void score_columns(const BlockScratch& scratch, const Word* panel,
   Vec most[kCols];
   for (int c = 0; c < kCols; ++c) most[c] = load(peaks + column + c * kLanes);
   for (int64_t key = 0; key < kBlock; key += kRows) {
-    Vec sums[kRows][kCols] = {};
+    Vec sums[kRows][kCols];
+    clear(sums);
     multiply<kRows, kCols>(scratch.keys + key * scratch.steps, scratch.steps, 1, panel + column,
                            kBlock, scratch.steps, sums);
     for (int r = 0; r < kRows; ++r)

@@ -8,7 +8,8 @@ TARGET inline void project_columns(const ChoiceJob& job, const ChoiceTask& task,
   const float* q = job.q + task.row * job.q_row + task.group * heads * job.q_head +
                    (task.unit * job.unit + token) * job.q_token;
   const float* weight = job.weight + task.group * heads * job.H * width;
-  Vec sums[kCount][kCols] = {};
+  Vec sums[kCount][kCols];
+  clear(sums);
   for (int64_t head = 0; head < heads; ++head)
     multiply<kCount, kCols>(q + head * job.q_head, job.q_token, 1,
                             weight + head * job.H * width + column, width, job.H, sums);
@@ -52,7 +53,8 @@ TARGET inline void score_rows(const float* keys, int64_t size, const float* pane
   Vec most[kRows];
   for (int r = 0; r < kRows; ++r) most[r] = broadcast(-INFINITY);
   for (int64_t column = 0; column < kBlock; column += kVecs * kLanes) {
-    Vec sums[kCount][kVecs] = {};
+    Vec sums[kCount][kVecs];
+    clear(sums);
     multiply<kCount, kVecs>(keys, size, 1, panel + column, kBlock, size, sums);
     for (int r = 0; r < kCount; ++r)
       for (int c = 0; c < kVecs; ++c) most[r] = larger(most[r], sums[r][c]);

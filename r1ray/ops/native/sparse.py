@@ -20,6 +20,11 @@ from r1ray.ops.native.library import best_isa, library
 __all__ = ["choose_blocks", "sparse_attention"]
 
 _NO_MEMORY, _BAD_BLOCK = 1, 2  # what the kernels return where they fail
+_FLOAT_KINDS = [(torch.float32, True)] * 3 + [(torch.int64, True)]
+_INT8_KINDS = [
+    *((torch.float32, True), (torch.int8, True), (torch.int8, True), (torch.int64, True)),
+    *((torch.float32, True), (torch.float32, True)),
+]  # of the queries, keys, values, blocks and scales: dtype, and whether on the CPU
 _WIDTH = 16  # floats of the widest register, to which weights are padded
 
 
@@ -154,13 +159,11 @@ def choose_blocks(
 
 
 def _rows(x: Tensor, dims: int) -> Tensor:
-    """`x` itself where its last `dims` dimensions are contiguous, else a copy."""
-    run = 1
-    for dim in range(1, dims + 1):
-        if x.stride(-dim) != run and x.shape[-dim] > 1:
-            return x.contiguous()
-        run *= x.shape[-dim]
-    return x
+    """`x` itself where its last one or two dimensions are contiguous, else a copy."""
+    strides = x.stride()
+    if strides[-1:] == (1,) and (dims == 1 or strides[-2:-1] == x.shape[-1:]):
+        return x
+    return x.contiguous()
 
 
 def _longs(values: list[int]) -> "ctypes.Array[ctypes.c_int64]":
@@ -192,32 +195,27 @@ def _check_attention(
     scales: list[Tensor | None],
 ) -> None:
     tensors = [q, k, v, chosen, *(scale for scale in scales if scale is not None)]
-    is_int8 = k.dtype == torch.int8
+    kinds = [(item.dtype, item.is_cpu) for item in tensors]
+    q_shape, k_shape, chosen_shape = tuple(q.shape), tuple(k.shape), tuple(chosen.shape)
     if (
-        any(item.dim() != 4 for item in tensors[:4])
-        or k.shape != v.shape
-        or (len(q), q.shape[3]) != (len(k), k.shape[3])
-        or q.shape[1] % k.shape[1]
-        or chosen.shape[:2] != k.shape[:2]
-        or len(starts) != len(q)
-        or any((scale is not None) != is_int8 for scale in scales)
-        or any(scale is not None and scale.shape != k.shape[:3] for scale in scales)
-        or [item.dtype for item in tensors[1:3]] != [torch.int8 if is_int8 else torch.float32] * 2
-        or any(item.dtype != torch.float32 for item in (q, *tensors[4:]))
-        or chosen.dtype != torch.int64
-        or any(item.device.type != "cpu" for item in tensors)
+        kinds not in (_FLOAT_KINDS, _INT8_KINDS)
+        or not len(q_shape) == len(k_shape) == len(chosen_shape) == 4
+        or v.shape != k_shape
+        or q_shape[::3] != k_shape[::3]
+        or q_shape[1] % k_shape[1]
+        or chosen_shape[:2] != k_shape[:2]
+        or len(starts) != k_shape[0]
+        or not all(scale.shape == k_shape[:3] for scale in tensors[4:])
     ):
         raise ShapeError(
-            "sparse_attention: these do not belong together: "
-            + ", ".join(f"{item.dtype} {tuple(item.shape)} on {item.device}" for item in tensors)
-            + f", {len(starts)} starts"
+            f"sparse_attention: {_list(tensors)} and {len(starts)} starts do not belong together"
         )
-    tokens, keys, units, size = q.shape[2], k.shape[2], chosen.shape[2], q.shape[3]
+    tokens, size, keys, units = *q_shape[2:], k_shape[2], chosen_shape[2]
     if units not in (tokens, -(-tokens // BLOCK)):
         raise ShapeError(f"{units} units fit neither {tokens} tokens nor their blocks of {BLOCK}")
     if units != tokens and any(start % BLOCK for start in starts):
         raise ShapeError(f"units of {BLOCK} tokens start at multiples of it, not at {starts}")
-    if min(starts, default=0) < 0 or max(starts, default=0) + tokens > keys:
+    if starts and (min(starts) < 0 or max(starts) + tokens > keys):
         raise ShapeError(f"{tokens} queries from {starts} on are not all within {keys} keys")
     if not size:
         raise ShapeError("sparse_attention: heads of no size")
@@ -234,26 +232,38 @@ def _check_choice(
     unit: int,
 ) -> None:
     tensors = [q, weight, norm, *rotary, keys]
+    shapes = [tuple(item.shape) for item in tensors]
     if (
-        [item.dim() for item in tensors] != [4, 3, 1, 4, 4, 4]
-        or q.shape[2] % keys.shape[1]
-        or q.shape[3] % 2
-        or not q.shape[3]
-        or (len(keys), keys.shape[3]) != (len(q), q.shape[3])
-        or weight.shape != (keys.shape[1], q.shape[2] // keys.shape[1] * q.shape[3], q.shape[3])
-        or norm.shape != q.shape[3:]
-        or any(len(table) not in (1, len(q)) for table in rotary)
-        or any(table.shape[1:] != (1, q.shape[1], q.shape[3]) for table in rotary)
-        or rotary[0].shape != rotary[1].shape
-        or any(item.dtype != torch.float32 or item.device.type != "cpu" for item in tensors)
-        or unit not in (1, BLOCK)
-        or len(starts) != len(q)
-        or [len(row) for row in counts] != [-(-q.shape[1] // unit)] * len(q)
+        not all(item.dtype is torch.float32 and item.is_cpu for item in tensors)
+        or [len(shape) for shape in shapes] != [4, 3, 1, 4, 4, 4]
+        or not _is_choice(shapes, unit)
+        or not len(starts) == len(counts) == len(q)
+        or any(len(row) != -(-shapes[0][1] // unit) for row in counts)
     ):
         raise ShapeError(
-            "choose_blocks: these do not belong together: "
-            + ", ".join(f"{item.dtype} {tuple(item.shape)} on {item.device}" for item in tensors)
-            + f", {len(starts)} starts, counts of {[len(row) for row in counts]} units of {unit}"
+            f"choose_blocks: {_list(tensors)}, {len(starts)} starts and counts of "
+            f"{[len(row) for row in counts]} units of {unit} do not belong together"
         )
     if any(start < 0 or start % unit for start in starts):
         raise ShapeError(f"units of {unit} tokens start at multiples of it, not at {starts}")
+
+
+def _is_choice(shapes: list[tuple[int, ...]], unit: int) -> bool:
+    """Of queries, weight, norm, both rotary tables and keys."""
+    (batch, tokens, heads, size), weight, norm, cos, sin, keys = shapes
+    groups = keys[1]
+    return (
+        unit in (1, BLOCK)
+        and size > 0
+        and size % 2 == 0
+        and heads % groups == 0
+        and (keys[0], keys[3]) == (batch, size)
+        and weight == (groups, heads // groups * size, size)
+        and norm == (size,)
+        and cos == sin
+        and cos in ((1, 1, tokens, size), (batch, 1, tokens, size))
+    )
+
+
+def _list(tensors: list[Tensor]) -> str:
+    return ", ".join(f"{item.dtype} {tuple(item.shape)} on {item.device}" for item in tensors)

@@ -3,6 +3,13 @@
 
 constexpr int kRows = 4;  // of a tile
 
+// Not `= {}`, which GCC makes a call in memory of what else stays in registers.
+template <int kRows, int kCols>
+TARGET INLINE void clear(Vec (&sums)[kRows][kCols]) {
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kCols; ++c) sums[r][c] = Vec{};
+}
+
 // Sums of kRows of the left side by kCols vectors of the right side's columns.
 template <int kRows, int kCols>
 TARGET INLINE void multiply(const Word* left, int64_t left_row, int64_t left_step,
@@ -36,14 +43,17 @@ TARGET inline void dot_rows(const Value* rows, int64_t count, int64_t size, cons
   for (int64_t row = 0; row < count; row += 4) {
     const Value* four[4];
     for (int r = 0; r < 4; ++r) four[r] = rows + (row + r < count ? row + r : count - 1) * size;
-    Vec sums[4][kHeads] = {};
+    Vec sums[4][kHeads];
+    clear(sums);
     int64_t h = 0;
-    for (; h + kLanes <= size; h += kLanes)
+    for (; h + kLanes <= size; h += kLanes) {
+      Vec columns[kHeads];
+      for (int g = 0; g < kHeads; ++g) columns[g] = load(queries + g * width + h);
       for (int r = 0; r < 4; ++r) {
         const Vec values = load_values(four[r] + h);
-        for (int g = 0; g < kHeads; ++g)
-          sums[r][g] = fma(values, load(queries + g * width + h), sums[r][g]);
+        for (int g = 0; g < kHeads; ++g) sums[r][g] = fma(values, columns[g], sums[r][g]);
       }
+    }
     if (h < size)
       for (int r = 0; r < 4; ++r) {
         const Vec values = load_some(four[r] + h, size - h);
