@@ -202,6 +202,7 @@ def _check_attention(
         or not len(q_shape) == len(k_shape) == len(chosen_shape) == 4
         or v.shape != k_shape
         or q_shape[::3] != k_shape[::3]
+        or not k_shape[1]
         or q_shape[1] % k_shape[1]
         or chosen_shape[:2] != k_shape[:2]
         or len(starts) != k_shape[0]
@@ -256,6 +257,7 @@ def _is_choice(shapes: list[tuple[int, ...]], unit: int) -> bool:
         unit in (1, BLOCK)
         and size > 0
         and size % 2 == 0
+        and groups > 0
         and heads % groups == 0
         and (keys[0], keys[3]) == (batch, size)
         and weight == (groups, heads // groups * size, size)
