@@ -17,10 +17,11 @@ needs_native = pytest.mark.skipif(not native.is_available(), reason=native.descr
 ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
 BF16 = native.ISA_NAMES.index("avx512_bf16")
 
-# float32 in another order of sums than torch's; values are within 3.
-FLOAT_TOLERANCE = 2e-6
+# float32 in another order of sums than torch's; values are within 3. 1.9e-6 in 1500 random shapes.
+FLOAT_TOLERANCE = 4e-6
 # Queries and shares are rounded to bfloat16, each by at most 2^-9 of itself. A share's error counts
 # in full where one key has most of the weight; a score's by its size, here up to some 5.
+# 7.5e-3 in 1000 random shapes.
 BF16_TOLERANCE = 1.2e-2
 
 
