@@ -5,7 +5,7 @@ instruction sets and choose at run time. Without them every operator runs throug
 also their oracle in tests. Threads are those of torch's own OpenMP pool: a second pool would
 compete with it for the cores.
 
-Price: about 3 µs a call over that of the kernel itself, 10 µs for those on block-sparse attention.
+Price: about 3 µs a call over that of the kernel itself, 10 µs for those of block-sparse attention.
 """
 
 from r1ray.ops.native.library import ISA_NAMES, best_isa, describe, is_available

@@ -32,13 +32,16 @@ struct AttentionArguments {
 enum Failure : int32_t { kNone = 0, kNoMemory = 1, kBadBlock = 2 };
 
 struct AttentionJob : AttentionArguments {
-  float q_scale;  // log2(e) / sqrt(H): scores are powers of two
+  float q_scale;   // log2(e) / sqrt(H): scores are powers of two
+  int64_t parts;   // that the blocks of a unit are split into
+  float* partial;  // where there are several: [B, T, part, N, H + 2], the sums not yet divided,
+                   // the total of the shares, and the score that these are relative to
   std::atomic<int64_t> next{0};
   std::atomic<int32_t> failure{kNone};
 };
 
 struct AttentionTask {
-  int64_t row, unit, group;
+  int64_t row, unit, group, part;
   int64_t tokens;         // queries of each head
   int64_t first;          // position of the first
   int64_t own;            // block it is in

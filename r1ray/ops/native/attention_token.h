@@ -45,15 +45,15 @@ TARGET inline void multiply_by(const float* scales, int64_t count, float* out) {
   for (; i < count; ++i) out[i] *= scales[i];
 }
 
-// Scores of `count` keys become shares, which are not yet divided by their sum: that is returned.
-TARGET inline float share(float* scores, int64_t count) {
+// Scores of `count` keys become shares of the highest, `peak`. Returns the sum of these.
+TARGET inline float share(float* scores, int64_t count, float& peak) {
   const int64_t end = round_up(count, kLanes);
   for (int64_t i = count; i < end; ++i) scores[i] = kHidden;
   Vec most = broadcast(kHidden);
   for (int64_t i = 0; i < end; i += kLanes) most = larger(most, load(scores + i));
   alignas(64) float lanes[kLanes];
   store(lanes, most);
-  float peak = lanes[0];
+  peak = lanes[0];
   for (int i = 1; i < kLanes; ++i) peak = lanes[i] > peak ? lanes[i] : peak;
   Vec totals = Vec{};
   for (int64_t i = 0; i < end; i += kLanes) {
@@ -105,8 +105,10 @@ TARGET inline void attend_heads(const AttentionJob& job, const AttentionTask& ta
       scratch.queries[g * width + h] = h < job.H ? q[h] * job.q_scale : 0.0f;
   }
   std::memset(scratch.sums, 0, sizeof(float) * static_cast<size_t>(kHeads * width));
+  const int64_t blocks = task.count + 2, begin = blocks * task.part / job.parts;
+  const int64_t end = blocks * (task.part + 1) / job.parts;
   int64_t keys = 0;
-  for (int64_t i = 0; i < task.count + 2; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     const TokenBlock<Value> block = find_block<Value>(job, task, i);
     if (!block.count) continue;
     dot_rows<kHeads>(block.keys, block.count, job.H, scratch.queries, width, scratch.scores + keys,
@@ -116,10 +118,10 @@ TARGET inline void attend_heads(const AttentionJob& job, const AttentionTask& ta
         multiply_by(block.key_scale, block.count, scratch.scores + g * most + keys);
     keys += block.count;
   }
-  float totals[kHeads];
-  for (int g = 0; g < kHeads; ++g) totals[g] = share(scratch.scores + g * most, keys);
+  float totals[kHeads], peaks[kHeads];
+  for (int g = 0; g < kHeads; ++g) totals[g] = share(scratch.scores + g * most, keys, peaks[g]);
   keys = 0;
-  for (int64_t i = 0; i < task.count + 2; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     const TokenBlock<Value> block = find_block<Value>(job, task, i);
     if (!block.count) continue;
     float* shares = scratch.scores + keys;
@@ -139,8 +141,18 @@ TARGET inline void attend_heads(const AttentionJob& job, const AttentionTask& ta
     keys += block.count;
   }
   for (int g = 0; g < kHeads; ++g) {
-    float* out = job.out + ((task.row * job.T + task.unit) * job.N + head + g) * job.H;
-    for (int64_t h = 0; h < job.H; ++h) out[h] = scratch.sums[g * width + h] / totals[g];
+    const int64_t token = task.row * job.T + task.unit;
+    const float* sums = scratch.sums + g * width;
+    if (job.parts == 1) {
+      const float part = 1.0f / totals[g];
+      float* out = job.out + (token * job.N + head + g) * job.H;
+      for (int64_t h = 0; h < job.H; ++h) out[h] = sums[h] * part;
+    } else {
+      float* out = job.partial + ((token * job.parts + task.part) * job.N + head + g) * (job.H + 2);
+      std::memcpy(out, sums, sizeof(float) * static_cast<size_t>(job.H));
+      out[job.H] = totals[g];
+      out[job.H + 1] = peaks[g];
+    }
   }
 }
 

@@ -65,7 +65,8 @@ def sparse_attention(
     """As `r1ray.ops.block_sparse.block_sparse_attention`, on the CPU: float32 [B, N, T, H].
 
     Float keys and values, or units of one token: float32 throughout. INT8 ones in units of a block
-    are multiplied in bfloat16 where the processor has it.
+    are multiplied in bfloat16 where the processor has it. The last bits of a few single tokens
+    depend on the number of threads, which share their blocks.
 
     Args:
         q_BNTH: float32.

@@ -143,10 +143,21 @@ def test_any_shape_equals_the_reference(
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.usefixtures("two_threads")
-def test_two_threads_give_what_one_gives(isa: int) -> None:
+def test_two_threads_equal_the_reference(isa: int) -> None:
     _check_attention(isa, heads=3, groups=3, size=64, tokens=700, starts=[64, 0], unit=BLOCK)
     _check_attention(isa, heads=3, groups=3, size=64, tokens=1, starts=[900, 640, 3], unit=1)
     _check_choice(isa, heads=3, groups=2, size=64, tokens=640, starts=[3000 // BLOCK * BLOCK])
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("starts", [[1500], [1500, 3], [0, 64]])
+def test_one_token_split_among_threads_equals_the_reference(isa: int, starts: list[int]) -> None:
+    for seed in range(4):
+        _check_attention(
+            isa, heads=4, groups=3, size=64, tokens=1, starts=starts, unit=1, most=14, seed=seed
+        )
 
 
 @needs_native
