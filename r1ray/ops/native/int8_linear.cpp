@@ -18,23 +18,21 @@
 #include <new>
 #include <vector>
 
+#include "runtime.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-enum Isa { kGeneric = 0, kAvx2 = 1, kAvx512Vnni = 2 };
+using namespace r1ray;
 
 constexpr int kTile = 4;
 constexpr int64_t kAlign = 64;            // bytes of one AVX512 register: rows of x are padded to it
 constexpr int64_t kOutputsPerTask = 32;   // their weights stay in the second-level cache
 constexpr int64_t kTokensPerTask = 64;
 constexpr int64_t kSerialProducts = 1 << 17;  // below, waking threads costs more than it saves
-
-using Body = void (*)(void*);
-using Parallel = void (*)(Body, void*, unsigned, unsigned);
-std::atomic<Parallel> parallel{nullptr};
 
 struct Job {
   const float* x;
@@ -293,18 +291,6 @@ AVX2 void tile_avx2(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t 
 
 #endif  // __x86_64__
 
-Isa best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni"))
-    return kAvx512Vnni;
-  if (__builtin_cpu_supports("avx2")) return kAvx2;
-#endif
-  return kGeneric;
-}
-
 template <Isa isa>
 void quantize_row(Job& job, int64_t m) {
 #if defined(__x86_64__)
@@ -356,36 +342,15 @@ void multiply_tasks(void* data) {
 }
 
 template <Isa isa>
-void run(Job& job, unsigned num_threads) {
-  const Parallel fork = parallel.load();
-  const bool is_serial = num_threads <= 1 || !fork || job.M * job.N * job.K < kSerialProducts;
-  if (is_serial || job.M == 1)
-    quantize_rows<isa>(&job);
-  else
-    fork(quantize_rows<isa>, &job, num_threads, 0);
-  if (is_serial)
-    multiply_tasks<isa>(&job);
-  else
-    fork(multiply_tasks<isa>, &job, num_threads, 0);
-}
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+void run(Job& job, int32_t num_threads) {
+  if (job.M * job.N * job.K < kSerialProducts) num_threads = 1;
+  run_parallel(quantize_rows<isa>, &job, job.M == 1 ? 1 : num_threads);
+  run_parallel(multiply_tasks<isa>, &job, num_threads);
 }
 
 }  // namespace
 
 extern "C" {
-
-// Changes whenever the functions below do: a library of another version is not used.
-int32_t r1ray_abi_version() { return 2; }
-
-// The widest instructions of this processor that there is code for: 0 none, 1 AVX2, 2 AVX512-VNNI.
-int32_t r1ray_best_isa() { return best_isa(); }
-
-// How to run a function on several threads at once: OpenMP's GOMP_parallel, PyTorch's own, so that
-// its threads and these are the same.
-void r1ray_set_parallel(void* function) { parallel = reinterpret_cast<Parallel>(function); }
 
 // x [M, K], weight [N, K], weight_scale and bias [N] (bias may be null), out [M, N]: contiguous.
 // K is at most 65,536, so that no sum leaves int32. Returns 0, or 1 where there was no memory.
@@ -420,18 +385,17 @@ int32_t r1ray_int8_linear(const float* x, int64_t M, int64_t K, const int8_t* we
   job.sum = sum.data();
   job.tokens_per_task = kTokensPerTask;
   job.outputs_per_task = kOutputsPerTask;
-  const unsigned threads = num_threads > 1 ? static_cast<unsigned>(num_threads) : 1;
 #if defined(__x86_64__)
-  if (isa == kAvx512Vnni) {
-    run<kAvx512Vnni>(job, threads);
+  if (isa >= kAvx512Vnni) {
+    run<kAvx512Vnni>(job, num_threads);
     return 0;
   }
   if (isa == kAvx2) {
-    run<kAvx2>(job, threads);
+    run<kAvx2>(job, num_threads);
     return 0;
   }
 #endif
-  run<kGeneric>(job, threads);
+  run<kGeneric>(job, num_threads);
   return 0;
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from r1ray.errors import ShapeError
 from r1ray.ops import native
 from r1ray.ops.int8 import int8_linear, quantize_int8, torch_int8_linear
+from r1ray.ops.native import library
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason=native.describe())
 ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
@@ -116,7 +117,7 @@ def test_without_the_library_torch_runs_and_one_line_says_so(
     weight, scale = quantize_int8(_random(6, 40, seed=1))
     x = _random(3, 40)
     expected = int8_linear(x, weight, scale)
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(library, "_load", lambda: None)
     assert native.best_isa() == 0
     assert "not built" in native.describe()
     assert "compiler" in native.describe()
@@ -126,10 +127,10 @@ def test_without_the_library_torch_runs_and_one_line_says_so(
 def test_a_library_that_cannot_be_loaded_is_named_and_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    suffix = native.importlib.machinery.EXTENSION_SUFFIXES[0]
+    suffix = library.importlib.machinery.EXTENSION_SUFFIXES[0]
     (tmp_path / f"_kernels{suffix}").write_bytes(b"not a library")
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
-    assert native._library.__wrapped__() is None
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "__init__.py"))
+    assert library._load.__wrapped__() is None
     assert "_kernels" in caplog.text
     assert "install r1ray again" in caplog.text
 
@@ -138,17 +139,16 @@ def test_a_library_that_cannot_be_loaded_is_named_and_left_out(
 def test_a_library_of_another_version_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "_ABI_VERSION", 0)
-    assert native._library.__wrapped__() is None
+    monkeypatch.setattr(library, "_ABI_VERSION", 0)
+    assert library._load.__wrapped__() is None
     assert "another version" in caplog.text
 
 
 @needs_native
 def test_work_is_handed_to_torchs_own_openmp(two_threads: object) -> None:
     """The address is that of the library whose threads torch counts, and the kernels call it."""
-    library = native._library()
-    assert library is not None
-    real = native._find_fork()
+    kernels = library.library()
+    real = library._find_fork()
     assert real is not None
     calls: list[int] = []
     body_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -161,11 +161,11 @@ def test_work_is_handed_to_torchs_own_openmp(two_threads: object) -> None:
     weight, scale = quantize_int8(_random(600, 576, seed=1))
     x = _random(3, 576)
     expected = torch_int8_linear(x, weight, scale)
-    library.r1ray_set_parallel(ctypes.cast(fork, ctypes.c_void_p))
+    kernels.r1ray_set_parallel(ctypes.cast(fork, ctypes.c_void_p))
     try:
         assert torch.equal(native.int8_linear(x, weight, scale), expected)
     finally:
-        library.r1ray_set_parallel(real)
+        kernels.r1ray_set_parallel(real)
     assert calls == [2, 2]  # to quantize, and to multiply
 
 

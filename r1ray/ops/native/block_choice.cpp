@@ -1,0 +1,190 @@
+// Which blocks each unit of queries keeps: gate scores and their best, without a table of scores.
+//
+// 1. A task is one unit of one group. Its queries, before rotary positions, are projected, normed and
+//    rotated, as `BlockGate.queries` does; they become a panel, step by step of H.
+// 2. Tiles of 4 blocks by the unit's queries: only the largest over the queries leaves the registers.
+// 3. The first block, and the best of the others by score; of equal ones the earlier.
+//
+// A unit that keeps all earlier blocks scores none.
+//
+// Price: 2·N·H² FLOP a token and 2·C·H a token and group, C the blocks earlier than its own.
+//
+// Names: B rows, T tokens, N query heads, K groups, H size of a head and of a summary, C blocks,
+// U units, M chosen blocks.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <functional>
+
+#include "attention.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace r1ray {
+
+// The caller's fields, in the order of the Python structure of the same name.
+struct ChoiceArguments {
+  const float* q;  // [B, T, N, H], strides in elements
+  int64_t q_row, q_token, q_head;
+  const float* weight;  // [K, G * H, H rounded up to 16], zeros behind H
+  const float* norm;    // [H]
+  const float *cos, *sin;  // [B, T, H]
+  int64_t rotary_row, rotary_token;
+  const float* keys;  // [B, K, C, H]
+  int64_t key_row, key_head;
+  const int64_t* counts;  // [B, U]: blocks to choose, each at most M
+  const int64_t* starts;  // [B]
+  int64_t* out;           // [B, K, U, M] contiguous
+  int64_t B, T, N, K, H, C, U, M;
+  int64_t unit;  // tokens: 64, or 1
+  int32_t isa, num_threads;
+};
+
+namespace {
+
+struct ChoiceJob : ChoiceArguments {
+  std::atomic<int64_t> next{0};
+  std::atomic<int32_t> failure{kNone};
+};
+
+struct ChoiceTask {
+  int64_t row, unit, group;
+  int64_t tokens;  // queries of each head
+  int64_t early;   // blocks it may choose from
+  int64_t count;
+};
+
+struct ChoiceScratch {
+  int64_t width;   // of a query, padded to whole vectors
+  float* queries;  // [unit][width]
+  float* panel;    // [H][64]
+  float* scores;   // [C], and room for three more
+  uint64_t* ranks;  // [C]
+};
+
+int64_t lay_out(const ChoiceArguments& job, float* memory, ChoiceScratch& scratch) {
+  scratch.width = round_up(job.H, 16);
+  scratch.queries = memory;
+  scratch.panel = scratch.queries + job.unit * scratch.width;
+  scratch.scores = scratch.panel + job.H * kBlock;
+  scratch.ranks = reinterpret_cast<uint64_t*>(scratch.scores + round_up(job.C + 3, 16));
+  return job.unit * scratch.width + job.H * kBlock + round_up(job.C + 3, 16) + 2 * job.C;
+}
+
+}  // namespace
+
+namespace generic {
+#define TARGET TARGET_GENERIC
+#include "tiles.h"
+#include "block_scores.h"
+#undef TARGET
+}  // namespace generic
+
+#if defined(__x86_64__)
+
+namespace avx2 {
+#define TARGET TARGET_AVX2
+#include "tiles.h"
+#include "block_scores.h"
+#undef TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET TARGET_AVX512
+#include "tiles.h"
+#include "block_scores.h"
+#undef TARGET
+}  // namespace avx512
+
+#endif  // __x86_64__
+
+namespace {
+
+constexpr int64_t kSerialProducts = 1 << 17;  // below, waking threads costs more than it saves
+
+// Greater for a higher score, and of equal ones for an earlier block. NaN has its place in the order.
+uint64_t rank(float score, int64_t block) {
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return uint64_t{bits} << 32 | (0xffffffffu - static_cast<uint32_t>(block));
+}
+
+// The first block and the best of the others; all of them in order where that many are chosen.
+void choose(const ChoiceTask& task, const ChoiceScratch& scratch, int64_t* out) {
+  if (task.count == task.early) {
+    for (int64_t i = 0; i < task.count; ++i) out[i] = i;
+    return;
+  }
+  if (!task.count) return;
+  uint64_t* const ranks = scratch.ranks;
+  const int64_t others = task.early - 1, best = task.count - 1;
+  for (int64_t i = 0; i < others; ++i) ranks[i] = rank(scratch.scores[i + 1], i + 1);
+  std::partial_sort(ranks, ranks + best, ranks + others, std::greater<uint64_t>());
+  out[0] = 0;
+  for (int64_t i = 0; i < best; ++i)
+    out[i + 1] = 0xffffffffu - static_cast<uint32_t>(ranks[i] & 0xffffffffu);
+}
+
+template <class Function>
+void run_tasks(void* data, Function score) {
+  ChoiceJob& job = *static_cast<ChoiceJob*>(data);
+  thread_local Scratch memory;
+  ChoiceScratch scratch;
+  const int64_t size = lay_out(job, nullptr, scratch), tasks = job.B * job.U * job.K;
+  float* const at = memory.reserve(size);
+  if (!at) {
+    job.failure = kNoMemory;
+    return;
+  }
+  lay_out(job, at, scratch);
+  for (int64_t i; (i = job.next.fetch_add(1)) < tasks;) {
+    ChoiceTask task;
+    task.group = i % job.K;
+    task.unit = i / job.K % job.U;
+    task.row = i / job.K / job.U;
+    const int64_t own = (job.starts[task.row] + task.unit * job.unit) / kBlock;
+    const int64_t left = job.T - task.unit * job.unit;
+    task.tokens = left < job.unit ? left : job.unit;
+    task.early = own < 1 ? 0 : own - 1;
+    task.count = job.counts[task.row * job.U + task.unit];
+    const bool needs_scores = task.count > 0 && task.count < task.early;
+    if (task.count < 0 || task.count > task.early || task.count > job.M ||
+        (needs_scores && task.early > job.C)) {
+      job.failure = kBadBlock;
+      return;
+    }
+    int64_t* out = job.out + ((task.row * job.K + task.group) * job.U + task.unit) * job.M;
+    if (needs_scores) score(job, task, scratch);
+    choose(task, scratch, out);
+    for (int64_t m = task.count; m < job.M; ++m) out[m] = -1;
+  }
+}
+
+void run(ChoiceJob& job) {
+  const int64_t products = job.B * job.T * job.K * job.H * (job.N / job.K * job.H + job.C);
+  const int32_t num_threads = products < kSerialProducts ? 1 : job.num_threads;
+  auto* body = +[](void* data) { run_tasks(data, generic::score_blocks); };
+#if defined(__x86_64__)
+  if (job.isa == kAvx2) body = [](void* data) { run_tasks(data, avx2::score_blocks); };
+  if (job.isa >= kAvx512Vnni) body = [](void* data) { run_tasks(data, avx512::score_blocks); };
+#endif
+  run_parallel(body, &job, num_threads);
+}
+
+}  // namespace
+}  // namespace r1ray
+
+extern "C" {
+
+// Returns 0, or what failed (attention.h).
+int32_t r1ray_choose_blocks(const r1ray::ChoiceArguments* arguments) {
+  r1ray::ChoiceJob job;
+  static_cast<r1ray::ChoiceArguments&>(job) = *arguments;
+  r1ray::run(job);
+  return job.failure;
+}
+
+}  // extern "C"

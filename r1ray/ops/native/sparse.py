@@ -1,0 +1,159 @@
+"""Native block-sparse attention and the choice of its blocks: the calls of both kernels.
+
+Price: about 10 µs a call over that of the kernel itself.
+
+Shape legend: B rows, T new tokens, S cached tokens, N query heads, K key/value heads, G = N/K, H
+head dimension, U units, M chosen blocks, C blocks of keys.
+"""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r1ray.errors import ShapeError
+from r1ray.ops.native.library import best_isa, library
+from r1ray.ops.native.sparse_plans import layout, plan_attention, plan_choice
+
+__all__ = ["choose_blocks", "sparse_attention"]
+
+_NO_MEMORY, _BAD_BLOCK = 1, 2  # what the kernels return where they fail
+_WIDTH = 16  # floats of the widest register, to which weights are padded
+
+
+def _fields(pointers_and_sizes: str) -> list[tuple[str, type]]:
+    """`*name` is an address, `name` a size; every kernel's structure ends with two int32."""
+    names = pointers_and_sizes.split()
+    fields: list[tuple[str, type]] = [
+        (name.lstrip("*"), ctypes.c_void_p if name.startswith("*") else ctypes.c_int64)
+        for name in names
+    ]
+    return [*fields, ("isa", ctypes.c_int32), ("num_threads", ctypes.c_int32)]
+
+
+class _AttentionArguments(ctypes.Structure):
+    """As in attention.h."""
+
+    _fields_ = _fields(
+        "*q q_row q_head q_token *keys key_row key_head *values value_row value_head"
+        " *key_scale key_scale_row key_scale_head *value_scale value_scale_row value_scale_head"
+        " *chosen *starts *out B N K T S H U M unit"
+    )
+
+
+class _ChoiceArguments(ctypes.Structure):
+    """As in block_choice.cpp."""
+
+    _fields_ = _fields(
+        "*q q_row q_token q_head *weight *norm *cos *sin rotary_row rotary_token"
+        " *keys key_row key_head *counts *starts *out B T N K H C U M unit"
+    )
+
+
+def sparse_attention(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    chosen_BKUM: Tensor,
+    starts: list[int],
+    *,
+    key_scale_BKS: Tensor | None = None,
+    value_scale_BKS: Tensor | None = None,
+    isa: int | None = None,
+) -> Tensor:
+    """As `r1ray.ops.block_sparse.block_sparse_attention`, on the CPU: float32 [B, N, T, H].
+
+    Float keys and values, or units of one token: float32 throughout. INT8 ones in units of a block
+    are multiplied in bfloat16 where the processor has it. The last bits of a few single tokens
+    depend on the number of threads, which share their blocks.
+
+    Args:
+        q_BNTH: float32.
+        k_BKSH, v_BKSH: float32; or int8, and their floats are these times the scales. Slices of a
+            cache are read where they lie.
+        isa: index in `ISA_NAMES`, at most `best_isa()`; None for that one.
+    Raises:
+        ShapeError: shapes, dtypes or starts do not fit each other, or a block is too late.
+    """
+    tensors = [q_BNTH, k_BKSH, v_BKSH, chosen_BKUM]
+    if key_scale_BKS is not None or value_scale_BKS is not None:
+        tensors += [scale for scale in (key_scale_BKS, value_scale_BKS) if scale is not None]
+    plan = plan_attention(tuple([layout(item) for item in tensors]), tuple(starts))
+    if plan.has_gaps:
+        tensors = [item.contiguous() for item in tensors]
+        plan = plan_attention(tuple([layout(item) for item in tensors]), tuple(starts))
+    batch, heads, _, tokens, _, size = plan.sizes[:6]
+    out_BTNH = torch.empty(batch, tokens, heads, size, dtype=torch.float32, device="cpu")
+    q, k, v, chosen, *scales = [item.data_ptr() for item in tensors]
+    key_scale, value_scale = scales or (None, None)
+    strides = plan.strides
+    arguments = _AttentionArguments(
+        *(q, *strides[0], k, *strides[1], v, *strides[2]),
+        *(key_scale, *strides[3], value_scale, *strides[4]),
+        *(chosen, plan.numbers, out_BTNH.data_ptr(), *plan.sizes),
+        *(_known(isa), torch.get_num_threads()),
+    )
+    _raise(library().r1ray_sparse_attention(ctypes.byref(arguments)), "sparse_attention")
+    return out_BTNH.transpose(1, 2)
+
+
+def choose_blocks(
+    q_BTNH: Tensor,
+    query_weight: Tensor,
+    query_norm: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    keys_BKCH: Tensor,
+    counts_BU: list[list[int]],
+    starts: list[int],
+    unit: int,
+    *,
+    isa: int | None = None,
+) -> Tensor:
+    """`BlockGate.queries` and `scores`, and `block_selection.choose_blocks` of the largest a unit.
+
+    On the CPU, in float32. The numbers of the chosen blocks, -1 behind them: int64 [B, K, U, M].
+    Blocks whose scores differ by less than rounding may take each other's place.
+
+    Args:
+        q_BTNH: float32, before rotary positions.
+        query_weight, query_norm: those of the gate, [K, G·H, H] and [H].
+        rotary: tables [B or 1, 1, T, H] at the positions of the queries.
+        keys_BKCH: float32 k̂; a slice of a cache is read where it lies.
+        counts_BU: `count_chosen` of each unit's block. A unit that takes all it can is not scored.
+        starts: positions of each row's first query; multiples of 64 in units of a block.
+        unit: tokens of a unit: 64 or 1.
+    Raises:
+        ShapeError: shapes, dtypes, starts or counts do not fit each other.
+    """
+    tensors = [q_BTNH, query_weight.detach(), query_norm.detach(), *rotary, keys_BKCH]
+    counts = tuple([tuple(row) for row in counts_BU])
+    plan = plan_choice(tuple([layout(item) for item in tensors]), counts, tuple(starts), unit)
+    if plan.has_gaps:
+        tensors = [item.contiguous() for item in tensors]
+        plan = plan_choice(tuple([layout(item) for item in tensors]), counts, tuple(starts), unit)
+    batch, _, _, groups, size, _, units, most = plan.sizes[:8]
+    if size % _WIDTH:
+        tensors[1] = F.pad(tensors[1], (0, -size % _WIDTH))
+    chosen = torch.empty(batch, groups, units, most, dtype=torch.int64, device="cpu")
+    q, weight, norm, cos, sin, keys = [item.data_ptr() for item in tensors]
+    strides = plan.strides
+    arguments = _ChoiceArguments(
+        *(q, *strides[0], weight, norm, cos, sin, *strides[1], keys, *strides[2]),
+        *(plan.numbers + 8 * batch, plan.numbers, chosen.data_ptr(), *plan.sizes),
+        *(_known(isa), torch.get_num_threads()),
+    )
+    _raise(library().r1ray_choose_blocks(ctypes.byref(arguments)), "choose_blocks")
+    return chosen
+
+
+def _known(isa: int | None) -> int:
+    best = best_isa()
+    return best if isa is None else min(isa, best)
+
+
+def _raise(failure: int, name: str) -> None:
+    if failure == _NO_MEMORY:
+        raise MemoryError(f"{name}: no memory for the tiles of a thread")
+    if failure == _BAD_BLOCK:
+        raise ShapeError(f"{name}: a block is not among those before the one before its unit's own")
