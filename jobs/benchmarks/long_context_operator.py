@@ -18,8 +18,8 @@ from torch import Tensor
 
 from jobs.benchmarks.kernel_memory import read_peak, reset_peak
 from r1ray.ops.block_gate import BlockGate, pool_keys
-from r1ray.ops.block_selection import choose_blocks
-from r1ray.ops.block_sparse import BLOCK, block_sparse_attention
+from r1ray.ops.block_selection import BLOCK, choose_blocks
+from r1ray.ops.block_sparse import block_sparse_attention
 from r1ray.ops.cached_states import CachedStates
 
 __all__ = ["LENGTHS", "measure_decode", "measure_memory", "measure_prefill"]

@@ -19,8 +19,7 @@ from torch import Tensor
 from r1ray.models.decoder import Attention, Decoder
 from r1ray.models.gates import list_attentions
 from r1ray.models.rope import rotary_tables
-from r1ray.ops.block_selection import choose_blocks
-from r1ray.ops.block_sparse import BLOCK
+from r1ray.ops.block_selection import BLOCK, choose_blocks
 
 __all__ = ["BlockRecall", "measure_block_recall"]
 

@@ -102,8 +102,6 @@ class Attention(nn.Module):
                 sparse.update(self, k)
             if sparse is not None and not sparse.is_dense:
                 out_BNTH = sparse.attend(self, q_BTNH, q_BNTH, rotary, k, v)
-            elif cache.max_start == 0:
-                out_BNTH = causal_attention(q_BNTH, *(x.floats().to(q_BNTH.dtype) for x in (k, v)))
             else:
                 out_BNTH = cached_attention(q_BNTH, k, v, cache.starts)
         return self.o_proj(out_BNTH.transpose(1, 2).reshape(batch, tokens, -1))

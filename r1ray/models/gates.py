@@ -14,7 +14,7 @@ from r1ray.config.schema import AttentionKind
 from r1ray.errors import ArtifactError, ConfigError
 from r1ray.models.decoder import Attention, Decoder
 from r1ray.ops.block_gate import BlockGate, BoundsGate
-from r1ray.ops.block_sparse import BLOCK
+from r1ray.ops.block_selection import BLOCK
 
 __all__ = [
     "GATES_NAME",

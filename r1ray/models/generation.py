@@ -22,7 +22,7 @@ from r1ray.errors import ShapeError
 from r1ray.models.decoder import Decoder
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.sampling import SamplingParams, sample_tokens
-from r1ray.ops.block_sparse import BLOCK
+from r1ray.ops.block_selection import BLOCK
 
 __all__ = ["BatchGenerator", "GenerationRequest", "TokenEvent", "generate_batch"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
-from r1ray.ops.block_sparse import BLOCK
+from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.cached_states import CachedStates, quantize_states
 
 __all__ = ["CacheSlice", "KVCache", "cache_bytes"]

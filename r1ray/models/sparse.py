@@ -20,8 +20,8 @@ from torch import Tensor
 from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
 from r1ray.models.rope import rotary_tables
-from r1ray.ops.block_selection import DENSE_BLOCKS, choose_blocks
-from r1ray.ops.block_sparse import BLOCK, block_sparse_attention
+from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
+from r1ray.ops.block_sparse import block_sparse_attention
 from r1ray.ops.cached_states import CachedStates
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ class SparseForward:
         assert gate is not None
         summaries = self._cache.read_blocks(attention.layer, -(-k.shape[2] // BLOCK))
         if self._tokens == 1:
-            scores = gate.score(q_BTNH, q_BNTH, rotary, summaries, 1)
-            chosen = choose_blocks(scores, [[start // BLOCK] for start in self._starts])
+            chosen = gate.choose(q_BTNH, q_BNTH, rotary, summaries, self._starts, 1)
             return block_sparse_attention(q_BNTH, k, v, chosen, self._starts)
         rows = []
         for row, start in enumerate(self._starts):
@@ -79,12 +78,11 @@ class SparseForward:
             parts = []
             for part, unit in _cut(start, self._tokens):
                 cos, sin = (table[:, :, part] for table in cos_and_sin)
-                q = q_BNTH[one, :, part]
-                scores = gate.score(q_BTNH[one, part], q, (cos, sin), summaries[one], unit)
-                first = start + part.start
-                owns = [(first + at * unit) // BLOCK for at in range(scores.shape[2])]
-                chosen = choose_blocks(scores, [owns])
-                parts.append(block_sparse_attention(q, k.row(row), v.row(row), chosen, [first]))
+                q, first = q_BNTH[one, :, part], [start + part.start]
+                chosen = gate.choose(
+                    *(q_BTNH[one, part], q, (cos, sin), summaries[one], first, unit)
+                )
+                parts.append(block_sparse_attention(q, k.row(row), v.row(row), chosen, first))
             rows.append(torch.cat(parts, dim=2))
         return torch.cat(rows)
 

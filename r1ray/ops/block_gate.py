@@ -26,7 +26,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from r1ray.ops.block_sparse import BLOCK
+from r1ray.ops import native
+from r1ray.ops.block_selection import BLOCK, choose_blocks, count_chosen
 
 __all__ = ["BlockGate", "BoundsGate", "gate_divergence", "gate_targets", "pool_keys"]
 
@@ -90,6 +91,29 @@ class BlockGate(nn.Module):
         scores_BKTC = self.scores(self.queries(q_BTNH, *rotary), summaries_BKCX)
         return scores_BKTC.unflatten(2, (-1, unit)).amax(3)
 
+    def choose(
+        self,
+        q_BTNH: Tensor,
+        q_BNTH: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        summaries_BKCX: Tensor,
+        starts: list[int],
+        unit: int,
+    ) -> Tensor:
+        """The blocks [B, K, U, M] that each unit keeps, as `choose_blocks` has them.
+
+        Args:
+            starts: position of each row's first query.
+        """
+        own_BU = _own_blocks(starts, q_BTNH.shape[1], unit)
+        if native.can_attend(q_BTNH, summaries_BKCX):
+            counts = [[count_chosen(own) for own in row] for row in own_BU]
+            weights = (self.query_weight, self.query_norm)
+            return native.choose_blocks(
+                q_BTNH, *weights, rotary, summaries_BKCX, counts, starts, unit
+            )
+        return choose_blocks(self.score(q_BTNH, q_BNTH, rotary, summaries_BKCX, unit), own_BU)
+
 
 class BoundsGate(nn.Module):
     """What stands in for the gate of one layer that was not trained; it has no parameters."""
@@ -119,6 +143,23 @@ class BoundsGate(nn.Module):
         else:
             scores = q_BKGTH @ mean
         return scores.amax(2).unflatten(2, (-1, unit)).amax(3)
+
+    def choose(
+        self,
+        q_BTNH: Tensor,
+        q_BNTH: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        summaries_BKCX: Tensor,
+        starts: list[int],
+        unit: int,
+    ) -> Tensor:
+        """As `BlockGate.choose`."""
+        own_BU = _own_blocks(starts, q_BTNH.shape[1], unit)
+        return choose_blocks(self.score(q_BTNH, q_BNTH, rotary, summaries_BKCX, unit), own_BU)
+
+
+def _own_blocks(starts: list[int], tokens: int, unit: int) -> list[list[int]]:
+    return [[(start + at) // BLOCK for at in range(0, tokens, unit)] for start in starts]
 
 
 def pool_keys(k_BSKH: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DENSE_BLOCKS", "SummaryTree", "choose_blocks", "count_chosen"]
+__all__ = ["BLOCK", "DENSE_BLOCKS", "SummaryTree", "choose_blocks", "count_chosen"]
 
+BLOCK = 64  # tokens, of keys and of a unit of queries
 DENSE_BLOCKS = 32  # 2,048 tokens
 _LEAST, _MOST = 4, 64
 _BRANCHES = 8

@@ -10,7 +10,8 @@ up to itself, the block before, and what was chosen for its unit.
    blocks go together, a few at a time.
 3. Both are merged by their log-sum-exps.
 
-On CUDA, units of a block are one FlexAttention call, whose block mask the numbers make.
+On CUDA, units of a block are one FlexAttention call, whose block mask the numbers make. On a CPU,
+the native kernels do all of it where they were built; torch is their oracle.
 
 Price: 4·64·(M + 2)·N·H FLOP a token and layer, M blocks chosen; memory for the keys and values that
 a few units gather, whatever the length.
@@ -27,13 +28,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from r1ray.errors import ShapeError
+from r1ray.ops import native
+from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.cached_states import CachedStates
 from r1ray.ops.causal_attention import flash_attention, merge_attention
 from r1ray.ops.packed_attention import compiled_flex_attention
 
-__all__ = ["BLOCK", "block_sparse_attention", "build_block_mask", "reference_attention"]
+__all__ = ["block_sparse_attention", "build_block_mask", "reference_attention"]
 
-BLOCK = 64
 _UNITS_TOGETHER = 8
 
 
@@ -53,6 +55,12 @@ def block_sparse_attention(
     Raises:
         ShapeError: the shapes, or starts and units, do not fit each other.
     """
+    if native.can_attend(q_BNTH, k.data_BKSH):
+        return native.sparse_attention(
+            *(q_BNTH, k.data_BKSH, v.data_BKSH, chosen_BKUM, starts),
+            key_scale_BKS=k.scale_BKS,
+            value_scale_BKS=v.scale_BKS,
+        )
     _check(q_BNTH, k.shape, chosen_BKUM, starts)
     if chosen_BKUM.shape[2] == q_BNTH.shape[2]:
         return _attend_tokens(q_BNTH, k, v, chosen_BKUM, starts)
@@ -165,7 +173,8 @@ def build_block_mask(
 
     return BlockMask.from_kv_blocks(
         for_heads(torch.ones_like(before_KU1[..., 0])),
-        for_heads(own_U[None, :, None].expand(kv_heads, units, 1)),
+        # As wide as the others: the kernel finds both by one stride. The first alone counts.
+        for_heads(own_U[None, :, None].expand_as(whole_KUM)),
         for_heads((whole_KUM >= 0).sum(2)),
         for_heads(whole_KUM.clamp_min(0)),
         BLOCK_SIZE=BLOCK,

@@ -6,7 +6,8 @@ against 1.3 in float32 (4 rows of 128 tokens, 4 heads, 2 threads with AVX512-BF1
 each thread it still takes 1.9 times as long at 128 tokens, as long at 512, and 0.8 at 2,048.
 
 Over a cache, queries see all of what was there before and their own piece causally: two attentions
-without a mask over all, merged by their log-sum-exps.
+without a mask over all, merged by their log-sum-exps. On a CPU, the native kernel of block-sparse
+attention does it, every block chosen, where it was built.
 
 Price: 4·T²·N·H FLOP, the triangle above the diagonal skipped; over a cache 4·T·(S - T/2)·N·H.
 
@@ -14,12 +15,15 @@ Shape legend: B rows, T new tokens, S cached tokens with them, N query heads, K 
 G = N/K heads of a group, H head dimension.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1ray.ops import native
+from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.cached_states import CachedStates
 
 __all__ = ["cached_attention", "causal_attention", "flash_attention", "merge_attention"]
@@ -45,6 +49,14 @@ def cached_attention(q_BNTH: Tensor, k: CachedStates, v: CachedStates, starts: l
         k, v: [B, K, S, H]; those beyond a row's last query may hold anything finite.
     """
     tokens, dtype = q_BNTH.shape[2], q_BNTH.dtype
+    is_in_blocks = tokens == 1 or not any(start % BLOCK for start in starts)
+    if is_in_blocks and native.can_attend(q_BNTH, k.data_BKSH):
+        return native.sparse_attention(
+            *(q_BNTH, k.data_BKSH, v.data_BKSH, _every_block(tuple(starts), tokens, k.shape[1])),
+            starts,
+            key_scale_BKS=k.scale_BKS,
+            value_scale_BKS=v.scale_BKS,
+        )
     if tokens == 1:
         return _attend_last(q_BNTH, k, v, starts)
     rows = []
@@ -65,6 +77,17 @@ def cached_attention(q_BNTH: Tensor, k: CachedStates, v: CachedStates, starts: l
         else:
             rows.append(found[0])
     return torch.cat(rows)
+
+
+@functools.lru_cache(maxsize=8)
+def _every_block(starts: tuple[int, ...], tokens: int, kv_heads: int) -> Tensor:
+    """All blocks that a unit may choose, for the kernel of block-sparse attention."""
+    unit = 1 if tokens == 1 else BLOCK
+    units_U = torch.arange(-(-tokens // unit))
+    own_BU1 = ((torch.tensor(starts)[:, None] + units_U * unit) // BLOCK)[..., None]
+    blocks_M = torch.arange(max(0, int(own_BU1.max()) - 1))
+    chosen_BUM = torch.where(blocks_M < own_BU1 - 1, blocks_M, -1)
+    return chosen_BUM[:, None].expand(-1, kv_heads, -1, -1).contiguous()
 
 
 def _attend_last(q_BN1H: Tensor, k: CachedStates, v: CachedStates, starts: list[int]) -> Tensor:

@@ -23,7 +23,7 @@ from r1ray.models.decoder import Attention, Decoder, Observer
 from r1ray.models.gates import list_attentions
 from r1ray.models.rope import rotary_tables
 from r1ray.ops.block_gate import BlockGate, gate_divergence, gate_targets, pool_keys
-from r1ray.ops.block_sparse import BLOCK
+from r1ray.ops.block_selection import BLOCK
 
 __all__ = ["GateTraining"]
 

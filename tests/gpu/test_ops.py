@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from r1ray.exchange.codecs import get_codec
-from r1ray.ops.block_sparse import BLOCK, block_sparse_attention, reference_attention
+from r1ray.ops.block_selection import BLOCK
+from r1ray.ops.block_sparse import block_sparse_attention, reference_attention
 from r1ray.ops.cached_states import CachedStates, quantize_states
 from r1ray.ops.causal_attention import cached_attention, causal_attention
 from r1ray.ops.fake_quant import fake_quant_linear

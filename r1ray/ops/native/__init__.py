@@ -10,12 +10,13 @@ Price: about 3 µs a call over that of the kernel itself, 10 µs for those of bl
 
 from r1ray.ops.native.library import ISA_NAMES, best_isa, describe, is_available
 from r1ray.ops.native.linear import MAX_INPUTS, int8_linear
-from r1ray.ops.native.sparse import choose_blocks, sparse_attention
+from r1ray.ops.native.sparse import can_attend, choose_blocks, sparse_attention
 
 __all__ = [
     "ISA_NAMES",
     "MAX_INPUTS",
     "best_isa",
+    "can_attend",
     "choose_blocks",
     "describe",
     "int8_linear",

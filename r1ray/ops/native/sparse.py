@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1ray.errors import ShapeError
-from r1ray.ops.native.library import best_isa, library
+from r1ray.ops.native.library import best_isa, is_available, library
 from r1ray.ops.native.sparse_plans import layout, plan_attention, plan_choice
 
-__all__ = ["choose_blocks", "sparse_attention"]
+__all__ = ["can_attend", "choose_blocks", "sparse_attention"]
 
 _NO_MEMORY, _BAD_BLOCK = 1, 2  # what the kernels return where they fail
 _WIDTH = 16  # floats of the widest register, to which weights are padded
@@ -48,6 +48,17 @@ class _ChoiceArguments(ctypes.Structure):
     _fields_ = _fields(
         "*q q_row q_token q_head *weight *norm *cos *sin rotary_row rotary_token"
         " *keys key_row key_head *counts *starts *out B T N K H C U M unit"
+    )
+
+
+def can_attend(q_BNTH: Tensor, k_BKSH: Tensor) -> bool:
+    """Whether `sparse_attention` is there, and takes such queries and keys without a backward."""
+    return (
+        q_BNTH.dtype == torch.float32
+        and q_BNTH.is_cpu
+        and k_BKSH.dtype in (torch.float32, torch.int8)
+        and not (torch.is_grad_enabled() and (q_BNTH.requires_grad or k_BKSH.requires_grad))
+        and is_available()
     )
 
 

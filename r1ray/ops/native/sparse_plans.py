@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from r1ray.errors import ShapeError
-from r1ray.ops.block_sparse import BLOCK
+from r1ray.ops.block_selection import BLOCK
 
 __all__ = ["Plan", "layout", "plan_attention", "plan_choice"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from r1ray.ops.block_gate import BlockGate, gate_divergence, gate_targets, pool_keys
-from r1ray.ops.block_sparse import BLOCK
+from r1ray.ops.block_selection import BLOCK
 
 N, K, H = 4, 2, 16
 

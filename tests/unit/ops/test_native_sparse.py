@@ -9,9 +9,10 @@ from torch import Tensor
 from r1ray.errors import ShapeError
 from r1ray.ops import native
 from r1ray.ops.block_gate import BlockGate
-from r1ray.ops.block_selection import DENSE_BLOCKS, count_chosen
+from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS, count_chosen
 from r1ray.ops.block_selection import choose_blocks as torch_choose_blocks
-from r1ray.ops.block_sparse import BLOCK, reference_attention
+from r1ray.ops.block_sparse import reference_attention
+from r1ray.ops.cached_states import CachedStates
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason=native.describe())
 ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
@@ -76,7 +77,7 @@ def _check_attention(
     v_int8, value_scale = _cache(batch, groups, keys, size, seed + 2)
     k, v = k_int8 * key_scale[..., None], v_int8 * value_scale[..., None]
     chosen = _choose_any(batch, groups, _owns(starts, tokens, unit), most, seed)
-    expected = reference_attention(q, k, v, chosen, starts)
+    expected = reference_attention(q, CachedStates(k), CachedStates(v), chosen, starts)
     found = native.sparse_attention(q, k, v, chosen, starts, isa=isa)
     assert (found - expected).abs().max() <= FLOAT_TOLERANCE
     found = native.sparse_attention(
@@ -174,7 +175,7 @@ def test_steep_scores_neither_overflow_nor_vanish(isa: int, unit: int) -> None:
     chosen = torch.tensor([3, 0, 1]).expand(1, 1, units, 3)
     k, v = k_int8 * scale[..., None], v_int8 * scale[..., None]
     found = native.sparse_attention(q, k, v, chosen, [start], isa=isa)
-    expected = reference_attention(q, k, v, chosen, [start])
+    expected = reference_attention(q, CachedStates(k), CachedStates(v), chosen, [start])
     # Scores of up to 300 have errors of some 2^-23 of that, and shares the same.
     assert (found - expected).abs().max() <= 3e-4
     narrow = native.sparse_attention(
