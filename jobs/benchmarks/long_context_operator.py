@@ -1,8 +1,9 @@
 """The attention operator alone: block-sparse, selection included, against torch's dense flash.
 
-One layer of SmolLM2's heads on random tensors. What a layer does besides the products with its
-weights is timed: pooling new blocks, scoring, choosing, attention. Dense decoding folds a group's
-queries together, which is faster than `enable_gqa`.
+One layer of SmolLM2's heads on random tensors, as it is served: int8 keys and values. What a layer
+does besides the products with its weights and writing the cache is timed: summaries of new blocks,
+scoring, choosing, attention. Dense attention is torch's, in float32; decoding folds a group's
+queries together there, which is faster than `enable_gqa`.
 """
 
 import json
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jobs.benchmarks.kernel_memory import read_peak, reset_peak
+from r1ray.models.rope import apply_rotary
 from r1ray.ops.block_gate import BlockGate, pool_keys
-from r1ray.ops.block_selection import BLOCK, choose_blocks
+from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.block_sparse import block_sparse_attention
-from r1ray.ops.cached_states import CachedStates
+from r1ray.ops.cached_states import CachedStates, quantize_states
 
-__all__ = ["LENGTHS", "measure_decode", "measure_memory", "measure_prefill"]
+__all__ = ["LENGTHS", "measure_decode", "measure_growth", "measure_memory", "measure_prefill"]
 
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
@@ -35,37 +37,39 @@ class _Layer:
     def __init__(self, tokens: int) -> None:
         generator = torch.Generator().manual_seed(0)
         self.tokens = tokens
-        self.q, self.k, self.v = (
-            torch.randn(1, heads, tokens, _HEAD_DIM, generator=generator)
-            for heads in (_HEADS, _KV_HEADS, _KV_HEADS)
+        self.drawn_q = torch.randn(1, tokens, _HEADS, _HEAD_DIM, generator=generator)
+        self.drawn_k, self.v = (
+            torch.randn(1, _KV_HEADS, tokens, _HEAD_DIM, generator=generator) for _ in range(2)
         )
         self.gate = BlockGate(_HEADS, _KV_HEADS, _HEAD_DIM)
         angles = torch.arange(tokens)[:, None] * 10_000.0 ** (-torch.arange(32) / 32)
         angles = torch.cat([angles, angles], dim=1)[None, None]
         self.cos, self.sin = angles.cos(), angles.sin()
+        self.q = apply_rotary(self.drawn_q.transpose(1, 2), self.cos, self.sin).contiguous()
+        self.k = apply_rotary(self.drawn_k, self.cos, self.sin).contiguous()
+        self.states = CachedStates(*quantize_states(self.k)), CachedStates(*quantize_states(self.v))
 
-    def block_keys(self) -> Tensor:
-        pooled = pool_keys(self.k.transpose(1, 2))
-        blocks = pooled.shape[2]
-        return self.gate.keys(
-            pooled, self.cos[:, :, ::BLOCK][:, :, :blocks], self.sin[:, :, ::BLOCK][:, :, :blocks]
-        )
-
-    def queries(self, part: slice) -> Tensor:
-        q = self.q[:, :, part].transpose(1, 2)
-        return self.gate.queries(q, self.cos[:, :, part], self.sin[:, :, part])
+    def summaries(self) -> Tensor:
+        """Of all blocks of keys; these come before rotary positions here, as they are drawn."""
+        pooled = pool_keys(self.drawn_k.transpose(1, 2))
+        blocks = slice(0, pooled.shape[2])
+        cos, sin = (table[:, :, ::BLOCK][:, :, blocks] for table in (self.cos, self.sin))
+        return self.gate.keys(pooled, cos, sin)
 
     def prefill_sparse(self) -> Tensor:
-        return self._attend(self.block_keys())
+        return self._attend(self.summaries(), 0)
 
-    def _attend(self, keys: Tensor) -> Tensor:
-        units = -(-self.tokens // BLOCK)
-        scores = BlockGate.scores(self.queries(slice(None)), keys)
-        scores = scores.unflatten(2, (-1, BLOCK)).amax(3)
-        chosen = choose_blocks(scores, [list(range(units))])
-        return block_sparse_attention(
-            self.q, CachedStates(self.k), CachedStates(self.v), chosen, [0]
-        )
+    def decode_sparse(self, summaries: Tensor) -> Tensor:
+        return self._attend(summaries, self.tokens - 1)
+
+    def _attend(self, summaries: Tensor, start: int) -> Tensor:
+        """Choice and attention of the queries from `start` on, in int8 keys and values."""
+        part = slice(start, None)
+        q, rotary = self.q[:, :, part], (self.cos[:, :, part], self.sin[:, :, part])
+        unit = BLOCK if start == 0 else 1
+        chosen = self.gate.choose(self.drawn_q[:, part], q, rotary, summaries, [start], unit)
+        k, v = self.states
+        return block_sparse_attention(q, k, v, chosen, [start])
 
     def prefill_dense(self) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -78,14 +82,6 @@ class _Layer:
         visible = torch.ones(self.tokens, self.tokens, dtype=torch.bool).tril()
         shares = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         return shares @ self.v.repeat_interleave(groups, 1)
-
-    def decode_sparse(self, keys: Tensor) -> Tensor:
-        last = self.tokens - 1
-        scores = BlockGate.scores(self.queries(slice(last, None)), keys)
-        chosen = choose_blocks(scores, [[last // BLOCK]])
-        return block_sparse_attention(
-            self.q[:, :, last:], CachedStates(self.k), CachedStates(self.v), chosen, [last]
-        )
 
     def decode_dense(self) -> Tensor:
         q = self.q[:, :, -1:].reshape(1, _KV_HEADS, _HEADS // _KV_HEADS, _HEAD_DIM)
@@ -103,8 +99,10 @@ def measure_prefill(tokens: int) -> dict[str, list[float]]:
 def measure_decode(tokens: int) -> dict[str, list[float]]:
     """Seconds of one more token after `tokens`, sparse and dense in turns."""
     layer = _Layer(tokens)
-    keys = layer.block_keys()
-    return _in_turns({"sparse": lambda: layer.decode_sparse(keys), "dense": layer.decode_dense})
+    summaries = layer.summaries()
+    return _in_turns(
+        {"sparse": lambda: layer.decode_sparse(summaries), "dense": layer.decode_dense}
+    )
 
 
 def measure_memory(tokens: int = 1024) -> dict[str, Any]:
@@ -112,19 +110,26 @@ def measure_memory(tokens: int = 1024) -> dict[str, Any]:
 
     Sparse attention is forced on: as many blocks as beyond 2,048 tokens.
     """
-    peaks = {}
-    for name in ("sparse", "dense", "eager"):
-        found = subprocess.run(
-            [sys.executable, "-m", "jobs.benchmarks.long_context_operator", name, str(tokens)],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=300,
-        )
-        peaks[name] = int(json.loads(found.stdout.splitlines()[-1]))
-    units = torch.arange(-(-tokens // BLOCK))
-    kept = torch.minimum(units + 1, torch.tensor(2 + _forced_count(tokens))).sum()
-    return {"peak_bytes": peaks, "pairs_kept": float(kept) / float((units + 1).sum())}
+    peaks = {name: _ask_peak(name, tokens) for name in ("sparse", "dense", "eager")}
+    units = -(-tokens // BLOCK)
+    kept = sum(min(unit + 1, 2 + _forced_count(tokens)) for unit in range(units))
+    return {"peak_bytes": peaks, "pairs_kept": kept / units**2}
+
+
+def measure_growth() -> dict[str, int]:
+    """Peak bytes of sparse attention less its output, by length."""
+    return {str(tokens): _ask_peak("sparse", tokens) for tokens in LENGTHS}
+
+
+def _ask_peak(name: str, tokens: int) -> int:
+    found = subprocess.run(
+        [sys.executable, "-m", "jobs.benchmarks.long_context_operator", name, str(tokens)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    return int(json.loads(found.stdout.splitlines()[-1]))
 
 
 def _forced_count(tokens: int) -> int:

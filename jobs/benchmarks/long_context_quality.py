@@ -50,23 +50,31 @@ class QualityBenchmark:
     """Part `quality` of `jobs.bench_long_context`; results and models are found by the next start.
 
     Args:
+        work: where the models are kept.
         source: of the base model, as in `base.source`.
         examples: of each task and length.
     """
 
-    def __init__(self, work: Path, source: str, size: TrainingSize, examples: int) -> None:
+    def __init__(
+        self, parts: StoredParts, work: Path, source: str, size: TrainingSize, examples: int
+    ) -> None:
+        self.parts = parts
         self._work, self._source, self._size = work, source, size
         self._examples = examples
-        self.parts = StoredParts(work)
 
-    def prepare(self) -> None:
-        """The models: base, taught the tasks, with gates."""
-        base, tuned = self._work / "base", self._work / "tuned"
+    def base(self) -> Path:
+        """The model that is taught, as a model directory."""
+        base = self._work / "base"
         if not base.exists():
             partial = self._work / "base.partial"
             partial.mkdir(parents=True, exist_ok=True)
             import_base(resolve_source(self._source), partial)
             partial.rename(base)
+        return base
+
+    def prepare(self) -> None:
+        """The models: base, taught the tasks, with gates."""
+        base, tuned = self.base(), self._work / "tuned"
         self.parts.once("quality_tuning", _timed(tune_on_tasks), base, tuned, self._size)
         self.parts.once("quality_gates", _timed(train_gates), tuned, self.gated, self._size)
 
@@ -88,6 +96,38 @@ class QualityBenchmark:
     def recall(self, precision: Precision) -> None:
         """How much of dense attention is in the blocks that gates choose."""
         self.parts.once(f"quality_{precision}_recall", self._recall, precision)
+
+    def collect(self) -> dict[str, Any]:
+        """By precision: scores and perplexity, dense and sparse, recall, and equal answers."""
+        found: dict[str, Any] = {}
+        for precision in PRECISIONS:
+
+            def read(name: str, of: str = precision) -> Any:
+                return self.parts.read(f"quality_{of}_{name}")
+
+            answers = {
+                (task, length): [read(f"{kind}_{task}_{length}") for kind in ATTENTIONS]
+                for task in TASKS
+                for length in LENGTHS
+            }
+            equal = [
+                one == other
+                for dense, sparse in answers.values()
+                for one, other in zip(dense["outputs"], sparse["outputs"], strict=True)
+            ]
+            found[precision] = {
+                "scores": {
+                    key: tuple(statistics.mean(answer["scores"]) for answer in pair)
+                    for key, pair in answers.items()
+                },
+                "perplexity": {
+                    length: tuple(read(f"{kind}_perplexity_{length}") for kind in ATTENTIONS)
+                    for length in LENGTHS
+                },
+                "recall": read("recall"),
+                "agreement": statistics.mean(equal),
+            }
+        return found
 
     def _load(self, precision: Precision, attention: Attention) -> Decoder:
         model = load_model(self.gated, dtype=torch.float32)

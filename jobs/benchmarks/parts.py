@@ -31,6 +31,11 @@ class StoredParts:
             partial = path.with_suffix(".tmp")
             write_json(partial, result)
             partial.rename(path)
+        return self.read(name)
+
+    def read(self, name: str) -> Any:
+        """The stored result `name`."""
+        path = self._work / f"{name}.json"
         stored = json.loads(path.read_text(encoding="utf-8"))
         self.commits[name] = stored["commit"]
         return stored["result"]

@@ -1,0 +1,138 @@
+"""The long-context benchmark: its parts, each stored when it has been measured, and the record."""
+
+from pathlib import Path
+from typing import Any
+
+from jobs.benchmarks import long_context_operator as operator
+from jobs.benchmarks import long_context_reading as reading
+from jobs.benchmarks.long_context_models import TrainingSize
+from jobs.benchmarks.long_context_peers import PEERS, measure_peer, write_peer_gguf
+from jobs.benchmarks.long_context_quality import ATTENTIONS, LENGTHS, PRECISIONS, QualityBenchmark
+from jobs.benchmarks.long_context_report import (
+    memory_rows,
+    operator_rows,
+    plot_operator,
+    quality_rows,
+    reading_rows,
+    render_tasks,
+)
+from jobs.benchmarks.parts import StoredParts
+from r1ray.evaluation.long_context import TASKS
+from r1ray.evaluation.perplexity import read_english
+from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
+from r1ray.models.tokenizer import Tokenizer
+
+__all__ = ["LongContextBenchmark"]
+
+_TARGET = Path("docs/benchmarks")
+_SIZE = TrainingSize(tune_examples=4000, gate_examples=400, gate_documents=120)
+_EXAMPLES = 100
+_REREAD = 16_000
+
+
+class LongContextBenchmark:
+    """What `jobs.bench_long_context` measures; every result is kept in `work`."""
+
+    def __init__(self, work: Path, source: str) -> None:
+        self._work = work
+        self._parts = StoredParts(work)
+        self._quality = QualityBenchmark(self._parts, work, source, _SIZE, _EXAMPLES)
+
+    def operator(self) -> dict[str, Any]:
+        """From kind -> length -> arm -> seconds; dense and sparse in turns."""
+        kinds = {"prefill": operator.measure_prefill, "decode": operator.measure_decode}
+        return {
+            kind: {
+                length: self._parts.once(f"operator_{kind}_{length}", measure, length)
+                for length in operator.LENGTHS
+            }
+            for kind, measure in kinds.items()
+        }
+
+    def memory(self) -> dict[str, Any]:
+        """Peaks of one call at 1,024 tokens, and the growth of the sparse one."""
+        return {
+            "at_1024": self._parts.once("memory_1024", operator.measure_memory),
+            "growth": self._parts.once("memory_growth", operator.measure_growth),
+        }
+
+    def reading(self) -> dict[str, Any]:
+        """Seconds of reading and decoding by length and attention, and of re-reading."""
+        base, ids = self._quality.base(), self._token_ids()
+        found: dict[str, Any] = {}
+        for length in reading.LENGTHS:
+            for attention in ATTENTIONS:
+                name = f"reading_{attention}_{length}"
+                measured = self._parts.once(
+                    name, reading.measure_reading, base, ids, length, attention
+                )
+                print(f"  {name}: {reading.describe(measured)}", flush=True)
+                found.setdefault(attention, {})[length] = measured
+        found["reread"] = self._parts.once(
+            f"reading_again_{_REREAD}", reading.measure_rereading, base, ids, _REREAD
+        )
+        return found
+
+    def peers(self) -> list[dict[str, Any]]:
+        """The other engines, one after the other."""
+        base, ids, work = self._quality.base(), self._token_ids(), self._work / "peers"
+        work.mkdir(parents=True, exist_ok=True)
+        gguf = write_peer_gguf(base, work)
+        return [
+            self._parts.once(f"peer_{name}", measure_peer, name, base, gguf, work, ids)
+            for name in PEERS
+        ]
+
+    def quality(self) -> dict[str, Any]:
+        """Answers, perplexity and recall of all ways to read."""
+        self._quality.prepare()
+        for precision in PRECISIONS:
+            for attention in ATTENTIONS:
+                self._quality.measure(precision, attention)
+            self._quality.recall(precision)
+        return self._quality.collect()
+
+    def file_record(self, command: str) -> str:
+        """Write the record, its tables and the plot; returns the table."""
+        found, reads, quality = self.operator(), self.reading(), self.quality()
+        rows = [
+            *memory_rows(**self.memory()),
+            *operator_rows(found),
+            *reading_rows(reads, self.peers()),
+            *quality_rows(quality),
+        ]
+        circumstances = {**describe_circumstances(), "commits_of_parts": self._parts.commits}
+        _TARGET.mkdir(parents=True, exist_ok=True)
+        record = build_record("long_context", command, rows, circumstances)
+        write_json(_TARGET / "long_context.json", {**record, "peers": self.peers()})
+        plot_operator(found, _TARGET / "long_context.png")
+        hardware = circumstances["hardware"]
+        table = render_table(rows)
+        text = (
+            f"# Long contexts\n\n`{command}` on {hardware['cores']} cores of {hardware['cpu']} "
+            f"({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, commits "
+            f"{', '.join(sorted(set(map(str, self._parts.commits.values()))))}, "
+            f"{circumstances['date']}.\n\n{table}\n![operator](long_context.png)\n\n"
+            f"## Tasks\n\n{render_tasks(quality, TASKS, LENGTHS)}\n{_NOTES}"
+        )
+        (_TARGET / "long_context.md").write_text(text, encoding="utf-8")
+        return table
+
+    def _token_ids(self) -> list[int]:
+        return Tokenizer(self._quality.base()).encode(read_english())
+
+
+_NOTES = """
+- One configuration throughout: learned gates, 1.5 log2(n) blocks of 64 tokens besides the first,
+  the block before and the own one; dense up to 2,048 tokens; int8 keys and values.
+- Operator: `jobs/benchmarks/long_context_operator.py` says what is timed. The exponents are fitted
+  between 8,192 and 65,536 tokens. Memory: the peak of resident memory over the call, its output
+  left out; sparse attention is forced on at 1,024 tokens, where it would be dense.
+- Reading: INT8 weights, chunks of 1,024 tokens; dense attention runs the same kernels over all
+  blocks, which takes less time than torch's over float32. Peers run in environments of their own,
+  two threads each; what each computes in is in the record.
+- Quality: SmolLM2 is taught the tasks densely first, then gates are trained; answers are greedy.
+  A task counts where dense attention scores at least 50%. Needle recall: of the heads that give
+  the needle's block at least a tenth of their attention as the answer is written, the share whose
+  group keeps that block.
+"""

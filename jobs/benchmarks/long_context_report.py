@@ -1,0 +1,206 @@
+"""The rows of docs/benchmarks/long_context.json with their bars, the table of tasks, the plot."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from jobs.benchmarks.long_context_peers import find_best
+from r1ray.evaluation.record import Row
+
+__all__ = [
+    "memory_rows",
+    "operator_rows",
+    "plot_operator",
+    "quality_rows",
+    "reading_rows",
+    "render_tasks",
+]
+
+_BARS = {
+    ("prefill", 8192): ">= 3.5",
+    ("prefill", 16_384): ">= 6",
+    ("decode", 16_384): ">= 5",
+    ("decode", 65_536): ">= 20",
+}
+_COUNTS = 0.5  # what dense attention has to score on a task that counts
+_COLORS = {"sparse": "#0b6e99", "dense": "#b5651d"}
+
+
+def memory_rows(at_1024: Mapping[str, Any], growth: Mapping[str, int]) -> list[Row]:
+    """Peaks at 1,024 tokens against the eager implementation's; growth of the sparse one."""
+    peaks = at_1024["peak_bytes"]
+    name = "long_context.attention_memory_share_1024"
+    baseline = ("eager, MiB", peaks["eager"] / 2**20)
+    rows = [
+        Row(name, peaks["sparse"] / peaks["eager"], "share", None, *baseline, "<= 0.35"),
+        Row(f"{name}.dense_flash", peaks["dense"] / peaks["eager"], "share", None, *baseline),
+        Row("long_context.score_pairs_kept_1024", at_1024["pairs_kept"], "of n^2 pairs"),
+    ]
+    return rows + [
+        Row(f"long_context.attention_memory.{length}", peak / 2**20, "MiB")
+        for length, peak in growth.items()
+    ]
+
+
+def operator_rows(found: Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]]) -> list[Row]:
+    """Speed of sparse attention over dense, and how both grow."""
+    rows = []
+    for kind, lengths in found.items():
+        for length, seconds in lengths.items():
+            ratios = np.array(seconds["dense"]) / np.array(seconds["sparse"])
+            name = f"long_context.{kind}_op_speedup_{length // 1024}k"
+            rows.append(
+                Row(
+                    name,
+                    _median(seconds["dense"]) / _median(seconds["sparse"]),
+                    "x",
+                    (float(np.percentile(ratios, 2.5)), float(np.percentile(ratios, 97.5))),
+                    "dense, ms",
+                    1000 * _median(seconds["dense"]),
+                    _BARS.get((kind, length)),
+                )
+            )
+    exponents = {arm: _exponent(found["prefill"], arm) for arm in ("sparse", "dense")}
+    rows.append(
+        Row(
+            *("long_context.prefill_exponent", exponents["sparse"], "of n", None),
+            *("dense", exponents["dense"], "<= 1.35"),
+        )
+    )
+    return rows
+
+
+def reading_rows(reads: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The whole model against peers, dense attention and re-reading."""
+    rows = []
+    for length, found in reads["sparse"].items():
+        own = _median(found["prefill_s"])
+        rows.append(Row(f"long_context.prefill_s.{length}", own, "s", _range(found["prefill_s"])))
+        dense = _median(reads["dense"][length]["prefill_s"])
+        bar = {16_000: ">= 3", 32_000: ">= 4"}.get(length)
+        name = f"long_context.chunked_{length // 1000}k_vs_dense"
+        rows.append(Row(name, dense / own, "x", None, "dense, s", dense, bar))
+    again, own_16k = sum(reads["reread"]), _median(reads["sparse"][16_000]["prefill_s"])
+    name = "long_context.chunked_16k_vs_rereading"
+    rows.append(Row(name, again / own_16k, "x", None, "re-reading, s", again))
+    own_8k = reads["sparse"][8000]
+    tokens_per_s = 1 / _median(own_8k["token_s"])
+    rows.append(Row("long_context.decode_8k", tokens_per_s, "tokens/s"))
+    rows += _peer_rows(peers)
+    best = find_best(peers, 8000, "prefill_s")
+    if best is not None:
+        ratio = best[1] / _median(own_8k["prefill_s"])
+        name = "long_context.prefill_8k_vs_best_peer"
+        rows.append(Row(name, ratio, "x", None, f"{best[0]}, s", best[1], ">= 1.5"))
+    best = find_best(peers, 8000, "decode_tokens_per_s", ["llama_cpp"])
+    if best is not None:
+        name = "long_context.decode_8k_vs_llamacpp"
+        baseline = (f"{best[0]}, tokens/s", best[1])
+        rows.append(Row(name, tokens_per_s / best[1], "x", None, *baseline, ">= 3"))
+    return rows
+
+
+def _peer_rows(peers: Iterable[Mapping[str, Any]]) -> list[Row]:
+    rows = []
+    for peer in peers:
+        found = peer.get("lengths", {}).get("8000", {})
+        if "prefill_s" not in found:
+            continue
+        name, weights = peer["name"], peer["weights"]
+        rows += [
+            Row(f"long_context.peer_prefill_8k.{name}", found["prefill_s"], f"s ({weights})"),
+            Row(f"long_context.peer_decode_8k.{name}", found["decode_tokens_per_s"], "tokens/s"),
+        ]
+    return rows
+
+
+def quality_rows(quality: Mapping[str, Any]) -> list[Row]:
+    """The worst of the tasks that count, perplexity, and recall."""
+    rows = []
+    for precision, found in quality.items():
+        suffix = "" if precision == "int8" else f".{precision}"
+        drops = {
+            f"{task} at {length}": dense - sparse
+            for (task, length), (dense, sparse) in found["scores"].items()
+            if dense >= _COUNTS
+        }
+        worst = max(drops, key=lambda name: drops[name])
+        name = f"long_context.worst_task_drop{suffix}"
+        baseline = (f"{worst}; tasks and lengths that count", float(len(drops)))
+        rows.append(Row(name, drops[worst], "of 1", None, *baseline, "<= 0.05"))
+        ratios = {length: sparse / dense for length, (dense, sparse) in found["perplexity"].items()}
+        length = max(ratios, key=lambda at: ratios[at])
+        name = f"long_context.perplexity_ratio{suffix}"
+        baseline = (f"dense at {length}", found["perplexity"][length][0])
+        rows.append(Row(name, ratios[length], "x", None, *baseline, "<= 1.02"))
+        recall = found["recall"]
+        name = f"long_context.needle_block_recall{suffix}"
+        share = recall["found"] / recall["looks"]
+        looks = ("heads that look there", float(recall["looks"]))
+        rows.append(Row(name, share, "share", None, *looks, ">= 0.97"))
+        for text, masses in recall["mass"].items():
+            name = f"long_context.attention_mass{suffix}.{text}"
+            rows.append(Row(name, statistics.mean(masses), "share", (min(masses), max(masses))))
+        rows.append(Row(f"long_context.greedy_agreement{suffix}", found["agreement"], "share"))
+    return rows
+
+
+def render_tasks(quality: Mapping[str, Any], tasks: Iterable[str], lengths: Iterable[int]) -> str:
+    """Scores of dense and sparse attention, by task and length."""
+    columns = [f"{precision} {kind}" for precision in quality for kind in ("dense", "sparse")]
+    lines = [f"| task | tokens | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for task in tasks:
+        for length in lengths:
+            found = [score for each in quality.values() for score in each["scores"][task, length]]
+            scores = [f"{score:.3f}" for score in found]
+            lines.append(f"| {task} | {length} | {' | '.join(scores)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_operator(
+    found: Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]], path: Path
+) -> None:
+    """Times of both operators by length, on logarithmic axes."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axes, (kind, lengths) in zip(panels, found.items(), strict=True):
+        for arm, color in _COLORS.items():
+            milliseconds = [1000 * _median(seconds[arm]) for seconds in lengths.values()]
+            axes.loglog(list(lengths), milliseconds, "o-", color=color, base=2)
+            axes.annotate(
+                arm,
+                (list(lengths)[-1], milliseconds[-1]),
+                xytext=(6, 0),
+                textcoords="offset points",
+                color=color,
+                va="center",
+            )
+        ticks = list(lengths)
+        axes.set_xticks(ticks, [f"{tick // 1024}k" for tick in ticks])
+        axes.set(title=kind, xlabel="tokens", ylabel="ms a layer")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _exponent(lengths: Mapping[int, Mapping[str, Sequence[float]]], arm: str) -> float:
+    """Slope of log(time) over log(length) from 8,192 tokens on."""
+    long = [length for length in lengths if length >= 8192]
+    times = [math.log(_median(lengths[length][arm])) for length in long]
+    return float(np.polyfit([math.log(length) for length in long], times, 1)[0])
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)

@@ -1,0 +1,89 @@
+"""What the long-context benchmark makes of what it measured."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.benchmarks.long_context_report import (
+    memory_rows,
+    operator_rows,
+    plot_operator,
+    quality_rows,
+    reading_rows,
+    render_tasks,
+)
+from r1ray.evaluation.record import Row
+
+LENGTHS = (1024, 8192, 16_384, 65_536)
+
+
+def _operator() -> dict[str, dict[int, dict[str, list[float]]]]:
+    """Sparse time grows like n, dense like n²."""
+    times = {
+        length: {"sparse": [length / 1e6] * 3, "dense": [length**2 / 2e9] * 3} for length in LENGTHS
+    }
+    return {"prefill": times, "decode": times}
+
+
+def _by_id(rows: list[Row]) -> dict[str, Row]:
+    return {row.id: row for row in rows}
+
+
+def test_speeds_and_growth_of_the_operator(tmp_path: Path) -> None:
+    rows = _by_id(operator_rows(_operator()))
+    assert rows["long_context.prefill_op_speedup_8k"].value == pytest.approx(4.096)
+    assert rows["long_context.prefill_op_speedup_8k"].met
+    assert rows["long_context.prefill_op_speedup_1k"].met is None
+    assert rows["long_context.decode_op_speedup_64k"].bar == ">= 20"
+    exponent = rows["long_context.prefill_exponent"]
+    assert (exponent.value, exponent.baseline_value) == (pytest.approx(1.0), pytest.approx(2.0))
+    assert exponent.met
+    plot_operator(_operator(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_memory_is_compared_with_the_eager_implementation() -> None:
+    at_1024 = {"peak_bytes": {"sparse": 3, "dense": 2, "eager": 10}, "pairs_kept": 0.42}
+    rows = _by_id(memory_rows(at_1024, {"1024": 3 << 20}))
+    assert rows["long_context.attention_memory_share_1024"].value == 0.3
+    assert rows["long_context.attention_memory_share_1024"].met
+    assert rows["long_context.attention_memory.1024"].value == 3.0
+
+
+def _peer(name: str, prefill_s: float, tokens_per_s: float) -> dict[str, Any]:
+    figures = {"prefill_s": prefill_s, "decode_tokens_per_s": tokens_per_s}
+    return {"name": name, "weights": "Q8_0", "lengths": {"8000": figures}}
+
+
+def test_the_fastest_peer_counts_if_both_were_measured() -> None:
+    lengths = (8000, 16_000, 32_000)
+    reads = {
+        kind: {length: {"prefill_s": [factor], "token_s": [0.01]} for length in lengths}
+        for kind, factor in (("sparse", 5.0), ("dense", 20.0))
+    }
+    reads["reread"] = [10.0, 40.0]  # type: ignore[assignment]
+    peers = [_peer("llama_cpp", 50.0, 20.0), _peer("openvino", 10.0, 30.0)]
+    rows = _by_id(reading_rows(reads, peers))
+    assert rows["long_context.prefill_8k_vs_best_peer"].value == 2.0
+    assert rows["long_context.decode_8k_vs_llamacpp"].value == pytest.approx(5.0)
+    assert rows["long_context.chunked_16k_vs_dense"].met
+    assert rows["long_context.chunked_16k_vs_rereading"].value == 10.0
+    alone = _by_id(reading_rows(reads, peers[:1]))
+    assert "long_context.prefill_8k_vs_best_peer" not in alone
+
+
+def test_the_worst_task_that_dense_attention_can_do_counts() -> None:
+    found = {
+        "scores": {("vt", 4096): (0.9, 0.88), ("cwe", 4096): (0.4, 0.0), ("fwe", 4096): (0.8, 0.7)},
+        "perplexity": {4096: (20.0, 20.2), 8192: (18.0, 18.9)},
+        "recall": {"found": 98, "looks": 100, "mass": {"documents": [0.9, 0.8]}},
+        "agreement": 0.9,
+    }
+    rows = _by_id(quality_rows({"int8": found}))
+    drop = rows["long_context.worst_task_drop"]
+    assert (drop.value, drop.baseline_value, drop.met) == (pytest.approx(0.1), 2.0, False)
+    assert rows["long_context.perplexity_ratio"].value == pytest.approx(1.05)
+    assert rows["long_context.needle_block_recall"].met
+    table = render_tasks({"int8": found}, ["vt", "cwe"], [4096])
+    assert "| vt | 4096 | 0.900 | 0.880 |" in table
