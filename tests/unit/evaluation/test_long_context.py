@@ -78,3 +78,14 @@ def test_what_does_not_fit_is_said() -> None:
         _build("cwe", 100)
     with pytest.raises(ConfigError, match="no task 'x'; there are niah_single_1"):
         _build("x")
+
+
+@pytest.mark.parametrize(("name", "questions"), [("niah_multikey_3", 16), ("vt", 2), ("cwe", 1)])
+def test_a_conversation_asks_more_about_the_same_text(name: str, questions: int) -> None:
+    task = _build(name, 6000)
+    turns = task.to_conversation()
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * questions
+    assert turns[0]["content"] == task.prompt
+    for turn in turns[1::2]:
+        assert all(answer in task.prompt for answer in turn["content"].rstrip(".").split(", "))
+    assert len({turn["content"] for turn in turns[::2]}) == questions

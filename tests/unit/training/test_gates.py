@@ -1,12 +1,13 @@
 """Training gates: the model stays as it is, and they learn where its attention goes."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from r1ray.config.training import GatesConfig, TrainConfig
-from r1ray.data.batch_set import MicroBatch
+from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.errors import ArtifactError, ShapeError
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import Decoder, load_model, save_model
@@ -67,6 +68,20 @@ def test_chunks_of_queries_change_nothing() -> None:
     ]
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(losses[2], losses[0])
+
+
+def test_every_token_up_to_the_last_target_is_learned_from() -> None:
+    labels = BATCH.labels_BT.clone()
+    labels[:, :150] = IGNORED
+    labels[1, 200:] = IGNORED  # padding behind an answer
+    batch = dataclasses.replace(BATCH, labels_BT=labels, num_targets=int((labels >= 0).sum()))
+    drawn = GateTraining(GatesConfig()).draw(_gated(), batch, 0)
+    lasts = [int((row != IGNORED).nonzero()[-1]) for row in labels]
+    assert drawn.num_targets == sum(lasts) + len(lasts)
+    for row, last in enumerate(lasts):
+        following = batch.input_ids_BT[row, 1 : last + 2]
+        assert torch.equal(drawn.labels_BT[row, : last + 1], following)
+        assert (drawn.labels_BT[row, last + 1 :] == IGNORED).all()
 
 
 def test_sequences_of_less_than_a_block_teach_nothing() -> None:
