@@ -24,7 +24,8 @@ from r1ray.compression.logit_store import (
 )
 from r1ray.config import PipelineConfig
 from r1ray.data.batch_set import BatchSet, MicroBatch, shuffled
-from r1ray.evaluation.perplexity import measure_perplexity, read_english
+from r1ray.data.texts import read_english
+from r1ray.evaluation.perplexity import measure_perplexity
 from r1ray.models import Decoder, load_model
 from r1ray.models.quantization import list_linears
 from r1ray.models.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import torch
 from r1ray.compression.compressed_tensors import write_compressed_tensors
 from r1ray.compression.export import weight_bytes
 from r1ray.compression.gguf import write_gguf
-from r1ray.evaluation.perplexity import read_english
+from r1ray.data.texts import read_english
 from r1ray.models import load_model
 from r1ray.models.generation import generate_batch
 from r1ray.models.tokenizer import Tokenizer

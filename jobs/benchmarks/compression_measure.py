@@ -20,9 +20,10 @@ from r1ray.compression.export import weight_bytes
 from r1ray.config import PipelineConfig
 from r1ray.data.batch_set import BatchSet, MicroBatch
 from r1ray.data.reasoning import build_messages, draw_heldout
+from r1ray.data.texts import read_english
 from r1ray.evaluation.accuracy import answer_problems
 from r1ray.evaluation.latency import measure_latency
-from r1ray.evaluation.perplexity import measure_perplexity, read_english
+from r1ray.evaluation.perplexity import measure_perplexity
 from r1ray.models import Decoder, load_model, save_model
 from r1ray.models.checkpoint import copy_tokenizer
 from r1ray.models.kv_cache import KVCache

@@ -17,8 +17,8 @@ from jobs.benchmarks.long_context_report import (
     render_tasks,
 )
 from jobs.benchmarks.parts import StoredParts
-from r1ray.evaluation.long_context import TASKS
-from r1ray.evaluation.perplexity import read_english
+from r1ray.data.long_context import TASKS
+from r1ray.data.texts import read_english
 from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
 from r1ray.models.tokenizer import Tokenizer
 

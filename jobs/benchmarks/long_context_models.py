@@ -10,19 +10,17 @@ Both trainings run r1ray's own step in this process, on a GPU where there is one
 import functools
 import multiprocessing
 import random
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from r1ray.config.training import GatesConfig, TrainConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
+from r1ray.data.long_context import write_conversation
 from r1ray.data.schemas import Conversation, RowError
 from r1ray.data.tokenize import Sample, tokenize_rows
-from r1ray.evaluation.long_context import TASKS, build_long_task
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import Decoder, load_model, save_model
 from r1ray.models.checkpoint import copy_tokenizer
@@ -41,8 +39,7 @@ __all__ = [
 ]
 
 CONTEXT = 8192
-_LENGTHS = (2700, 3400, 4096, CONTEXT)  # the shortest of all tasks takes 2,100 tokens
-_FIRST_SEED = 100_000  # of training examples; those that are asked begin at 0
+_FIRST_NUMBER = 1_000_000  # of training samples; the tasks that are asked begin at 0
 _BATCH_TOKENS = 32_768
 
 
@@ -52,7 +49,7 @@ class TrainingSize:
 
     Attributes:
         tune_examples, gate_examples: of tasks.
-        gate_documents: windows of source code, of CONTEXT tokens.
+        gate_documents: windows of source code.
     """
 
     tune_examples: int
@@ -62,7 +59,8 @@ class TrainingSize:
 
 def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[float]:
     """Teach the model in `base` the tasks; written to `target`. Returns the loss of every step."""
-    samples = _build_examples(base, range(_FIRST_SEED, _FIRST_SEED + size.tune_examples))
+    numbers = range(_FIRST_NUMBER, _FIRST_NUMBER + size.tune_examples)
+    samples = _write_samples(base, numbers, is_task=True)
     batches = list(_batch(samples, every_token=False))
     model = load_model(base, dtype=torch.float32).to(_device())
     config = TrainConfig(
@@ -86,9 +84,10 @@ def train_gates(tuned: Path, target: Path, size: TrainingSize) -> tuple[list[flo
     Returns:
         the loss of every step, and how many tokens were read.
     """
-    first = _FIRST_SEED + size.tune_examples
-    samples = _build_examples(tuned, range(first, first + size.gate_examples))
-    samples += _read_documents(tuned, size.gate_documents)
+    first = _FIRST_NUMBER + size.tune_examples
+    numbers = range(first, first + size.gate_examples)
+    samples = _write_samples(tuned, numbers, is_task=True)
+    samples += _write_samples(tuned, range(size.gate_documents), is_task=False)
     random.Random(0).shuffle(samples)
     batches = list(_batch(samples, every_token=True))
     model = load_model(tuned, dtype=torch.float32)
@@ -119,43 +118,26 @@ def render_prompt(tokenizer: Tokenizer, text: str) -> str:
     return tokenizer.render_chat([{"role": "user", "content": text}], add_generation_prompt=True)
 
 
-def _build_examples(model_dir: Path, seeds: Sequence[int]) -> list[Sample]:
-    """Tasks of every kind in turn and of mixed lengths, with all their questions as turns."""
-    build = functools.partial(_build_example, str(model_dir))
+def _write_samples(model_dir: Path, numbers: Sequence[int], *, is_task: bool) -> list[Sample]:
+    write = functools.partial(_write_sample, str(model_dir), is_task)
     with multiprocessing.get_context("spawn").Pool() as pool:
-        found = pool.map(build, seeds, chunksize=8)
-    return [sample for sample in found if sample is not None]
+        return pool.map(write, numbers, chunksize=8)
 
 
-def _build_example(model_dir: str, seed: int) -> Sample | None:
+def _write_sample(model_dir: str, is_task: bool, number: int) -> Sample:
     tokenizer = _tokenizer(model_dir)
-    rng = random.Random(seed)
-    name, longest = list(TASKS)[seed % len(TASKS)], rng.choice(_LENGTHS)
-    count = functools.partial(count_prompt_tokens, tokenizer)
-    most = int(longest * rng.uniform(0.82, 0.86))  # room for further questions
-    task = build_long_task(name, count, most, seed=seed)
-    conversation = Conversation(task.to_conversation())
+    messages = write_conversation(tokenizer, number, max_tokens=CONTEXT, is_task=is_task)
+    conversation = Conversation(messages)
     [row] = tokenize_rows(tokenizer, [conversation], max_tokens=CONTEXT, overflow="truncate")
-    return None if isinstance(row, RowError) else row.samples[0]
+    if isinstance(row, RowError):
+        raise row
+    return row.samples[0]
 
 
 @functools.cache
 def _tokenizer(model_dir: str) -> Tokenizer:
     torch.set_num_threads(1)  # one process of many
     return Tokenizer(model_dir)
-
-
-def _read_documents(model_dir: Path, count: int) -> list[Sample]:
-    """Windows of the standard library's source code, drawn at random."""
-    tokenizer, rng = Tokenizer(model_dir), random.Random(1)
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    text = "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-    samples = []
-    for _ in range(count):
-        start = rng.randrange(max(1, len(text) - 5 * CONTEXT))
-        ids = np.array(tokenizer.encode(text[start : start + 5 * CONTEXT])[:CONTEXT], np.int32)
-        samples.append(Sample(ids, np.ones(len(ids), dtype=np.bool_)))
-    return samples
 
 
 def _batch(samples: Sequence[Sample], *, every_token: bool) -> Iterator[MicroBatch]:

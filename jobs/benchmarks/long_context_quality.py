@@ -23,9 +23,9 @@ from jobs.benchmarks.long_context_models import (
     tune_on_tasks,
 )
 from jobs.benchmarks.parts import StoredParts
+from r1ray.data.long_context import TASKS, LongTask, build_long_task, score_reply
+from r1ray.data.texts import read_english
 from r1ray.evaluation.block_recall import measure_block_recall
-from r1ray.evaluation.long_context import TASKS, LongTask, build_long_task, score_reply
-from r1ray.evaluation.perplexity import read_english
 from r1ray.models import Decoder, load_model
 from r1ray.models.base import import_base, resolve_source
 from r1ray.models.gates import set_attention

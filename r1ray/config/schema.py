@@ -24,6 +24,7 @@ __all__ = [
     "EvaluateConfig",
     "FamilyConfig",
     "FileSourceConfig",
+    "LongContextSourceConfig",
     "PackingConfig",
     "PipelineConfig",
     "PrepareConfig",
@@ -119,7 +120,23 @@ class TaskSourceConfig:
     """Training traces over all families together."""
 
 
-SourceConfig = Annotated[FileSourceConfig | TaskSourceConfig, Field(discriminator="type")]
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class LongContextSourceConfig:
+    """Questions about long texts, and source code: what gates of sparse attention learn from."""
+
+    type: Literal["long_context"]
+    """Rows written by program, up to prepare.max_tokens long."""
+    num_tasks: Annotated[int, Field(ge=0, le=1_000_000)]
+    """Texts with questions, in RULER's manner: needles, variables, counts of words."""
+    num_documents: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Windows of the source code of Python's standard library."""
+    first_seed: Annotated[int, Field(ge=0, lt=2**31)] = 10**6
+    """Of the texts; evaluation begins at 0."""
+
+
+SourceConfig = Annotated[
+    FileSourceConfig | TaskSourceConfig | LongContextSourceConfig, Field(discriminator="type")
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

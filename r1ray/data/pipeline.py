@@ -1,7 +1,7 @@
 """The `prepare` stage: from rows of text to a BatchSet, on Ray Data.
 
 1. Ray Data reads the sources, one task per file, and tokenizes blocks of 4 MiB in parallel tasks;
-   rows keep their order. Generated task traces enter as rows like any other.
+   rows keep their order. Generated traces and long texts enter as rows like any other.
 2. The driver is the single writer: it counts, and writes bad rows into `quarantine.jsonl`.
 3. Where ceilings are fitted to all rows it first streams the samples into a temporary file, so that
    the whole histogram is known; packing and `fit_rows` need one pass.
@@ -27,6 +27,7 @@ import ray.data
 
 from r1ray.config.schema import (
     BucketsConfig,
+    LongContextSourceConfig,
     PackingConfig,
     PrepareConfig,
     TasksConfig,
@@ -35,6 +36,7 @@ from r1ray.config.schema import (
 from r1ray.data.batch_set import SUMMARY_NAME
 from r1ray.data.batch_writer import BatchWriter
 from r1ray.data.collector import SampleCollector
+from r1ray.data.long_context import write_conversation
 from r1ray.data.planners import (
     BatchPlanner,
     FixedBuckets,
@@ -47,12 +49,13 @@ from r1ray.data.sources import list_files, read_file, rows_to_table
 from r1ray.data.summary import plot_summary, render_summary
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA, tokenize_table
 from r1ray.errors import R1RayError
+from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["prepare_batches"]
 
 TRACES_NAME = "traces.jsonl"
 _SAMPLES_NAME = "samples.arrow.tmp"
-_TRACES_PER_BLOCK = 1024
+_TRACES_PER_BLOCK, _LONG_PER_BLOCK = 1024, 16
 _BLOCK_BYTES = 4 << 20  # of a block in flight: bounds the memory of a task
 _BLOCKS_PER_CPU, _SPARE_BLOCKS = 4, 8  # in the object store at once
 
@@ -84,7 +87,7 @@ def prepare_batches(
         overflow=config.overflow,
     )
     tokenized: Iterable[Any] = (
-        _read_sources(config, tasks, heldout, out_dir)
+        _read_sources(config, tasks, model_dir, heldout, out_dir)
         .map_batches(
             tokenize,
             batch_format="pyarrow",
@@ -160,7 +163,11 @@ def _write_in_two_passes(
 
 
 def _read_sources(
-    config: PrepareConfig, tasks: TasksConfig, heldout: list[Problem], out_dir: Path
+    config: PrepareConfig,
+    tasks: TasksConfig,
+    model_dir: Path,
+    heldout: list[Problem],
+    out_dir: Path,
 ) -> ray.data.Dataset:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -178,6 +185,19 @@ def _read_sources(
             starts = range(0, table.num_rows, _TRACES_PER_BLOCK)
             blocks = [table.slice(start, _TRACES_PER_BLOCK) for start in starts]
             parts.append(ray.data.from_arrow(blocks))
+        elif isinstance(source, LongContextSourceConfig):
+            items = [
+                {"number": source.first_seed + at, "is_task": at < source.num_tasks}
+                for at in range(source.num_tasks + source.num_documents)
+            ]
+            blocks_of_items = -(-len(items) // _LONG_PER_BLOCK)
+            parts.append(
+                ray.data.from_items(items, override_num_blocks=blocks_of_items).map_batches(
+                    functools.partial(_write_long, str(model_dir), config.max_tokens),
+                    batch_size=_LONG_PER_BLOCK,
+                    num_cpus=config.resources.num_cpus_per_task,
+                )
+            )
         else:
             files = [{"path": path} for path in list_files(source.paths)]
             parts.append(
@@ -202,6 +222,16 @@ def _write_traces(problems: list[Problem], system_prompt: str, out_dir: Path) ->
             text = json.dumps(messages, ensure_ascii=False)
             stream.write(f'{{"family": "{problem.family}", "messages": {text}}}\n')
             rows.append({"source": problem.family, "row": number, "messages": text})
+    return rows_to_table(rows)
+
+
+def _write_long(model_dir: str, max_tokens: int, batch: dict[str, Any]) -> pa.Table:
+    """Long tasks and documents as rows."""
+    tokenizer, rows = Tokenizer(model_dir), []
+    for number, is_task in zip(batch["number"].tolist(), batch["is_task"].tolist(), strict=True):
+        messages = write_conversation(tokenizer, number, max_tokens=max_tokens, is_task=is_task)
+        source = "long_context" if is_task else "source_code"
+        rows.append({"source": source, "row": number, "messages": json.dumps(messages)})
     return rows_to_table(rows)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from r1ray.compression.export import weight_bytes
 from r1ray.config.schema import EvaluateConfig
 from r1ray.data.reasoning import Problem
+from r1ray.data.texts import read_english
 from r1ray.evaluation.accuracy import (
     Answer,
     Proportion,
@@ -17,7 +18,7 @@ from r1ray.evaluation.accuracy import (
     proportion,
 )
 from r1ray.evaluation.latency import Latency, measure_latency
-from r1ray.evaluation.perplexity import measure_perplexity, read_english
+from r1ray.evaluation.perplexity import measure_perplexity
 from r1ray.evaluation.record import describe_circumstances, write_json
 from r1ray.models.checkpoint import load_model
 from r1ray.models.tokenizer import Tokenizer

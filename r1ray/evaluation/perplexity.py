@@ -1,10 +1,9 @@
-"""Perplexity on real English that every Python carries: the documentation in `pydoc_data.topics`.
+"""Perplexity of a text, in windows.
 
 Shape legend: B rows, T tokens, V vocabulary.
 """
 
 import math
-import pydoc_data.topics
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +11,10 @@ import torch.nn.functional as F
 from r1ray.models.decoder import Decoder
 from r1ray.models.tokenizer import Tokenizer
 
-__all__ = ["measure_perplexity", "read_english"]
+__all__ = ["measure_perplexity"]
 
 
 _MAX_NATS = 700.0  # exp of more overflows; NaN ends up as inf, too
-
-
-def read_english() -> str:
-    """The documentation topics, one after the other in the order of their names."""
-    topics = pydoc_data.topics.topics
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 @torch.inference_mode()

@@ -23,6 +23,9 @@ def test_two_workers_train_gates_and_compression_keeps_them(tmp_path: Path) -> N
         [
             f"run.root={tmp_path}",
             f"base.source={tmp_path / 'model'}",
+            "prepare.sources=[{type: long_context, num_tasks: 0, num_documents: 40}]",
+            "prepare.max_tokens=600",
+            "prepare.batch_tokens=1200",
             "train.exchange={type: delta4}",
             "compress.exports=[gguf, compressed_tensors]",
             *GATES,

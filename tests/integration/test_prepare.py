@@ -13,7 +13,7 @@ import ray
 
 from r1ray.artifacts import Artifact
 from r1ray.config import PipelineConfig, load_config
-from r1ray.config.schema import BucketsConfig, PackingConfig
+from r1ray.config.schema import BucketsConfig, LongContextSourceConfig, PackingConfig
 from r1ray.data import batch_writer, pipeline, planners
 from r1ray.data.batch_set import IGNORED, BatchSet
 from r1ray.data.reasoning import draw_heldout
@@ -99,6 +99,20 @@ def test_a_damaged_source_file_is_named_without_a_ray_traceback(
     (tmp_path / "data" / "damaged.parquet").write_bytes(b"PAR1 this is no Parquet file")
     with pytest.raises(ArtifactError, match=r"damaged\.parquet: cannot be read"):
         Pipeline(config).prepare()
+
+
+def test_long_texts_are_written_and_batched(config: PipelineConfig) -> None:
+    source = LongContextSourceConfig(
+        type="long_context", num_tasks=2, num_documents=3, first_seed=600
+    )
+    prepare = dataclasses.replace(
+        config.prepare, sources=[source], max_tokens=1000, batch_tokens=1000
+    )
+    made = Pipeline(dataclasses.replace(config, prepare=prepare)).prepare()
+    assert made.manifest.metrics["num_samples"] == 5
+    batches = BatchSet(made.local_dir)
+    rows = [batches[index] for index in range(len(batches))]
+    assert sum(row.num_targets for row in rows) > 3 * 500  # documents are targets throughout
 
 
 def test_changed_source_files_are_another_run(config: PipelineConfig, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from r1ray.evaluation.perplexity import measure_perplexity, read_english
+from r1ray.data.texts import read_english
+from r1ray.evaluation.perplexity import measure_perplexity
 from r1ray.models.tokenizer import Tokenizer
 from tests.fakes import VOCAB_SIZE, tiny_model, write_tiny_model
 

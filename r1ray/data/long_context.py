@@ -8,7 +8,8 @@
 - `fwe`: the three most frequent made-up words.
 
 Every task is filled up to a number of tokens. A reply's score is the share of the expected strings
-that are in it.
+that are in it. `write_conversation` makes training samples: tasks with all their questions, and
+windows of source code.
 
 Source: Hsieh et al. 2024, RULER, arXiv:2404.06654.
 """
@@ -21,14 +22,18 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from r1ray.data.texts import read_english, read_source_code
 from r1ray.errors import ConfigError
-from r1ray.evaluation.perplexity import read_english
+from r1ray.models.tokenizer import Tokenizer
 
-__all__ = ["TASKS", "LongTask", "build_long_task", "score_reply"]
+__all__ = ["TASKS", "LongTask", "build_long_task", "score_reply", "write_conversation"]
 
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _COMMON, _COMMON_TIMES, _RARE_TIMES = 10, 30, 3
 _CHAIN, _FREQUENT = 5, 3
+_TASK_SHARE = 0.82  # of a sample: the rest is for further questions
+_TEMPLATE_TOKENS = 60  # of a chat template, around one turn each
+_CHARS_PER_TOKEN = 6  # at most, in source code: what is too much is cut
 _FURTHER = 15  # questions about needles, besides the one that is asked
 
 
@@ -89,6 +94,58 @@ def build_long_task(
         else:
             size, tokens = guess, tokens_of_guess
     return attempt(fits)
+
+
+def write_conversation(
+    tokenizer: Tokenizer, number: int, *, max_tokens: int, is_task: bool
+) -> list[dict[str, str]]:
+    """The `number`-th training sample: a task, of each kind in turn, or a window of source code.
+
+    Tasks have a quarter to all of `max_tokens`, and what further questions take besides.
+
+    Raises:
+        ConfigError: the task does not fit.
+    """
+    rng = random.Random(number)
+    if not is_task:
+        return _recite(tokenizer, rng, max_tokens)
+    name = list(TASKS)[number % len(TASKS)]
+    most = int(max_tokens * _TASK_SHARE)
+    wanted = int(most * rng.uniform(0.25, 1.0))
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text)) + _TEMPLATE_TOKENS
+
+    try:
+        task = build_long_task(name, count, wanted, seed=number)
+    except ConfigError:
+        task = build_long_task(name, count, most, seed=number)
+    return _fit(tokenizer, task.to_conversation(), max_tokens)
+
+
+def _fit(
+    tokenizer: Tokenizer, turns: list[dict[str, str]], max_tokens: int
+) -> list[dict[str, str]]:
+    """The first question, and as many of the others as there is room for."""
+    text = tokenizer.render_chat(turns, add_generation_prompt=False)
+    tokens = len(tokenizer.encode(text)) + _TEMPLATE_TOKENS
+    while tokens > max_tokens and len(turns) > 2:
+        *turns, question, answer = turns
+        tokens -= len(tokenizer.encode(question["content"] + answer["content"]))
+    return turns
+
+
+def _recite(tokenizer: Tokenizer, rng: random.Random, max_tokens: int) -> list[dict[str, str]]:
+    """Source code as an answer: every token of it is a target."""
+    code = read_source_code()
+    start = rng.randrange(len(code) - _CHARS_PER_TOKEN * max_tokens)
+    text = code[start : start + _CHARS_PER_TOKEN * max_tokens]
+    [(_, starts)] = tokenizer.encode_batch_with_offsets([text])
+    end = starts[: max_tokens - _TEMPLATE_TOKENS][-1]
+    return [
+        {"role": "user", "content": "Recite some of Python's source code."},
+        {"role": "assistant", "content": text[:end]},
+    ]
 
 
 def score_reply(reply: str, answers: Sequence[str]) -> float:

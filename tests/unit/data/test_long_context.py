@@ -1,11 +1,20 @@
 """Long-context tasks: they fit, hold their answers, and are scored by them."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from r1ray.data.long_context import (
+    TASKS,
+    LongTask,
+    build_long_task,
+    score_reply,
+    write_conversation,
+)
 from r1ray.errors import ConfigError
-from r1ray.evaluation.long_context import TASKS, LongTask, build_long_task, score_reply
+from r1ray.models.tokenizer import Tokenizer
+from tests.fakes import write_tiny_model
 
 
 def _count(text: str) -> int:
@@ -89,3 +98,15 @@ def test_a_conversation_asks_more_about_the_same_text(name: str, questions: int)
     for turn in turns[1::2]:
         assert all(answer in task.prompt for answer in turn["content"].rstrip(".").split(", "))
     assert len({turn["content"] for turn in turns[::2]}) == questions
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("is_task", [True, False])
+def test_training_samples_fit(number: int, is_task: bool, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_tiny_model(tmp_path))
+    turns = write_conversation(tokenizer, number, max_tokens=3000, is_task=is_task)
+    again = write_conversation(tokenizer, number, max_tokens=3000, is_task=is_task)
+    assert turns == again
+    longest = turns[0 if is_task else 1]["content"]
+    assert 300 < len(tokenizer.encode(longest)) < 3000
+    assert turns[-1]["role"] == "assistant"
