@@ -19,7 +19,7 @@ from torch import Tensor
 from r1ray.models.decoder import Attention, Decoder
 from r1ray.models.gates import list_attentions
 from r1ray.models.rope import rotary_tables
-from r1ray.ops.block_selection import BLOCK, choose_blocks
+from r1ray.ops.block_selection import BLOCK
 
 __all__ = ["BlockRecall", "measure_block_recall"]
 
@@ -66,8 +66,9 @@ def measure_block_recall(
         assert gate is not None
         summaries = gate.summarize(k_BKTH[:, :, :whole], cos[:, :, :whole], sin[:, :, :whole])
         rotary = (cos[:, :, last], sin[:, :, last])
-        scores = gate.score(q_BTNH[:, last], q_BNTH[:, :, last], rotary, summaries, 1)
-        kept_KQC = _kept(choose_blocks(scores, [owns])[0], owns, -(-tokens // BLOCK))
+        queries = (q_BTNH[:, last], q_BNTH[:, :, last])
+        chosen = gate.choose(*queries, rotary, summaries, [last.start], 1)
+        kept_KQC = _kept(chosen[0], owns, -(-tokens // BLOCK))
         share_NQC = _attention_by_block(q_BNTH[0, :, last], k_BKTH[0])
         kept_NQC = kept_KQC.repeat_interleave(len(share_NQC) // len(kept_KQC), dim=0)
         mass.append(float((share_NQC * kept_NQC).sum(-1).mean()))

@@ -12,6 +12,10 @@ The target of a query is how much attention each earlier block got at most, over
 group's heads, as shares; it is computed for a chunk of queries at a time. The loss is the
 divergence of softmax(score) from it.
 
+Some heads look for single tokens, which no summary of 64 keys shows. In training, a gate counts the
+peaks of attention in blocks that it would not choose; the groups that miss most are marked, and
+keep every block (`mark_groups`).
+
 Price: (G + 3)·H² multiplications a token and group, and 2·C·H a query and group to score; a target
 takes one attention over all earlier keys. Parameters: (G + 3)·H² a group and layer.
 
@@ -21,17 +25,29 @@ Shape legend: B rows, T queries, U units of queries, N query heads, K groups, G 
 L keys of whole blocks, C blocks, H head size, P = 3·H pooled features, X size of a summary.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1ray.ops import native
 from r1ray.ops.block_selection import BLOCK, choose_blocks, count_chosen
 
-__all__ = ["BlockGate", "BoundsGate", "gate_divergence", "gate_targets", "pool_keys"]
+__all__ = [
+    "BlockGate",
+    "BoundsGate",
+    "count_missed",
+    "gate_divergence",
+    "gate_targets",
+    "mark_groups",
+    "pool_keys",
+]
 
 _EPS = 1e-6
+_PEAK = 0.1  # of a query's attention on one key
 
 
 class BlockGate(nn.Module):
@@ -39,10 +55,17 @@ class BlockGate(nn.Module):
 
     Attributes:
         summary_size: floats that a block's summary takes, for each group.
+        missed: float [K], peaks a query that each group missed in training, lately.
+        keeps_all: bool [K], groups that keep every block.
     """
+
+    missed: Tensor
+    keeps_all: Tensor
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
+        self.register_buffer("missed", torch.zeros(num_kv_heads))
+        self.register_buffer("keeps_all", torch.zeros(num_kv_heads, dtype=torch.bool))
         self.summary_size = head_dim
         groups, identity = num_heads // num_kv_heads, torch.eye(head_dim)
         query = torch.cat([identity / groups] * groups)
@@ -109,10 +132,28 @@ class BlockGate(nn.Module):
         if native.can_attend(q_BTNH, summaries_BKCX):
             counts = [[count_chosen(own) for own in row] for row in own_BU]
             weights = (self.query_weight, self.query_norm)
-            return native.choose_blocks(
+            chosen = native.choose_blocks(
                 q_BTNH, *weights, rotary, summaries_BKCX, counts, starts, unit
             )
-        return choose_blocks(self.score(q_BTNH, q_BNTH, rotary, summaries_BKCX, unit), own_BU)
+        else:
+            scores = self.score(q_BTNH, q_BNTH, rotary, summaries_BKCX, unit)
+            chosen = choose_blocks(scores, own_BU)
+        return self._with_all(chosen, own_BU) if self.has_marks else chosen
+
+    @functools.cached_property
+    def has_marks(self) -> bool:
+        """Whether any group keeps every block; asked once a gate is no longer trained."""
+        return bool(self.keeps_all.any())
+
+    def _with_all(self, chosen_BKUM: Tensor, own_BU: list[list[int]]) -> Tensor:
+        """All earlier blocks for the groups that keep them."""
+        before_BU1 = torch.tensor(own_BU, device=chosen_BKUM.device)[..., None] - 1
+        blocks_M = torch.arange(max(0, int(before_BU1.max())), device=chosen_BKUM.device)
+        every_BUM = torch.where(blocks_M < before_BU1, blocks_M, -1)
+        padding = len(blocks_M) - chosen_BKUM.shape[3]
+        chosen = F.pad(chosen_BKUM, (0, padding), value=-1)
+        chosen[:, self.keeps_all] = every_BUM[:, None]
+        return chosen
 
 
 class BoundsGate(nn.Module):
@@ -171,13 +212,15 @@ def pool_keys(k_BSKH: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gate_targets(q_BNTH: Tensor, k_BKSH: Tensor, start: int) -> Tensor:
-    """Shares [B, K, T, C] of the attention of queries at `start` + t, over the whole blocks.
-
-    Blocks that are not earlier than a query's own get 0; so does all of a row without any earlier.
+def gate_targets(q_BNTH: Tensor, k_BKSH: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """What the attention of queries at `start` + t gives the whole blocks of keys.
 
     Args:
         q_BNTH, k_BKSH: with rotary positions; keys from position 0 on.
+    Returns:
+        (shares, largest), each [B, K, T, C]: the largest weight that a key of the block has in any
+        of the group's heads, and its share of those of all blocks. Both are 0 for blocks that are
+        not earlier than a query's own.
     """
     kv_heads, tokens, keys = k_BKSH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]
     positions_T = start + torch.arange(tokens, device=q_BNTH.device)
@@ -189,7 +232,37 @@ def gate_targets(q_BNTH: Tensor, k_BKSH: Tensor, start: int) -> Tensor:
     largest_BKTC = shares_BKTS[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)).amax(-1)
     is_earlier_TC = _is_earlier(positions_T, whole)
     largest_BKTC = largest_BKTC * is_earlier_TC
-    return largest_BKTC / largest_BKTC.sum(-1, keepdim=True).clamp_min(1e-30)
+    return largest_BKTC / largest_BKTC.sum(-1, keepdim=True).clamp_min(1e-30), largest_BKTC
+
+
+@torch.no_grad()
+def count_missed(scores_BKTC: Tensor, largest_BKTC: Tensor, start: int) -> Tensor:
+    """Blocks [B, K, T] with a key of at least a tenth of a query's attention, not chosen by score.
+
+    Args:
+        scores_BKTC, largest_BKTC: of a gate, and of `gate_targets`.
+    """
+    batch, _, tokens, blocks = scores_BKTC.shape
+    own_T = [(start + at) // BLOCK for at in range(tokens)]
+    chosen_BKTM = choose_blocks(scores_BKTC, [own_T] * batch)
+    kept = torch.zeros_like(scores_BKTC, dtype=torch.bool)
+    kept.scatter_(3, chosen_BKTM.clamp_min(0), chosen_BKTM >= 0)
+    if chosen_BKTM.shape[3]:  # the sink, which -1 has overwritten
+        kept[..., 0] = chosen_BKTM[..., 0] == 0
+    owns = torch.tensor(own_T, device=scores_BKTC.device)[:, None]
+    is_far_TC = torch.arange(blocks, device=owns.device) < owns - 1
+    return ((largest_BKTC >= _PEAK) & is_far_TC & ~kept).sum(-1)
+
+
+def mark_groups(gates: Sequence[BlockGate], share: float) -> None:
+    """Mark the groups that miss most, at most that share of all groups of all layers."""
+    missed = torch.stack([gate.missed for gate in gates])
+    count = int(share * missed.numel())
+    worst = missed.flatten().topk(count)
+    is_marked = torch.zeros(missed.numel(), dtype=torch.bool, device=missed.device)
+    is_marked[worst.indices[worst.values > 0]] = True
+    for gate, keeps_all in zip(gates, is_marked.view_as(missed), strict=True):
+        gate.keeps_all.copy_(keeps_all)
 
 
 def gate_divergence(scores_BKTC: Tensor, targets_BKTC: Tensor, start: int) -> Tensor:

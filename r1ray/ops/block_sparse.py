@@ -49,8 +49,7 @@ def block_sparse_attention(
         k, v: [B, K, S, H], at positions 0 to S - 1, of which those up to each query count.
         chosen_BKUM: int64 numbers of blocks, earlier than the one before the unit's, each at most
             once; -1 for none, at the end. Units have one token each where U = T, else 64, and then
-            every start is a multiple of 64. One unit has the same number of blocks in every group
-            of its row.
+            every start is a multiple of 64.
         starts: B positions.
     Raises:
         ShapeError: the shapes, or starts and units, do not fit each other.
@@ -64,7 +63,7 @@ def block_sparse_attention(
     _check(q_BNTH, k.shape, chosen_BKUM, starts)
     if chosen_BKUM.shape[2] == q_BNTH.shape[2]:
         return _attend_tokens(q_BNTH, k, v, chosen_BKUM, starts)
-    attend = _attend_flex if q_BNTH.is_cuda else _attend_row
+    attend = _attend_flex if q_BNTH.is_cuda else _attend_groups
     rows = [
         attend(q_BNTH[b], k.row(b), v.row(b), chosen_BKUM[b], start // BLOCK)
         for b, start in enumerate(starts)
@@ -101,6 +100,20 @@ def _kept(chosen_BKUM: Tensor, starts: list[int], tokens: int, keys: int) -> Ten
     )
     is_chosen_BKUS = (chosen_BKUM[..., None] == blocks_S).any(dim=3)
     return is_chosen_BKUS[:, :, units_T] | is_local_BTS[:, None]
+
+
+def _attend_groups(
+    q_NTH: Tensor, k: CachedStates, v: CachedStates, chosen_KUM: Tensor, first: int
+) -> Tensor:
+    """Groups that keep equally many blocks together, else each by itself."""
+    counts_KU = (chosen_KUM >= 0).sum(2)
+    if bool((counts_KU == counts_KU[:1]).all()):
+        return _attend_row(q_NTH, k, v, chosen_KUM, first)
+    parts = [
+        _attend_row(q_GTH, k.group(group), v.group(group), chosen_KUM[group : group + 1], first)
+        for group, q_GTH in enumerate(q_NTH.chunk(len(chosen_KUM)))
+    ]
+    return torch.cat(parts)
 
 
 def _attend_row(

@@ -51,6 +51,13 @@ class CachedStates:
             self.data_BKSH[one], None if self.scale_BKS is None else self.scale_BKS[one]
         )
 
+    def group(self, group: int) -> "CachedStates":
+        """[B, 1, S, H] of one group."""
+        one = (slice(None), slice(group, group + 1))
+        return CachedStates(
+            self.data_BKSH[one], None if self.scale_BKS is None else self.scale_BKS[one]
+        )
+
     def in_blocks(self, tokens: int) -> "CachedStates":
         """Whole blocks of so many tokens: [B, K, C, tokens, H]."""
         whole = self.shape[2] // tokens * tokens

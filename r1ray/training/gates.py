@@ -4,6 +4,7 @@
    the attention that the model itself pays to every earlier block (`r1ray.ops.block_gate`).
 2. The loss is the divergence of the two, averaged over layers and groups, of every token up to the
    last target: prompts are read by the gates as well.
+3. What the gates would have missed of the last batches marks the groups that keep every block.
 
 Price: one forward of the model without gradients, and one more attention whose scores are there for
 a chunk of queries at a time: N·chunk·T floats.
@@ -22,17 +23,27 @@ from r1ray.errors import ShapeError
 from r1ray.models.decoder import Attention, Decoder, Observer
 from r1ray.models.gates import list_attentions
 from r1ray.models.rope import rotary_tables
-from r1ray.ops.block_gate import BlockGate, gate_divergence, gate_targets, pool_keys
+from r1ray.ops.block_gate import (
+    BlockGate,
+    count_missed,
+    gate_divergence,
+    gate_targets,
+    mark_groups,
+    pool_keys,
+)
 from r1ray.ops.block_selection import BLOCK
 
 __all__ = ["GateTraining"]
+
+
+_NEWEST = 0.05  # weight of a batch in what a gate missed lately
 
 
 class GateTraining:
     """The objective of `train.gates`; every layer of the model has a gate."""
 
     def __init__(self, config: GatesConfig) -> None:
-        self._chunk = config.query_chunk
+        self._chunk, self._dense_share = config.query_chunk, config.dense_groups
 
     def draw(self, model: Decoder, batch: MicroBatch, step: int) -> MicroBatch:  # noqa: ARG002
         """The batch with a target at every token that one follows, but for padding."""
@@ -68,16 +79,24 @@ class GateTraining:
             blocks = pooled.shape[2]
             if blocks == 0:
                 return
+            missed_K = torch.zeros_like(gate.missed)
             keys = gate.keys(pooled, block_cos[:, :, :blocks], block_sin[:, :, :blocks])
             for start in range(0, q_BTNH.shape[1], self._chunk):
                 part = slice(start, start + self._chunk)
                 queries = gate.queries(q_BTNH[:, part], cos[:, :, part], sin[:, :, part])
-                targets = gate_targets(q_BNTH[:, :, part], k_BKTH, start)
-                divergence = gate_divergence(gate.scores(queries, keys), targets, start)
+                targets, largest = gate_targets(q_BNTH[:, :, part], k_BKTH, start)
+                scores = gate.scores(queries, keys)
+                divergence = gate_divergence(scores, targets, start)
                 losses.append((divergence.mean(1) * is_target_BT[:, part]).sum())
+                missed_K += (
+                    count_missed(scores, largest, start) * is_target_BT[:, None, part]
+                ).sum((0, 2))
+            gate.missed.lerp_(missed_K / is_target_BT.sum().clamp_min(1), _NEWEST)
 
         with _observing(model, observe), torch.no_grad():
             model.hidden(ids_BT)
+        gates = [attention.gate for attention in list_attentions(model)]
+        mark_groups([gate for gate in gates if isinstance(gate, BlockGate)], self._dense_share)
         if not losses:  # sequences of less than a block: nothing to choose, and nothing to learn
             return sum(item.sum() for item in model.parameters() if item.requires_grad) * 0.0  # type: ignore[return-value]
         return torch.stack(losses).sum() / model.config.num_layers

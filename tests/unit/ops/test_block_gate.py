@@ -2,10 +2,18 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
-from r1ray.ops.block_gate import BlockGate, gate_divergence, gate_targets, pool_keys
+from r1ray.ops.block_gate import (
+    BlockGate,
+    count_missed,
+    gate_divergence,
+    gate_targets,
+    mark_groups,
+    pool_keys,
+)
 from r1ray.ops.block_selection import BLOCK
 
 N, K, H = 4, 2, 16
@@ -33,7 +41,7 @@ def test_pooled_keys_are_of_whole_blocks() -> None:
 def test_targets_are_shares_of_the_largest_attention_of_each_earlier_block() -> None:
     q, k = _normal(1, N, 10, H, seed=1), _normal(1, K, 210, H, seed=2)
     start = 195
-    found = gate_targets(q, k, start)
+    found, _ = gate_targets(q, k, start)
     assert found.shape == (1, K, 10, 3)
     for head in range(K):
         for row in range(10):
@@ -50,7 +58,7 @@ def test_targets_are_shares_of_the_largest_attention_of_each_earlier_block() -> 
 
 def test_a_querys_own_block_and_rows_without_earlier_ones_are_left_out() -> None:
     q, k = _normal(1, N, 128, H, seed=1), _normal(1, K, 128, H, seed=2)
-    targets = gate_targets(q, k, 0)
+    targets, _ = gate_targets(q, k, 0)
     assert (targets[:, :, :BLOCK] == 0).all()
     assert (targets[:, :, BLOCK:, 0] == 1).all()
     assert (targets[:, :, BLOCK:, 1] == 0).all()
@@ -60,8 +68,8 @@ def test_a_querys_own_block_and_rows_without_earlier_ones_are_left_out() -> None
 
 def test_chunks_of_queries_have_the_targets_of_the_whole() -> None:
     q, k = _normal(1, N, 300, H, seed=1), _normal(1, K, 300, H, seed=2)
-    whole = gate_targets(q, k, 0)
-    parts = [gate_targets(q[:, :, at : at + 100], k, at) for at in (0, 100, 200)]
+    whole, _ = gate_targets(q, k, 0)
+    parts = [gate_targets(q[:, :, at : at + 100], k, at)[0] for at in (0, 100, 200)]
     torch.testing.assert_close(torch.cat(parts, dim=2), whole)
 
 
@@ -96,7 +104,7 @@ def test_a_gate_learns_where_attention_goes() -> None:
         k[:, at] = 3.0 * torch.randn(K, H, generator=generator)
     q = 2.0 * torch.randn(1, 256, N, H, generator=generator)
     start = tokens - 256
-    targets = gate_targets(q.transpose(1, 2), k.transpose(1, 2), start)
+    targets, _ = gate_targets(q.transpose(1, 2), k.transpose(1, 2), start)
     gate = BlockGate(N, K, H)
     flat = (torch.ones(1, 1, 1, H), torch.zeros(1, 1, 1, H))  # no positions
     optimizer = torch.optim.Adam(gate.parameters(), lr=1e-2)
@@ -109,3 +117,59 @@ def test_a_gate_learns_where_attention_goes() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_peaks_in_blocks_that_are_not_chosen_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 4)
+    start, blocks = 20 * BLOCK, 20
+    scores = torch.zeros(1, 1, 2, blocks)
+    scores[..., 1:8] = 1.0  # these seven are chosen, and the first
+    largest = torch.zeros(1, 1, 2, blocks)
+    largest[0, 0, 0, 3] = 0.5  # chosen
+    largest[0, 0, 0, 15] = 0.1  # missed
+    largest[0, 0, 0, 16] = 0.09  # no peak
+    largest[0, 0, 0, 19] = 0.9  # the block before is always kept
+    largest[0, 0, 0, 0] = 0.9  # so is the first
+    largest[0, 0, 1, 12:14] = 0.3
+    assert count_missed(scores, largest, start).tolist() == [[[1, 2]]]
+
+
+def test_groups_that_miss_most_are_marked() -> None:
+    gates = [BlockGate(4, 2, 16) for _ in range(3)]
+    gates[1].missed.copy_(torch.tensor([0.0, 0.7]))
+    gates[2].missed.copy_(torch.tensor([0.2, 0.1]))
+    mark_groups(gates, 1 / 3)
+    assert [gate.keeps_all.tolist() for gate in gates] == [
+        [False, False],
+        [False, True],
+        [True, False],
+    ]
+    mark_groups(gates, 1.0)
+    assert not gates[0].keeps_all.any()  # it misses nothing
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize(("starts", "tokens", "unit"), [([640], 300, 64), ([700, 900], 1, 1)])
+def test_marked_groups_keep_every_block(
+    starts: list[int], tokens: int, unit: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 4)
+    if kernels == "torch":
+        monkeypatch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
+    tokens = tokens // unit * unit
+    batch, generator = len(starts), torch.Generator().manual_seed(0)
+    gate = BlockGate(4, 2, 16)
+    q = torch.randn(batch, tokens, 4, 16, generator=generator)
+    summaries = torch.randn(batch, 2, 16, 16, generator=generator)
+    tables = (torch.ones(1, 1, tokens, 16), torch.zeros(1, 1, tokens, 16))
+    with torch.inference_mode():
+        plain = gate.choose(q, q.transpose(1, 2), tables, summaries, starts, unit)
+    marked = BlockGate(4, 2, 16)
+    marked.keeps_all[1] = True
+    with torch.inference_mode():
+        found = marked.choose(q, q.transpose(1, 2), tables, summaries, starts, unit)
+    for row, start in enumerate(starts):
+        for at in range(tokens // unit):
+            own = (start + at * unit) // BLOCK
+            assert set(found[row, 1, at].tolist()) - {-1} == set(range(own - 1))
+            assert set(found[row, 0, at].tolist()) - {-1} == set(plain[row, 0, at].tolist()) - {-1}

@@ -27,12 +27,20 @@ def _normal(*shape: int, seed: int) -> Tensor:
 
 
 def _choose(
-    firsts: list[int], kv_heads: int, units: int, step: int, limit: int, seed: int
+    firsts: list[int],
+    kv_heads: int,
+    units: int,
+    step: int,
+    limit: int,
+    seed: int,
+    *,
+    uneven: int = 0,
 ) -> Tensor:
     """Random blocks for every unit: up to `limit` of those before the one before it.
 
     Args:
         firsts: each row's block of the first query; `step` tokens a unit.
+        uneven: blocks that a group has less than the one before it.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.full((len(firsts), kv_heads, units, limit), -1)
@@ -42,7 +50,8 @@ def _choose(
             count = min(earlier, int(torch.randint(limit + 1, (), generator=generator)))
             for head in range(kv_heads):
                 order = torch.randperm(earlier, generator=generator)
-                chosen[row, head, unit, :count] = order[:count]
+                fewer = max(0, count - head * uneven)
+                chosen[row, head, unit, :fewer] = order[:fewer]
     return chosen
 
 
@@ -68,6 +77,7 @@ def _compare(
     firsts=st.lists(st.integers(0, 6), min_size=1, max_size=2),
     spare=st.integers(0, 70),
     limit=st.integers(0, 5),
+    uneven=st.integers(0, 2),
     seed=st.integers(0, 1000),
 )
 def test_units_of_a_block_equal_the_masked_reference(
@@ -77,12 +87,13 @@ def test_units_of_a_block_equal_the_masked_reference(
     firsts: list[int],
     spare: int,
     limit: int,
+    uneven: int,
     seed: int,
 ) -> None:
     units = -(-tokens // BLOCK)
     keys = max(firsts) * BLOCK + tokens + spare
     starts = [first * BLOCK for first in firsts]
-    chosen = _choose(firsts, kv_heads, units, BLOCK, limit, seed)
+    chosen = _choose(firsts, kv_heads, units, BLOCK, limit, seed, uneven=uneven)
     _compare(starts, chosen, groups, tokens, keys, seed)
 
 

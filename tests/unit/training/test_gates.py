@@ -19,6 +19,7 @@ from r1ray.models.gates import (
     list_attentions,
 )
 from r1ray.models.quantization import quantize_modules
+from r1ray.ops.block_gate import BlockGate
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
 from r1ray.training.gates import GateTraining
 from r1ray.training.step import TrainState
@@ -56,6 +57,9 @@ def test_gates_learn_and_nothing_else_changes() -> None:
     assert losses[0] is not None
     assert losses[-1] is not None
     assert losses[-1] < 0.9 * losses[0]
+    missed = sum(float(a.gate.missed.sum()) for a in list_attentions(model) if a.gate)  # type: ignore[union-attr, operator]
+    marks = sum(int(a.gate.keeps_all.sum()) for a in list_attentions(model) if a.gate)  # type: ignore[union-attr, operator]
+    assert missed == marks == 0  # so short a sequence keeps all of its blocks
     trained = {name: item for name, item in model.state_dict().items() if not is_gate(name)}
     for name, item in plain.state_dict().items():
         assert torch.equal(trained[name], item), name
@@ -68,6 +72,25 @@ def test_chunks_of_queries_change_nothing() -> None:
     ]
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(losses[2], losses[0])
+
+
+def test_what_gates_miss_marks_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 2)
+    monkeypatch.setattr("r1ray.ops.block_selection._LEAST", 0)
+    monkeypatch.setattr("r1ray.ops.block_selection._MOST", 0)  # nothing but the first is chosen
+    model = _gated()
+    with torch.no_grad():
+        for attention in list_attentions(model):
+            attention.q_proj.weight.mul_(8.0)
+            attention.k_proj.weight.mul_(8.0)
+    gates = GatesConfig(dense_groups=0.5)
+    GateTraining(gates).loss(model, random_batch(2, 400, seed=3))
+    found = [attention.gate for attention in list_attentions(model)]
+    assert all(isinstance(gate, BlockGate) for gate in found)
+    missed = torch.stack([gate.missed for gate in found])  # type: ignore[union-attr]
+    marks = torch.stack([gate.keeps_all for gate in found])  # type: ignore[union-attr]
+    assert int(marks.sum()) == marks.numel() // 2
+    assert missed[marks].min() >= missed[~marks].max()
 
 
 def test_every_token_up_to_the_last_target_is_learned_from() -> None:
