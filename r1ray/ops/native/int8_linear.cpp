@@ -57,6 +57,7 @@ void tile_generic(const QuantizedRows& x, const LinearPart& part, int64_t m0, in
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define AVX2 __attribute__((target("avx2")))
+#define INLINE inline __attribute__((always_inline))
 
 // Sums of four registers, each over all its elements within a 128-bit lane: lane i holds
 // [a, b, c, d] of lane i.

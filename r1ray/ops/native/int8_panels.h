@@ -1,14 +1,13 @@
 // Products of many rows on AVX512-VNNI: included by int8_linear.cpp.
 //
 // 64 outputs' weights become a panel, flipped to unsigned: step by step of 4 inputs, 64 outputs of 4
-// bytes. Outputs then lie along registers, and nothing has to be added up across them. A tile is 6
+// bytes. Outputs then lie along registers, and nothing has to be added up across them. A tile is 4
 // tokens by 64 outputs, a broadcast of 4 inputs of each token at a step.
 //
 // Price: packing takes about as long as the products of 4 tokens.
 
-constexpr int64_t kPanel = 64;    // outputs
-constexpr int kPanelRows = 6;     // tokens of a tile: 24 sums, 4 weights and a token in 32 registers
-constexpr int kPanelCols = 4;     // registers of a panel's row
+constexpr int64_t kPanel = 64;  // outputs: four registers
+constexpr int kPanelRows = 4;   // tokens of a tile
 
 AVX512 inline void transpose(__m512i (&rows)[16]) {
   __m512i pairs[16], fours[16];
@@ -52,33 +51,17 @@ AVX512 inline void pack_panel(const int8_t* weight, int64_t K, int64_t n0, int64
   }
 }
 
-// Tokens m0 to m0 + kRows by the outputs of a panel.
+// Both scales, biases and what is added to, of kRows tokens' products [kRows][kPanel].
 template <int kRows>
-AVX512 void multiply_panel(const QuantizedRows& x, const LinearPart& part, const uint8_t* panel,
-                           int64_t m0, int64_t n0, int64_t n1) {
-  __m512i sums[kRows][kPanelCols];
-  for (int i = 0; i < kRows; ++i)
-    for (int c = 0; c < kPanelCols; ++c) sums[i][c] = _mm512_setzero_si512();
-  const int8_t* q = x.q + m0 * x.stride;
-  for (int64_t k = 0; k < x.stride; k += 4, panel += 4 * kPanel, q += 4) {
-    __m512i weights[kPanelCols];
-    for (int c = 0; c < kPanelCols; ++c) weights[c] = _mm512_loadu_si512(panel + c * kAlign);
-    for (int i = 0; i < kRows; ++i) {
-      int32_t four;
-      std::memcpy(&four, q + i * x.stride, sizeof four);
-      const __m512i inputs = _mm512_set1_epi32(four);
-      for (int c = 0; c < kPanelCols; ++c)
-        sums[i][c] = _mm512_dpbusd_epi32(sums[i][c], weights[c], inputs);
-    }
-  }
-  for (int c = 0; c < kPanelCols; ++c) {
-    const int64_t n = n0 + 16 * c;
-    if (n >= n1) break;
+AVX512 inline void write_panel(const QuantizedRows& x, const LinearPart& part,
+                               const int32_t* products, int64_t m0, int64_t n0, int64_t n1) {
+  for (int64_t n = n0; n < n1; n += 16) {
     const __mmask16 mask = static_cast<__mmask16>(n1 - n >= 16 ? 0xffff : (1u << (n1 - n)) - 1);
     const __m512 weight_scale = _mm512_maskz_loadu_ps(mask, part.weight_scale + n);
     for (int i = 0; i < kRows; ++i) {
       const int64_t m = m0 + i;
-      const __m512i product = _mm512_sub_epi32(sums[i][c], _mm512_set1_epi32(128 * x.sum[m]));
+      const __m512i sums = _mm512_loadu_si512(products + i * kPanel + (n - n0));
+      const __m512i product = _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * x.sum[m]));
       __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(product), _mm512_set1_ps(x.scale[m]));
       value = _mm512_mul_ps(value, weight_scale);
       if (part.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, part.bias + n));
@@ -87,6 +70,54 @@ AVX512 void multiply_panel(const QuantizedRows& x, const LinearPart& part, const
       _mm512_mask_storeu_ps(out, mask, value);
     }
   }
+}
+
+// The sums of one token by a panel. Each has a name: of an array, GCC 12 stores every sum at every
+// step.
+struct PanelSums {
+  __m512i a, b, c, d;
+};
+
+AVX512 INLINE void add_products(const __m512i& a, const __m512i& b, const __m512i& c,
+                                const __m512i& d, const int8_t* q, PanelSums& sums) {
+  int32_t four;
+  std::memcpy(&four, q, sizeof four);
+  const __m512i inputs = _mm512_set1_epi32(four);
+  sums.a = _mm512_dpbusd_epi32(sums.a, a, inputs);
+  sums.b = _mm512_dpbusd_epi32(sums.b, b, inputs);
+  sums.c = _mm512_dpbusd_epi32(sums.c, c, inputs);
+  sums.d = _mm512_dpbusd_epi32(sums.d, d, inputs);
+}
+
+AVX512 INLINE void store_sums(const PanelSums& sums, int32_t* to) {
+  _mm512_store_si512(to, sums.a);
+  _mm512_store_si512(to + 16, sums.b);
+  _mm512_store_si512(to + 32, sums.c);
+  _mm512_store_si512(to + 48, sums.d);
+}
+
+// Tokens m0 to m0 + kRows by the outputs of a panel.
+template <int kRows>
+AVX512 void multiply_panel(const QuantizedRows& x, const LinearPart& part, const uint8_t* panel,
+                           int64_t m0, int64_t n0, int64_t n1) {
+  const __m512i zero = _mm512_setzero_si512();
+  PanelSums s0 = {zero, zero, zero, zero}, s1 = s0, s2 = s0, s3 = s0;
+  const int64_t stride = x.stride;
+  const int8_t* q = x.q + m0 * stride;
+  for (const int8_t* const end = q + stride; q < end; q += 4, panel += 4 * kPanel) {
+    const __m512i a = _mm512_loadu_si512(panel), b = _mm512_loadu_si512(panel + 64);
+    const __m512i c = _mm512_loadu_si512(panel + 128), d = _mm512_loadu_si512(panel + 192);
+    add_products(a, b, c, d, q, s0);
+    if constexpr (kRows > 1) add_products(a, b, c, d, q + stride, s1);
+    if constexpr (kRows > 2) add_products(a, b, c, d, q + 2 * stride, s2);
+    if constexpr (kRows > 3) add_products(a, b, c, d, q + 3 * stride, s3);
+  }
+  alignas(64) int32_t products[kPanelRows * kPanel];
+  store_sums(s0, products);
+  if constexpr (kRows > 1) store_sums(s1, products + kPanel);
+  if constexpr (kRows > 2) store_sums(s2, products + 2 * kPanel);
+  if constexpr (kRows > 3) store_sums(s3, products + 3 * kPanel);
+  write_panel<kRows>(x, part, products, m0, n0, n1);
 }
 
 // False where there was no memory.
@@ -100,8 +131,6 @@ AVX512 inline bool multiply_with_panels(const QuantizedRows& x, const LinearPart
   for (; m + kPanelRows <= m1; m += kPanelRows)
     multiply_panel<kPanelRows>(x, part, panel, m, n0, n1);
   switch (m1 - m) {
-    case 5: multiply_panel<5>(x, part, panel, m, n0, n1); break;
-    case 4: multiply_panel<4>(x, part, panel, m, n0, n1); break;
     case 3: multiply_panel<3>(x, part, panel, m, n0, n1); break;
     case 2: multiply_panel<2>(x, part, panel, m, n0, n1); break;
     case 1: multiply_panel<1>(x, part, panel, m, n0, n1); break;
