@@ -14,6 +14,7 @@
 
 #include "int8_linear.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -29,8 +30,10 @@ namespace {
 constexpr int kTile = 4;
 constexpr int64_t kOutputsPerTask = 32;  // their weights stay in the second-level cache
 constexpr int64_t kTokensPerTask = 64;
-constexpr int64_t kPanelTokens = 16;           // from here on panels are worth packing
-constexpr int64_t kTokensPerPanel = 256;       // about as many for one packing
+constexpr int64_t kRunsPerThread = 4;
+constexpr int64_t kPanelTokens = 16;          // from here on panels are worth packing
+constexpr int64_t kTokensPerPanel = 512;      // about as many for one packing, ...
+constexpr int64_t kTasksPerThread = 8;        // ... but no fewer tasks than these
 constexpr int64_t kSerialProducts = 1 << 17;  // below, waking threads costs more than it saves
 
 void write(const QuantizedRows& x, const LinearPart& part, int64_t m, int64_t n, int32_t product) {
@@ -83,6 +86,30 @@ AVX512 inline void write_avx512(const QuantizedRows& x, const LinearPart& part, 
   float* const out = part.out + m * part.stride + n;
   if (part.adds) value = _mm_add_ps(_mm_maskz_loadu_ps(mask, out), value);
   _mm_mask_storeu_ps(out, mask, value);
+}
+
+// One token by up to kTile outputs, output by output: weights come from memory in one run, which is
+// twice as fast as in kTile of them side by side.
+AVX512 void row_avx512(const QuantizedRows& x, const LinearPart& part, int64_t m, int64_t n0,
+                       int64_t n1) {
+  const int8_t* q = x.q + m * x.stride;
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int64_t whole = x.K / kAlign * kAlign;
+  const __mmask64 mask = (uint64_t{1} << (x.K - whole)) - 1;
+  __m512i sums[kTile];
+  for (int j = 0; j < kTile; ++j) {
+    const int8_t* weight = part.weight + (n0 + j < n1 ? n0 + j : n1 - 1) * x.K;
+    sums[j] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < whole; k += kAlign)
+      sums[j] = _mm512_dpbusd_epi32(
+          sums[j], _mm512_xor_si512(_mm512_loadu_si512(weight + k), flip), _mm512_loadu_si512(q + k));
+    if (whole < x.K)  // x is padded with zeros, the weights are not
+      sums[j] = _mm512_dpbusd_epi32(
+          sums[j], _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, weight + whole), flip),
+          _mm512_loadu_si512(q + whole));
+  }
+  write_avx512(x, part, m, n0, n1 - n0,
+               add_lanes(add_within_lanes(sums[0], sums[1], sums[2], sums[3])));
 }
 
 // Up to kTile tokens by up to kTile outputs. Rows beyond the last repeat it and are not written.
@@ -181,7 +208,7 @@ void multiply(const QuantizedRows& x, const LinearPart& part, int64_t m0, int64_
               int64_t n1) {
 #if defined(__x86_64__)
   if constexpr (isa == kAvx512Vnni)
-    return m1 - m0 == 1 ? tile_avx512<1>(x, part, m0, m1, n0, n1)
+    return m1 - m0 == 1 ? row_avx512(x, part, m0, n0, n1)
                         : tile_avx512<kTile>(x, part, m0, m1, n0, n1);
   if constexpr (isa == kAvx2) {
     for (int64_t n = n0; n < n1; n += 2) {
@@ -244,9 +271,16 @@ bool multiply_rows(const QuantizedRows& rows, const LinearPart* parts, int num_p
   job.tokens_per_task = kTokensPerTask;
   int64_t outputs = 0;
   for (int i = 0; i < num_parts; ++i) outputs += parts[i].N;
+  if (rows.M < kTile) {  // weights are read once: in long runs
+    const int64_t share = outputs / (kRunsPerThread * (num_threads > 1 ? num_threads : 1));
+    job.outputs_per_task = std::max(kOutputsPerTask, round_up(share, kTile));
+  }
 #if defined(__x86_64__)
   if (job.has_panels) {
-    const int64_t slices = (rows.M + kTokensPerPanel - 1) / kTokensPerPanel;
+    const int64_t wanted = kTasksPerThread * num_threads * kPanel / std::max<int64_t>(outputs, 1);
+    const int64_t most = (rows.M + kPanelTokens - 1) / kPanelTokens;
+    const int64_t slices = std::max((rows.M + kTokensPerPanel - 1) / kTokensPerPanel,
+                                    std::min(wanted, most));
     job.outputs_per_task = kPanel;
     job.tokens_per_task = round_up((rows.M + slices - 1) / slices, kPanelRows);
   }
