@@ -14,6 +14,7 @@ dimension.
 """
 
 import ctypes
+import operator
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ _NAMES = (
     *(f"self_attn.gate.{part}" for part in _GATE_PARTS),
 )
 _QUERY_WEIGHT = _NAMES.index("self_attn.gate.query_weight")
+_NONE = torch.empty(0)  # its address is null
 _WIDTH = 16  # floats to which the kernel wants a gate's query weights padded
 
 _found: "weakref.WeakKeyDictionary[Decoder, NativeLayers]" = weakref.WeakKeyDictionary()
@@ -98,7 +100,9 @@ class NativeLayers:
         self._layers = [_list_tensors(block) for block in model.model.layers]
         self.has_gates = all(layer[_QUERY_WEIGHT] is not None for layer in self._layers)
         if not self.has_gates:  # those of some layers alone are not used
-            self._layers = [[*layer[:_QUERY_WEIGHT], None, None, None, None] for layer in self._layers]
+            self._layers = [
+                [*layer[:_QUERY_WEIGHT], None, None, None, None] for layer in self._layers
+            ]
         self._table = (ctypes.c_void_p * (len(_NAMES) * len(self._layers)))()
         for index, tensor in enumerate(tensor for layer in self._layers for tensor in layer):
             self._table[index] = None if tensor is None else tensor.data_ptr()
@@ -112,31 +116,46 @@ class NativeLayers:
             return None  # at once: float models come here in every forward
         if not all(_fits(model, block) for block in blocks):
             return None
+        if any("forward" in vars(module) for module in blocks.modules()):
+            return None  # streamed, for one
         layers = cls(model)
         return layers if layers.is_current() else None
 
     def _watch(self, blocks: nn.ModuleList) -> None:
         """Note what tells that a module or tensor was replaced, hooked or observed."""
         modules = list(blocks.modules())
-        self._held: list[tuple[dict[str, Any], str, Any]] = []
-        for module in modules:
-            holders = (module._modules, module._parameters, module._buffers)
-            self._held += [(held, name, held[name]) for held in holders for name in held]
-        attentions = [block.self_attn for block in blocks]
-        self._held += [(item._modules, "gate", item._modules.get("gate")) for item in attentions]
-        self._own = [vars(module) for module in modules]
-        self._hooks = [
-            hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        attentions: list[Any] = [block.self_attn for block in blocks]
+        held = [
+            (holder, name, holder[name])
+            for module in modules
+            for holder in (module._modules, module._parameters, module._buffers)
+            for name in holder
         ]
-        self._addresses = [(tensor, tensor.data_ptr()) for tensor in blocks.parameters()]
+        held += [(item._modules, "gate", item._modules.get("gate")) for item in attentions]
+        self._held = tuple(zip(*held, strict=True))
+        self._parameters = list(blocks.parameters())
+        self._addresses = list(map(Tensor.data_ptr, self._parameters))
+        self._hooks = [
+            hooks
+            for module in modules
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._own = [vars(module) for module in modules]
+        self._own_sizes = list(map(len, self._own))
+        self._attentions = list(map(vars, attentions))
 
     def is_current(self) -> bool:
-        """Whether the model still has the modules and tensors of the table, and nothing else."""
+        """Whether the model still has the modules and tensors of the table, and nothing else.
+
+        In C as far as it goes: there are some 30 to ask about in each layer.
+        """
+        holders, names, items = self._held
         return (
-            all([held.get(name) is item for held, name, item in self._held])
-            and all([tensor.data_ptr() == address for tensor, address in self._addresses])
+            all(map(operator.is_, map(dict.get, holders, names), items))
+            and list(map(Tensor.data_ptr, self._parameters)) == self._addresses
             and not any(self._hooks)
-            and not any(["forward" in own or own.get("observe") is not None for own in self._own])
+            and list(map(len, self._own)) == self._own_sizes  # a forward of its own makes one more
+            and not any(own.get("observe") for own in self._attentions)
         )
 
     def run(
@@ -161,7 +180,7 @@ class NativeLayers:
         pieces, numbers = _plan(cache.starts, tokens, is_dense=is_dense)
         completed = [] if sparse is None else _list_completed(sparse)
         padded = self._pad_gates() if not is_dense else []
-        scales = [scale.data_ptr() for scale in buffers.scales] or [None, None]
+        key_scale, value_scale = map(Tensor.data_ptr, buffers.scales or (_NONE, _NONE))
         arguments = native.LayersArguments(
             layers=ctypes.addressof(self._table),
             x=x_BTD.data_ptr(),
@@ -170,8 +189,8 @@ class NativeLayers:
             rotary_row=tokens * config.head_dim if len(cos) > 1 else 0,
             keys=buffers.keys.data_ptr(),
             values=buffers.values.data_ptr(),
-            key_scale=scales[0],
-            value_scale=scales[1],
+            key_scale=key_scale,
+            value_scale=value_scale,
             **_strides(buffers),
             numbers=ctypes.addressof(numbers),
             pieces=ctypes.addressof(pieces),
@@ -241,7 +260,9 @@ def _fits(model: "Decoder", block: nn.Module) -> bool:
     if gate is not None and type(gate) is not BlockGate:
         return False
     tensors = dict(zip(_NAMES, _list_tensors(block), strict=True))
-    return all(_is_laid_out(tensors[name], *spec) for name, spec in _expect(model, gate is not None))
+    return all(
+        _is_laid_out(tensors[name], *spec) for name, spec in _expect(model, gate is not None)
+    )
 
 
 def _expect(
@@ -319,7 +340,9 @@ def _plan(starts: list[int], tokens: int, *, is_dense: bool) -> tuple[Any, Any]:
     for of_rows, part, unit in cuts:
         firsts = [starts[row] + part.start for row in of_rows]
         owns = [
-            (first + at) // BLOCK for first in firsts for at in range(0, part.stop - part.start, unit)
+            (first + at) // BLOCK
+            for first in firsts
+            for at in range(0, part.stop - part.start, unit)
         ]
         counts = [max(0, own - 1) if is_dense else count_chosen(own) for own in owns]
         at = len(numbers)

@@ -38,7 +38,7 @@ class CompletedBlocks(ctypes.Structure):
 class LayersArguments(ctypes.Structure):
     """As in decoder_layers.h; `isa` and `num_threads` are filled in by the call."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *_fields(
             "*layers *x *cos *sin rotary_row *keys *values *key_scale *value_scale"
             " layer_stride row_stride *summaries summary_layer summary_row"
