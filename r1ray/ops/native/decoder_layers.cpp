@@ -14,7 +14,8 @@
 // takes less than sharing it is done by one.
 //
 // Price: that of its products and attention; hidden states, norms and caches go through memory once
-// a stage. Room for 2·F + 3·N·H + 2·K·H floats and the quantized row of each token.
+// a stage. Room for 2·F + 3·N·H + 2·K·H floats and the quantized row of each token,
+// kept for the thread's next call.
 //
 // Names: B rows, T new tokens, M = B·T, D hidden size, F width of the MLP, N query heads, K groups,
 // H head dimension, S tokens that a row of the cache has room for, C blocks of it.

@@ -5,6 +5,7 @@ the last bit of a sum decides, and the layer's output moves by a step of a weigh
 inputs round alike agree to float32's rounding; whole models to a few such steps.
 """
 
+import ctypes
 import dataclasses
 
 import pytest
@@ -23,6 +24,7 @@ from r1ray.models.rope import rotary_tables
 from r1ray.models.sparse import SparseForward
 from r1ray.ops import native
 from r1ray.ops.int8 import Int8Linear
+from r1ray.ops.native import library
 from tests.fakes import tiny_config, tiny_model
 from tests.unit.oracle import FAMILIES, random_ids
 
@@ -215,6 +217,34 @@ def test_threads_change_nothing(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     for one, other in zip(found[0], found[2], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.usefixtures("few_dense_blocks")
+def test_fewer_threads_than_were_asked_for_are_enough() -> None:
+    kernels, real = library.library(), library._find_fork()
+    assert real is not None
+    calls: list[int] = []
+    body_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def fork(body: int, data: int, num_threads: int, flags: int) -> None:
+        calls.append(num_threads)
+        body_type(body)(data)
+
+    model, before = _quantized("qwen3", is_large=True), torch.get_num_threads()
+    expected, _ = _run_both(model, [333], 150, torch.int8)
+    torch.set_num_threads(4)
+    kernels.r1ray_set_parallel(ctypes.cast(fork, ctypes.c_void_p))
+    try:
+        cache = _cache(model, [333], 333 + 150 + 70, torch.int8)
+        x = torch.randn(1, 150, 120, generator=torch.Generator().manual_seed(7))
+        with torch.inference_mode():
+            _run(model, x, cache.rows(1, 1), is_native=True)
+    finally:
+        kernels.r1ray_set_parallel(real)
+        torch.set_num_threads(before)
+    assert torch.equal(x, expected[0])
+    assert calls == [4]  # once for all layers
 
 
 @torch.inference_mode()
