@@ -20,6 +20,7 @@ from r1ray.config.schema import Scheme
 from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
+from r1ray.models.native_layers import find_native_layers
 from r1ray.models.rope import apply_rotary, rotary_tables
 from r1ray.models.sparse import SparseForward
 from r1ray.ops.block_gate import BlockGate, BoundsGate
@@ -222,8 +223,12 @@ class Decoder(nn.Module):
         if cache is not None and cache.keeps_blocks:
             sparse = SparseForward(self.config, cache, input_ids_BT.shape[1])
         x_BTD = self.model.embed_tokens(input_ids_BT)
-        for block in self.model.layers:
-            x_BTD = block(x_BTD, rotary, positions_BT, cache, documents, sparse)
+        layers = find_native_layers(self, x_BTD, cache, sparse)
+        if layers is not None and cache is not None:
+            layers.run(x_BTD, rotary, cache, sparse)
+        else:
+            for block in self.model.layers:
+                x_BTD = block(x_BTD, rotary, positions_BT, cache, documents, sparse)
         return self.model.norm(x_BTD)
 
     def forward(

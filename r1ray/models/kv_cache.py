@@ -8,6 +8,8 @@ Shape legend: R rows, K key/value heads, S cached tokens, T new tokens, H head d
 X size of a block's summary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from r1ray.models.config import ModelConfig
 from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.cached_states import CachedStates, quantize_states
 
-__all__ = ["CacheSlice", "KVCache", "cache_bytes"]
+__all__ = ["CacheBuffers", "CacheSlice", "KVCache", "cache_bytes"]
 
 
 def cache_bytes(
@@ -110,6 +112,21 @@ class KVCache:
         return last
 
 
+class CacheBuffers(NamedTuple):
+    """Views of some rows of a cache's buffers, for kernels that read and write them in place.
+
+    Attributes:
+        keys, values: [layers, R, K, max_tokens, H].
+        scales: those of int8 keys and of values, each [layers, R, K, max_tokens]; else none.
+        block_keys: summaries [layers, R, K, max_tokens // 64, X]; of no blocks where none are kept.
+    """
+
+    keys: Tensor
+    values: Tensor
+    scales: tuple[Tensor, ...]
+    block_keys: Tensor
+
+
 class CacheSlice:
     """A run of rows that one forward reads and extends.
 
@@ -124,6 +141,30 @@ class CacheSlice:
         self.device, self.keeps_blocks = cache._keys.device, cache.keeps_blocks
         self.starts_R = torch.tensor(self.starts, dtype=torch.long, device=self.device)
 
+    def check_room(self, tokens: int) -> int:
+        """Tokens of the longest row with `tokens` new ones.
+
+        Raises:
+            ShapeError: they do not fit into `max_tokens`.
+        """
+        num_tokens = self.max_start + tokens
+        if num_tokens > self._cache.max_tokens:
+            raise ShapeError(
+                f"{num_tokens} tokens do not fit into a cache of {self._cache.max_tokens}"
+            )
+        return num_tokens
+
+    def buffers(self) -> "CacheBuffers":
+        """Where the rows of the slice lie, in every layer."""
+        cache, rows = self._cache, self._rows
+        scales = (cache._key_scales, cache._value_scales) if cache.is_int8 else ()
+        return CacheBuffers(
+            cache._keys[:, rows],
+            cache._values[:, rows],
+            tuple([scale[:, rows] for scale in scales]),
+            cache._block_keys[:, rows],
+        )
+
     def write(
         self, layer: int, k_RKTH: Tensor, v_RKTH: Tensor, positions_RT: Tensor
     ) -> tuple[CachedStates, CachedStates]:
@@ -133,9 +174,7 @@ class CacheSlice:
             ShapeError: the new tokens do not fit into `max_tokens`.
         """
         cache = self._cache
-        num_tokens = self.max_start + k_RKTH.shape[2]
-        if num_tokens > cache.max_tokens:
-            raise ShapeError(f"{num_tokens} tokens do not fit into a cache of {cache.max_tokens}")
+        num_tokens = self.check_room(k_RKTH.shape[2])
 
         def store(buffer: Tensor, new_RKT_: Tensor) -> Tensor:
             """Keys or values, or their scales."""

@@ -27,29 +27,34 @@ from r1ray.ops.cached_states import CachedStates
 if TYPE_CHECKING:
     from r1ray.models.decoder import Attention
 
-__all__ = ["SparseForward"]
+__all__ = ["SparseForward", "cut_units"]
 
 
 class SparseForward:
-    """One forward of `tokens` new tokens in every row of `cache`, which keeps summaries."""
+    """One forward of `tokens` new tokens in every row of `cache`, which keeps summaries.
+
+    Attributes:
+        completed: blocks that the new tokens complete: row, blocks, their tokens, rotary tables.
+        is_dense: whether every earlier block is kept.
+    """
 
     def __init__(self, config: ModelConfig, cache: CacheSlice, tokens: int) -> None:
         self._cache = cache
         self._starts, self._tokens = cache.starts, tokens
-        self._completed: list[tuple[int, slice, slice, tuple[Tensor, Tensor]]] = []
+        self.completed: list[tuple[int, slice, slice, tuple[Tensor, Tensor]]] = []
         for row, start in enumerate(self._starts):
             blocks = slice(start // BLOCK, (start + tokens) // BLOCK)
             if blocks.start < blocks.stop:
                 slots = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
                 positions = torch.arange(slots.start, slots.stop, device=cache.device)[None]
-                self._completed.append((row, blocks, slots, rotary_tables(config, positions)))
+                self.completed.append((row, blocks, slots, rotary_tables(config, positions)))
         self.is_dense = max(self._starts) + tokens <= DENSE_BLOCKS * BLOCK
 
     def update(self, attention: "Attention", k: CachedStates) -> None:
         """Keep summaries of the blocks that are complete now."""
         gate = attention.gate
         assert gate is not None
-        for row, blocks, slots, rotary in self._completed:
+        for row, blocks, slots, rotary in self.completed:
             one = (slice(row, row + 1), slice(None), slots)
             self._cache.write_blocks(
                 attention.layer, row, blocks, gate.summarize(k[one], *rotary)[0]
@@ -76,7 +81,7 @@ class SparseForward:
             one = slice(row, row + 1)
             cos_and_sin = [table[one] if len(table) > 1 else table for table in rotary]
             parts = []
-            for part, unit in _cut(start, self._tokens):
+            for part, unit in cut_units(start, self._tokens):
                 cos, sin = (table[:, :, part] for table in cos_and_sin)
                 q, first = q_BNTH[one, :, part], [start + part.start]
                 chosen = gate.choose(
@@ -87,7 +92,7 @@ class SparseForward:
         return torch.cat(rows)
 
 
-def _cut(start: int, tokens: int) -> list[tuple[slice, int]]:
+def cut_units(start: int, tokens: int) -> list[tuple[slice, int]]:
     """(new tokens, tokens of a unit): up to the next block, whole blocks, and what is left."""
     head = min(tokens, -start % BLOCK)
     body = head + (tokens - head) // BLOCK * BLOCK

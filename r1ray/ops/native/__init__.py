@@ -8,6 +8,12 @@ compete with it for the cores.
 Price: about 3 µs a call over that of the kernel itself, 10 µs for those of block-sparse attention.
 """
 
+from r1ray.ops.native.layers import (
+    CompletedBlocks,
+    LayersArguments,
+    QueryPiece,
+    run_decoder_layers,
+)
 from r1ray.ops.native.library import ISA_NAMES, best_isa, describe, is_available
 from r1ray.ops.native.linear import MAX_INPUTS, int8_linear
 from r1ray.ops.native.sparse import can_attend, choose_blocks, sparse_attention
@@ -15,11 +21,15 @@ from r1ray.ops.native.sparse import can_attend, choose_blocks, sparse_attention
 __all__ = [
     "ISA_NAMES",
     "MAX_INPUTS",
+    "CompletedBlocks",
+    "LayersArguments",
+    "QueryPiece",
     "best_isa",
     "can_attend",
     "choose_blocks",
     "describe",
     "int8_linear",
     "is_available",
+    "run_decoder_layers",
     "sparse_attention",
 ]

@@ -55,3 +55,10 @@ inline int64_t kept_block(const AttentionTask& task, int64_t i) {
 }
 
 }  // namespace r1ray
+
+extern "C" {
+
+// Returns 0, or what failed. Every start + T is at most S.
+int32_t r1ray_sparse_attention(const r1ray::AttentionArguments* arguments);
+
+}  // extern "C"

@@ -17,6 +17,12 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 // Runs body(data) on up to num_threads of PyTorch's threads at once, this one among them.
 void run_parallel(void (*body)(void*), void* data, int32_t num_threads);
 
+// Runs body(data) on this thread, with up to num_threads of PyTorch's threads at hand: within it,
+// run_parallel finds them awake, which takes some 0.3 µs instead of 2 to 10. A body that was given
+// to them is left once this thread is done with it and no other is inside: one that comes late, or
+// that the system runs something else on, is not waited for.
+void with_threads(void (*body)(void*), void* data, int32_t num_threads);
+
 // Memory of one thread, kept between calls, aligned to a cache line.
 class Scratch {
  public:

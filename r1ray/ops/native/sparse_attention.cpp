@@ -164,7 +164,6 @@ void merge(const AttentionJob& job) {
 
 extern "C" {
 
-// Returns 0, or what failed (attention.h). Every start + T is at most S.
 int32_t r1ray_sparse_attention(const r1ray::AttentionArguments* arguments) {
   r1ray::AttentionJob job;
   static_cast<r1ray::AttentionArguments&>(job) = *arguments;

@@ -1,0 +1,397 @@
+// All layers of a decoder, in INT8, for the new tokens of some rows of a KV cache.
+//
+// For each layer, in stages that the threads share:
+// 1. RMSNorm and quantization of each token; queries, keys and values are products of these.
+// 2. Queries and keys are normed (Qwen3) and rotated; keys and values go into the cache, as float32
+//    or as int8 exactly as `quantize_states` rounds.
+// 3. Blocks that are complete now are summarized from what the cache holds (`BlockGate.summarize`).
+// 4. Blocks are chosen (block_choice.cpp) and attended to (sparse_attention.cpp). Where all earlier
+//    blocks are, the choice is that of the first layer.
+// 5. The outputs' product is added to the hidden states.
+// 6. RMSNorm and quantization; gate and up; silu(gate) · up and its quantization; down, added.
+//
+// One token a row is one fork: threads stay together through all layers (`with_threads`). What
+// takes less than sharing it is done by one.
+//
+// Price: that of its products and attention; hidden states, norms and caches go through memory once
+// a stage. Room for 2·F + 3·N·H + 2·K·H floats and the quantized row of each token,
+// kept for the thread's next call.
+//
+// Names: B rows, T new tokens, M = B·T, D hidden size, F width of the MLP, N query heads, K groups,
+// H head dimension, S tokens that a row of the cache has room for, C blocks of it.
+
+#include "decoder_layers.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "attention.h"
+#include "block_choice.h"
+#include "int8_linear.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace r1ray {
+
+constexpr float kGateEps = 1e-6f;  // as in ops/block_gate.py
+
+namespace generic {
+#define TARGET TARGET_GENERIC
+#include "decoder_rows.h"
+#undef TARGET
+}  // namespace generic
+
+#if defined(__x86_64__)
+
+namespace avx2 {
+#define TARGET TARGET_AVX2
+#include "decoder_rows.h"
+#undef TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET TARGET_AVX512
+#include "decoder_rows.h"
+#undef TARGET
+}  // namespace avx512
+
+#endif  // __x86_64__
+
+namespace {
+
+constexpr int64_t kTokensPerTask = 8;
+constexpr int64_t kSerialTokens = 8;  // below, waking threads costs more than it saves
+constexpr int64_t kPad = 16;          // floats of the widest register
+
+struct RowFunctions {
+  decltype(&generic::norm_row) norm;
+  decltype(&generic::rotate_row) rotate;
+  decltype(&generic::gate_row) gate;
+  decltype(&generic::quantize_state) quantize;
+  decltype(&generic::summarize_block<float>) summarize_float;
+  decltype(&generic::summarize_block<int8_t>) summarize_int8;
+};
+
+#define R1RAY_ROWS(isa)                                                       \
+  {                                                                           \
+    isa::norm_row, isa::rotate_row, isa::gate_row, isa::quantize_state,       \
+        isa::summarize_block<float>, isa::summarize_block<int8_t>             \
+  }
+constexpr RowFunctions kGenericRows = R1RAY_ROWS(generic);
+#if defined(__x86_64__)
+constexpr RowFunctions kAvx2Rows = R1RAY_ROWS(avx2), kAvx512Rows = R1RAY_ROWS(avx512);
+#endif
+
+const RowFunctions& find_rows(int32_t isa) {
+#if defined(__x86_64__)
+  if (isa >= kAvx512Vnni) return kAvx512Rows;
+  if (isa == kAvx2) return kAvx2Rows;
+#endif
+  static_cast<void>(isa);
+  return kGenericRows;
+}
+
+// One call, and the layer that it is at.
+struct Forward : LayersArguments {
+  RowFunctions rows;
+  int64_t M, width;  // tokens; floats of a token's queries, keys and values
+  int64_t layer = 0;
+  const LayerWeights* weights = nullptr;
+  RowMemory* memory;
+  float *qkv, *rotated, *attended, *hidden;  // [M, width], [M, N, H], [M, N, H], [M, 2 * F]
+  int64_t* chosen;                           // of every piece, one after the other
+  int32_t failure = kNone;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> has_failed{false};
+
+  int64_t token_at(int64_t row, int64_t group) const {  // in the cache, of this layer
+    return layer * layer_stride + row * row_stride + group * S;
+  }
+};
+
+struct Norm {
+  const Forward* forward;
+  const float* weight;
+};
+
+const float* read_normed(const void* data, int64_t m, float* room) {
+  const Norm& norm = *static_cast<const Norm*>(data);
+  const Forward& forward = *norm.forward;
+  forward.rows.norm(forward.x + m * forward.D, norm.weight, static_cast<float>(forward.eps),
+                    forward.D, room);
+  return room;
+}
+
+const float* read_gated(const void* data, int64_t m, float* room) {
+  const Forward& forward = *static_cast<const Forward*>(data);
+  const float* gate = forward.hidden + m * 2 * forward.F;
+  forward.rows.gate(gate, gate + forward.F, forward.F, room);
+  return room;
+}
+
+// The products of what `read` gives with some weights.
+void multiply(Forward& forward, int64_t inputs, ReadRow read, const void* data,
+              const LinearPart* parts, int num_parts) {
+  const QuantizedRows rows = forward.memory->reserve(forward.M, inputs, forward.isa);
+  if (!quantize_rows(rows, read, data, forward.isa, forward.num_threads) ||
+      !multiply_rows(rows, parts, num_parts, forward.isa, forward.num_threads))
+    forward.failure = kNoMemory;
+}
+
+LinearPart part_of(const LinearWeights& weights, int64_t outputs, float* out, int64_t stride,
+                   bool adds = false) {
+  return {weights.weight, weights.scale, weights.bias, outputs, out, stride, adds};
+}
+
+void store_state(const Forward& forward, void* states, float* scales, int64_t at, const float* x) {
+  const size_t size = static_cast<size_t>(forward.H);
+  if (scales)
+    forward.rows.quantize(x, forward.H, static_cast<int8_t*>(states) + at * forward.H, scales + at);
+  else
+    std::memcpy(static_cast<float*>(states) + at * forward.H, x, size * sizeof(float));
+}
+
+// A token's queries and keys normed and rotated; keys and values into the cache.
+void place_token(const Forward& forward, int64_t m, float* room) {
+  const int64_t row = m / forward.T, t = m % forward.T, H = forward.H;
+  const int64_t at = row * forward.rotary_row + t * H;
+  const float *cos = forward.cos + at, *sin = forward.sin + at;
+  const float eps = static_cast<float>(forward.eps);
+  float* x = forward.qkv + m * forward.width;
+  for (int64_t head = 0; head < forward.N; ++head, x += H) {
+    if (forward.weights->q_norm) forward.rows.norm(x, forward.weights->q_norm, eps, H, x);
+    forward.rows.rotate(x, cos, sin, H, forward.rotated + (m * forward.N + head) * H);
+  }
+  const int64_t slot = forward.numbers[row] + t;
+  for (int64_t group = 0; group < forward.K; ++group, x += H) {
+    if (forward.weights->k_norm) forward.rows.norm(x, forward.weights->k_norm, eps, H, x);
+    forward.rows.rotate(x, cos, sin, H, room);
+    store_state(forward, forward.keys, forward.key_scale, forward.token_at(row, group) + slot, room);
+  }
+  for (int64_t group = 0; group < forward.K; ++group, x += H)
+    store_state(forward, forward.values, forward.value_scale, forward.token_at(row, group) + slot,
+                x);
+}
+
+void place_tokens(void* data) {
+  Forward& forward = *static_cast<Forward*>(data);
+  thread_local Scratch memory;
+  float* const room = memory.reserve(forward.H + kPad);
+  if (!room) {
+    forward.has_failed = true;
+    return;
+  }
+  for (int64_t m; (m = forward.next.fetch_add(kTokensPerTask)) < forward.M;)
+    for (int64_t i = m; i < m + kTokensPerTask && i < forward.M; ++i)
+      place_token(forward, i, room);
+}
+
+void summarize(const Forward& forward, const Completed& done, int64_t block, int64_t group,
+               float* room) {
+  const LayerWeights& weights = *forward.weights;
+  const int64_t H = forward.H, at = forward.token_at(done.row, group) + block * kBlock;
+  const int64_t table = (block - done.first) * kBlock * H;
+  const float* key_weight = weights.key_weight + group * 3 * H * H;
+  float* to = forward.summaries + forward.layer * forward.summary_layer +
+              done.row * forward.summary_row + (group * forward.C + block) * H;
+  if (forward.key_scale)
+    forward.rows.summarize_int8(static_cast<const int8_t*>(forward.keys) + at * H,
+                                forward.key_scale + at, done.cos + table, done.sin + table,
+                                key_weight, weights.key_norm, H, room, to);
+  else
+    forward.rows.summarize_float(static_cast<const float*>(forward.keys) + at * H, nullptr,
+                                 done.cos + table, done.sin + table, key_weight, weights.key_norm,
+                                 H, room, to);
+}
+
+void summarize_blocks(void* data) {
+  Forward& forward = *static_cast<Forward*>(data);
+  thread_local Scratch memory;
+  float* const room = memory.reserve(6 * forward.H);
+  if (!room) {
+    forward.has_failed = true;
+    return;
+  }
+  int64_t before = 0, task = forward.next.fetch_add(1);
+  for (int64_t i = 0; i < forward.num_completed; ++i) {
+    const Completed& done = forward.completed[i];
+    const int64_t tasks = done.count * forward.K;
+    for (; task < before + tasks; task = forward.next.fetch_add(1))
+      summarize(forward, done, done.first + (task - before) / forward.K,
+                (task - before) % forward.K, room);
+    before += tasks;
+  }
+}
+
+void run_stage(Forward& forward, void (*body)(void*), int32_t num_threads) {
+  forward.next = 0;
+  run_parallel(body, &forward, num_threads);
+  if (forward.has_failed) forward.failure = kNoMemory;
+}
+
+int64_t count_units(const Piece& piece) { return (piece.tokens + piece.unit - 1) / piece.unit; }
+
+int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
+  ChoiceArguments job = {};
+  const int64_t first = piece.row * forward.T + piece.token;
+  job.q = forward.qkv + first * forward.width;
+  job.q_row = forward.T * forward.width;
+  job.q_token = forward.width;
+  job.q_head = forward.H;
+  const int64_t rotary = piece.row * forward.rotary_row + piece.token * forward.H;
+  job.cos = forward.cos + rotary;
+  job.sin = forward.sin + rotary;
+  job.rotary_row = forward.rotary_row;
+  job.rotary_token = forward.H;
+  if (forward.chooses) {
+    job.weight = forward.weights->query_weight;
+    job.norm = forward.weights->query_norm;
+    job.keys = forward.summaries + forward.layer * forward.summary_layer +
+               piece.row * forward.summary_row;
+    job.key_row = forward.summary_row;
+    job.key_head = forward.C * forward.H;
+    job.C = forward.C;
+  }
+  job.counts = forward.numbers + piece.counts;
+  job.starts = forward.numbers + piece.starts;
+  job.out = chosen;
+  job.B = piece.rows;
+  job.T = piece.tokens;
+  job.N = forward.N;
+  job.K = forward.K;
+  job.H = forward.H;
+  job.U = count_units(piece);
+  job.M = piece.most;
+  job.unit = piece.unit;
+  job.isa = forward.isa;
+  job.num_threads = forward.num_threads;
+  return r1ray_choose_blocks(&job);
+}
+
+int32_t attend(const Forward& forward, const Piece& piece, const int64_t* chosen) {
+  AttentionArguments job = {};
+  const int64_t first = (piece.row * forward.T + piece.token) * forward.N * forward.H;
+  job.q = forward.rotated + first;
+  job.q_row = forward.T * forward.N * forward.H;
+  job.q_token = forward.N * forward.H;
+  job.q_head = forward.H;
+  const int64_t at = forward.token_at(piece.row, 0);
+  const int64_t bytes = at * forward.H * (forward.key_scale ? 1 : int64_t{sizeof(float)});
+  job.keys = static_cast<const char*>(forward.keys) + bytes;
+  job.values = static_cast<const char*>(forward.values) + bytes;
+  job.key_row = job.value_row = forward.row_stride * forward.H;
+  job.key_head = job.value_head = forward.S * forward.H;
+  if (forward.key_scale) {
+    job.key_scale = forward.key_scale + at;
+    job.value_scale = forward.value_scale + at;
+    job.key_scale_row = job.value_scale_row = forward.row_stride;
+    job.key_scale_head = job.value_scale_head = forward.S;
+  }
+  job.chosen = chosen;
+  job.starts = forward.numbers + piece.starts;
+  job.out = forward.attended + first;  // a piece of several rows has all their tokens
+  job.B = piece.rows;
+  job.N = forward.N;
+  job.K = forward.K;
+  job.T = piece.tokens;
+  job.S = forward.S;
+  job.H = forward.H;
+  job.U = count_units(piece);
+  job.M = piece.most;
+  job.unit = piece.unit;
+  job.isa = forward.isa;
+  job.num_threads = forward.num_threads;
+  return r1ray_sparse_attention(&job);
+}
+
+void attend_pieces(Forward& forward) {
+  int64_t* chosen = forward.chosen;
+  const bool is_new = forward.chooses || forward.layer == 0;
+  for (int64_t i = 0; i < forward.num_pieces && forward.failure == kNone; ++i) {
+    const Piece& piece = forward.pieces[i];
+    if (is_new) forward.failure = choose(forward, piece, chosen);
+    if (forward.failure == kNone) forward.failure = attend(forward, piece, chosen);
+    chosen += piece.rows * forward.K * count_units(piece) * piece.most;
+  }
+}
+
+void run_layer(Forward& forward) {
+  const LayerWeights& weights = *forward.weights;
+  const int64_t queries = forward.N * forward.H, keys = forward.K * forward.H;
+  const int64_t D = forward.D, F = forward.F, width = forward.width;
+  const int32_t threads = forward.M < kSerialTokens ? 1 : forward.num_threads;
+  Norm norm = {&forward, weights.input_norm};
+  const LinearPart states[] = {
+      part_of(weights.q, queries, forward.qkv, width),
+      part_of(weights.k, keys, forward.qkv + queries, width),
+      part_of(weights.v, keys, forward.qkv + queries + keys, width),
+  };
+  multiply(forward, D, read_normed, &norm, states, 3);
+  run_stage(forward, place_tokens, threads);
+  if (forward.num_completed)
+    run_stage(forward, summarize_blocks, forward.num_threads);
+  if (forward.failure == kNone) attend_pieces(forward);
+
+  const FloatRows attended = {forward.attended, queries};
+  const LinearPart out = part_of(weights.o, D, forward.x, D, true);
+  multiply(forward, queries, read_float_row, &attended, &out, 1);
+
+  norm.weight = weights.post_norm;
+  const LinearPart wide[] = {part_of(weights.gate, F, forward.hidden, 2 * F),
+                             part_of(weights.up, F, forward.hidden + F, 2 * F)};
+  multiply(forward, D, read_normed, &norm, wide, 2);
+  const LinearPart down = part_of(weights.down, D, forward.x, D, true);
+  multiply(forward, F, read_gated, &forward, &down, 1);
+}
+
+void run_layers(void* data) {
+  Forward& forward = *static_cast<Forward*>(data);
+  try {
+    for (; forward.layer < forward.num_layers && forward.failure == kNone; ++forward.layer) {
+      forward.weights = forward.layers + forward.layer;
+      run_layer(forward);
+    }
+  } catch (const std::bad_alloc&) {
+    forward.failure = kNoMemory;
+  }
+}
+
+}  // namespace
+}  // namespace r1ray
+
+extern "C" {
+
+// Returns 0, or what failed (attention.h); hidden states and the new tokens of the cache are then
+// of no use.
+int32_t r1ray_decoder_layers(const r1ray::LayersArguments* arguments) {
+  using namespace r1ray;
+  thread_local RowMemory memory;
+  thread_local Scratch scratch, numbers;
+  Forward forward;
+  static_cast<LayersArguments&>(forward) = *arguments;
+  forward.rows = find_rows(forward.isa);
+  forward.M = forward.B * forward.T;
+  forward.width = (forward.N + 2 * forward.K) * forward.H;
+  forward.memory = &memory;
+  const int64_t queries = forward.N * forward.H;
+  int64_t choices = 0;
+  for (int64_t i = 0; i < forward.num_pieces; ++i) {
+    const Piece& piece = forward.pieces[i];
+    choices += piece.rows * forward.K * count_units(piece) * piece.most;
+  }
+  float* const room =
+      scratch.reserve(forward.M * (forward.width + 2 * queries + 2 * forward.F) + kPad);
+  forward.chosen = reinterpret_cast<int64_t*>(numbers.reserve(2 * choices + kPad));
+  if (!room || !forward.chosen) return kNoMemory;
+  forward.qkv = room;
+  forward.rotated = forward.qkv + forward.M * forward.width;
+  forward.attended = forward.rotated + forward.M * queries;
+  forward.hidden = forward.attended + forward.M * queries;
+  with_threads(run_layers, &forward, forward.num_threads);
+  return forward.failure;
+}
+
+}  // extern "C"
