@@ -42,7 +42,7 @@ _LINEARS = (
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 _LINEAR_PARTS = ("weight", "weight_scale", "bias")
-_GATE_PARTS = ("query_weight", "query_norm", "key_weight", "key_norm")
+_GATE_PARTS = ("query_weight", "query_norm", "key_weight", "key_norm", "keeps_all")
 # The tensors of a layer, in the order of `LayerWeights` in decoder_layers.h.
 _NAMES = (
     *(f"{norm}.weight" for norm in _NORMS),
@@ -101,8 +101,12 @@ class NativeLayers:
         self.has_gates = all(layer[_QUERY_WEIGHT] is not None for layer in self._layers)
         if not self.has_gates:  # those of some layers alone are not used
             self._layers = [
-                [*layer[:_QUERY_WEIGHT], None, None, None, None] for layer in self._layers
+                [*layer[:_QUERY_WEIGHT], *[None] * len(_GATE_PARTS)] for layer in self._layers
             ]
+        gates = [_find(block, "self_attn.gate") for block in model.model.layers]
+        self._has_marks = self.has_gates and any(
+            isinstance(gate, BlockGate) and bool(gate.keeps_all.any()) for gate in gates
+        )
         self._table = (ctypes.c_void_p * (len(_NAMES) * len(self._layers)))()
         for index, tensor in enumerate(tensor for layer in self._layers for tensor in layer):
             self._table[index] = None if tensor is None else tensor.data_ptr()
@@ -177,7 +181,8 @@ class NativeLayers:
         buffers = cache.buffers()
         cos, sin = (table.contiguous() for table in rotary)
         is_dense = sparse is None or sparse.is_dense
-        pieces, numbers = _plan(cache.starts, tokens, is_dense=is_dense)
+        keeps_all = is_dense or self._has_marks
+        pieces, numbers = _plan(cache.starts, tokens, is_dense=is_dense, keeps_all=keeps_all)
         completed = [] if sparse is None else _list_completed(sparse)
         padded = self._pad_gates() if not is_dense else []
         key_scale, value_scale = map(Tensor.data_ptr, buffers.scales or (_NONE, _NONE))
@@ -285,7 +290,8 @@ def _expect(
     if has_gate:
         kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
         shapes = ((kv_heads, group * head, head), (head,), (kv_heads, 3 * head, head), (head,))
-        for part, shape in zip(_GATE_PARTS, shapes, strict=True):
+        yield "self_attn.gate.keeps_all", (torch.bool, (kv_heads,), False)
+        for part, shape in zip(_GATE_PARTS[:-1], shapes, strict=True):
             yield f"self_attn.gate.{part}", (torch.float32, shape, False)
 
 
@@ -319,11 +325,14 @@ def _strides(buffers: CacheBuffers) -> dict[str, Any]:
     }
 
 
-def _plan(starts: list[int], tokens: int, *, is_dense: bool) -> tuple[Any, Any]:
+def _plan(starts: list[int], tokens: int, *, is_dense: bool, keeps_all: bool) -> tuple[Any, Any]:
     """(pieces, numbers): which new tokens are attended together, and blocks each unit keeps.
 
     All rows go together where they have one token each, or attend densely in whole blocks; else
     each by itself, cut at the bounds of blocks.
+
+    Args:
+        keeps_all: some group may keep every block.
     """
     rows = range(len(starts))
     if tokens == 1:
@@ -350,7 +359,7 @@ def _plan(starts: list[int], tokens: int, *, is_dense: bool) -> tuple[Any, Any]:
         pieces.append(
             native.QueryPiece(
                 *(of_rows.start, len(of_rows), part.start, part.stop - part.start, unit),
-                *(max(counts), at, at + len(firsts)),
+                *(max(0, max(owns) - 1) if keeps_all else max(counts), at, at + len(firsts)),
             )
         )
     array = (ctypes.c_int64 * len(numbers))(*numbers)

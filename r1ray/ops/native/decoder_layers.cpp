@@ -234,6 +234,20 @@ void run_stage(Forward& forward, void (*body)(void*), int32_t num_threads) {
 
 int64_t count_units(const Piece& piece) { return (piece.tokens + piece.unit - 1) / piece.unit; }
 
+// Marked groups keep every earlier block, whatever was chosen for them.
+void keep_all(const Forward& forward, const Piece& piece, int64_t* chosen) {
+  const int64_t units = count_units(piece);
+  for (int64_t row = 0; row < piece.rows; ++row)
+    for (int64_t group = 0; group < forward.K; ++group) {
+      if (!forward.weights->keeps_all[group]) continue;
+      for (int64_t unit = 0; unit < units; ++unit) {
+        const int64_t start = forward.numbers[piece.starts + row] + unit * piece.unit;
+        int64_t* out = chosen + ((row * forward.K + group) * units + unit) * piece.most;
+        for (int64_t block = 0; block < start / kBlock - 1; ++block) out[block] = block;
+      }
+    }
+}
+
 int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
   ChoiceArguments job = {};
   const int64_t first = piece.row * forward.T + piece.token;
@@ -268,7 +282,10 @@ int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
   job.unit = piece.unit;
   job.isa = forward.isa;
   job.num_threads = forward.num_threads;
-  return r1ray_choose_blocks(&job);
+  const int32_t failure = r1ray_choose_blocks(&job);
+  if (failure == kNone && forward.chooses && forward.weights->keeps_all)
+    keep_all(forward, piece, chosen);
+  return failure;
 }
 
 int32_t attend(const Forward& forward, const Piece& piece, const int64_t* chosen) {

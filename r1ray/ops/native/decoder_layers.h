@@ -19,6 +19,7 @@ struct LayerWeights {
   const float *q_norm, *k_norm;              // null without
   const float *query_weight, *query_norm;    // of the layer's gate; null without
   const float *key_weight, *key_norm;
+  const bool* keeps_all;  // [K]: groups that keep every block
 };
 
 // Queries that are attended together: those of one row in whole blocks or one by one, or of all.

@@ -23,6 +23,7 @@ from r1ray.models.quantization import quantize_modules
 from r1ray.models.rope import rotary_tables
 from r1ray.models.sparse import SparseForward
 from r1ray.ops import native
+from r1ray.ops.block_gate import BlockGate
 from r1ray.ops.int8 import Int8Linear
 from r1ray.ops.native import library
 from tests.fakes import tiny_config, tiny_model
@@ -170,6 +171,22 @@ def test_one_layer_equals_torchs(
     found, expected = _run_both(_quantized(family, layers=1), starts, tokens, dtype)
     _check(found[:1], expected[:1])
     _check(found[1:], expected[1:], flips=FLOAT_TOLERANCE)  # nothing was rounded twice before these
+
+
+@pytest.mark.usefixtures("few_dense_blocks")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("starts", "tokens"), [([1400], 150), ([1800, 1100, 30], 1)])
+def test_marked_groups_keep_every_block_as_in_torch(
+    dtype: torch.dtype, starts: list[int], tokens: int
+) -> None:
+    plain, _ = _run_both(_quantized(layers=1), starts, tokens, dtype)
+    model = _quantized(layers=1)
+    gate = list_attentions(model)[0].gate
+    assert isinstance(gate, BlockGate)
+    gate.keeps_all[1] = True
+    found, expected = _run_both(model, starts, tokens, dtype)
+    _check(found[:1], expected[:1])
+    assert (found[0] - plain[0]).abs().max() > 2 * FLIP_TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
