@@ -2,8 +2,10 @@
 
 One layer of SmolLM2's heads on random tensors, as it is served: int8 keys and values. What a layer
 does besides the products with its weights and writing the cache is timed: summaries of new blocks,
-scoring, choosing, attention. Dense attention is torch's, in float32; decoding folds a group's
-queries together there, which is faster than `enable_gqa`.
+scoring, choosing, attention. A tenth of all groups keep every block: with three groups a layer,
+three layers of ten have one such (`marked`), the others none (`sparse`). Dense attention is
+torch's, in float32; decoding folds a group's queries together there, which is faster than
+`enable_gqa`.
 """
 
 import json
@@ -41,7 +43,8 @@ class _Layer:
         self.drawn_k, self.v = (
             torch.randn(1, _KV_HEADS, tokens, _HEAD_DIM, generator=generator) for _ in range(2)
         )
-        self.gate = BlockGate(_HEADS, _KV_HEADS, _HEAD_DIM)
+        self.gate, self.marked_gate = (BlockGate(_HEADS, _KV_HEADS, _HEAD_DIM) for _ in range(2))
+        self.marked_gate.keeps_all[0] = True
         angles = torch.arange(tokens)[:, None] * 10_000.0 ** (-torch.arange(32) / 32)
         angles = torch.cat([angles, angles], dim=1)[None, None]
         self.cos, self.sin = angles.cos(), angles.sin()
@@ -57,17 +60,23 @@ class _Layer:
         return self.gate.keys(pooled, cos, sin)
 
     def prefill_sparse(self) -> Tensor:
-        return self._attend(self.summaries(), 0)
+        return self._attend(self.gate, self.summaries(), 0)
+
+    def prefill_marked(self) -> Tensor:
+        return self._attend(self.marked_gate, self.summaries(), 0)
 
     def decode_sparse(self, summaries: Tensor) -> Tensor:
-        return self._attend(summaries, self.tokens - 1)
+        return self._attend(self.gate, summaries, self.tokens - 1)
 
-    def _attend(self, summaries: Tensor, start: int) -> Tensor:
+    def decode_marked(self, summaries: Tensor) -> Tensor:
+        return self._attend(self.marked_gate, summaries, self.tokens - 1)
+
+    def _attend(self, gate: BlockGate, summaries: Tensor, start: int) -> Tensor:
         """Choice and attention of the queries from `start` on, in int8 keys and values."""
         part = slice(start, None)
         q, rotary = self.q[:, :, part], (self.cos[:, :, part], self.sin[:, :, part])
         unit = BLOCK if start == 0 else 1
-        chosen = self.gate.choose(self.drawn_q[:, part], q, rotary, summaries, [start], unit)
+        chosen = gate.choose(self.drawn_q[:, part], q, rotary, summaries, [start], unit)
         k, v = self.states
         return block_sparse_attention(q, k, v, chosen, [start])
 
@@ -90,18 +99,28 @@ class _Layer:
 
 @torch.inference_mode()
 def measure_prefill(tokens: int) -> dict[str, list[float]]:
-    """Seconds of reading `tokens` tokens, sparse and dense in turns."""
+    """Seconds of reading `tokens` tokens; all arms in turns."""
     layer = _Layer(tokens)
-    return _in_turns({"sparse": layer.prefill_sparse, "dense": layer.prefill_dense})
+    return _in_turns(
+        {
+            "sparse": layer.prefill_sparse,
+            "marked": layer.prefill_marked,
+            "dense": layer.prefill_dense,
+        }
+    )
 
 
 @torch.inference_mode()
 def measure_decode(tokens: int) -> dict[str, list[float]]:
-    """Seconds of one more token after `tokens`, sparse and dense in turns."""
+    """Seconds of one more token after `tokens`; all arms in turns."""
     layer = _Layer(tokens)
     summaries = layer.summaries()
     return _in_turns(
-        {"sparse": lambda: layer.decode_sparse(summaries), "dense": layer.decode_dense}
+        {
+            "sparse": lambda: layer.decode_sparse(summaries),
+            "marked": lambda: layer.decode_marked(summaries),
+            "dense": layer.decode_dense,
+        }
     )
 
 
