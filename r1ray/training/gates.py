@@ -4,7 +4,8 @@
    the attention that the model itself pays to every earlier block (`r1ray.ops.block_gate`).
 2. The loss is the divergence of the two, averaged over layers and groups, of every token up to the
    last target: prompts are read by the gates as well.
-3. What the gates would have missed of the last batches marks the groups that keep every block.
+3. What the gates would have missed where the last batches have targets (an answer looks for what it
+   needs) marks the groups that keep every block; every sequence counts the same.
 
 Price: one forward of the model without gradients, and one more attention whose scores are there for
 a chunk of queries at a time: N·chunk·T floats.
@@ -44,10 +45,11 @@ class GateTraining:
 
     def __init__(self, config: GatesConfig) -> None:
         self._chunk, self._dense_share = config.query_chunk, config.dense_groups
+        self._is_answer_BT: Tensor | None = None  # of the batch that was drawn last
 
     def draw(self, model: Decoder, batch: MicroBatch, step: int) -> MicroBatch:  # noqa: ARG002
         """The batch with a target at every token that one follows, but for padding."""
-        is_target_BT = batch.labels_BT != IGNORED
+        is_target_BT = self._is_answer_BT = batch.labels_BT != IGNORED
         is_read_BT = is_target_BT.flip(1).cumsum(1).flip(1) > 0
         labels_BT = torch.where(is_read_BT, batch.input_ids_BT.roll(-1, 1), IGNORED)
         num_targets = int(is_read_BT.sum())
@@ -65,6 +67,8 @@ class GateTraining:
             )
         ids_BT = batch.input_ids_BT
         is_target_BT = batch.labels_BT != IGNORED
+        is_answer_BT = is_target_BT if self._is_answer_BT is None else self._is_answer_BT
+        weight_BT = is_answer_BT / is_answer_BT.sum(1, keepdim=True).clamp_min(1) / len(ids_BT)
         positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         cos, sin = rotary_tables(model.config, positions_1T)
         block_cos, block_sin = cos[:, :, ::BLOCK], sin[:, :, ::BLOCK]
@@ -88,10 +92,9 @@ class GateTraining:
                 scores = gate.scores(queries, keys)
                 divergence = gate_divergence(scores, targets, start)
                 losses.append((divergence.mean(1) * is_target_BT[:, part]).sum())
-                missed_K += (
-                    count_missed(scores, largest, start) * is_target_BT[:, None, part]
-                ).sum((0, 2))
-            gate.missed.lerp_(missed_K / is_target_BT.sum().clamp_min(1), _NEWEST)
+                missed_BKT = count_missed(scores, largest, start)
+                missed_K += (missed_BKT * weight_BT[:, None, part]).sum((0, 2))
+            gate.missed.lerp_(missed_K, _NEWEST)
 
         with _observing(model, observe), torch.no_grad():
             model.hidden(ids_BT)

@@ -93,6 +93,26 @@ def test_what_gates_miss_marks_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missed[marks].min() >= missed[~marks].max()
 
 
+def test_what_answers_look_for_is_what_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sequence counts the same, however many targets it has."""
+    monkeypatch.setattr(
+        "r1ray.training.gates.count_missed",
+        lambda scores, _largest, start: (
+            torch.arange(start, start + scores.shape[2]).float().expand(scores.shape[:3])
+        ),
+    )
+    labels = torch.full((2, 250), IGNORED)
+    labels[0, 100] = labels[0, 102] = 1
+    labels[1, 200] = 1
+    batch = MicroBatch(BATCH.input_ids_BT[:2], labels, 500, 3)
+    model, objective = _gated(), GateTraining(GatesConfig())
+    objective.loss(model, objective.draw(model, batch, 0))
+    for attention in list_attentions(model):
+        assert isinstance(attention.gate, BlockGate)
+        expected = torch.full_like(attention.gate.missed, 0.05 * (101 + 200) / 2)
+        torch.testing.assert_close(attention.gate.missed, expected)
+
+
 def test_every_token_up_to_the_last_target_is_learned_from() -> None:
     labels = BATCH.labels_BT.clone()
     labels[:, :150] = IGNORED
