@@ -133,6 +133,12 @@ class LongContextSourceConfig:
     first_seed: Annotated[int, Field(ge=0, lt=2**31)] = 10**6
     """Of the texts; evaluation begins at 0."""
 
+    @model_validator(mode="after")
+    def _has_rows(self) -> "LongContextSourceConfig":
+        if self.num_tasks + self.num_documents == 0:
+            raise ValueError("num_tasks and num_documents are both 0; raise one of them")
+        return self
+
 
 SourceConfig = Annotated[
     FileSourceConfig | TaskSourceConfig | LongContextSourceConfig, Field(discriminator="type")

@@ -104,7 +104,7 @@ def write_conversation(
     Tasks have a quarter to all of `max_tokens`, and what further questions take besides.
 
     Raises:
-        ConfigError: the task does not fit.
+        ConfigError: the task does not fit, or there is no source code of that length.
     """
     rng = random.Random(number)
     if not is_task:
@@ -137,9 +137,14 @@ def _fit(
 
 def _recite(tokenizer: Tokenizer, rng: random.Random, max_tokens: int) -> list[dict[str, str]]:
     """Source code as an answer: every token of it is a target."""
-    code = read_source_code()
-    start = rng.randrange(len(code) - _CHARS_PER_TOKEN * max_tokens)
-    text = code[start : start + _CHARS_PER_TOKEN * max_tokens]
+    code, chars = read_source_code(), _CHARS_PER_TOKEN * max_tokens
+    if not max_tokens > _TEMPLATE_TOKENS or chars >= len(code):
+        raise ConfigError(
+            f"no window of {max_tokens} tokens in {len(code)} characters of source code; windows "
+            f"have more than {_TEMPLATE_TOKENS} and up to {len(code) // _CHARS_PER_TOKEN} tokens"
+        )
+    start = rng.randrange(len(code) - chars)
+    text = code[start : start + chars]
     [(_, starts)] = tokenizer.encode_batch_with_offsets([text])
     end = starts[: max_tokens - _TEMPLATE_TOKENS][-1]
     return [

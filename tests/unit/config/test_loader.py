@@ -182,6 +182,10 @@ def test_wrong_overrides_are_named(override: str, complaint: str) -> None:
             ["serve.budget_mib=64", "compress.scheme=w4a8"],
             "serve.budget_mib goes with compress.scheme w8a8, not with w4a8",
         ),
+        (
+            ["prepare.sources=[{type: long_context, num_tasks: 0}]"],
+            "num_tasks and num_documents are both 0; raise one of them",
+        ),
     ],
 )
 def test_rules_across_fields_name_both_values(overrides: list[str], complaint: str) -> None:

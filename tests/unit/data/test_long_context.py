@@ -110,3 +110,10 @@ def test_training_samples_fit(number: int, is_task: bool, tmp_path: Path) -> Non
     longest = turns[0 if is_task else 1]["content"]
     assert 300 < len(tokenizer.encode(longest)) < 3000
     assert turns[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("max_tokens", [60, 2_000_000])
+def test_windows_that_there_cannot_be_are_said(max_tokens: int, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_tiny_model(tmp_path))
+    with pytest.raises(ConfigError, match=f"no window of {max_tokens} tokens"):
+        write_conversation(tokenizer, 0, max_tokens=max_tokens, is_task=False)
