@@ -40,7 +40,8 @@ __all__ = [
 
 CONTEXT = 8192
 _FIRST_NUMBER = 1_000_000  # of training samples; the tasks that are asked begin at 0
-_BATCH_TOKENS = 32_768
+_TUNE_BATCH, _GATE_BATCH = 32_768, 16_384  # tokens
+_GPU_CHUNK = 2048  # of queries
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[float]:
     """Teach the model in `base` the tasks; written to `target`. Returns the loss of every step."""
     numbers = range(_FIRST_NUMBER, _FIRST_NUMBER + size.tune_examples)
     samples = _write_samples(base, numbers, is_task=True)
-    batches = list(_batch(samples, every_token=False))
+    batches = list(_batch(samples, _TUNE_BATCH, every_token=False))
     model = load_model(base, dtype=torch.float32).to(_device())
     config = TrainConfig(
         num_steps=max(2, len(batches) // 2),
@@ -74,7 +75,7 @@ def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[float]:
         batches,
         per_step=2,
     )
-    _save(model, base, target)
+    _save(model.to(torch.bfloat16), base, target)  # as SmolLM2 is published
     return losses
 
 
@@ -89,19 +90,20 @@ def train_gates(tuned: Path, target: Path, size: TrainingSize) -> tuple[list[flo
     samples = _write_samples(tuned, numbers, is_task=True)
     samples += _write_samples(tuned, range(size.gate_documents), is_task=False)
     random.Random(0).shuffle(samples)
-    batches = list(_batch(samples, every_token=True))
+    batches = list(_batch(samples, _GATE_BATCH, every_token=True))
     model = load_model(tuned, dtype=torch.float32)
     model.requires_grad_(False)
     attach_gates(model)
     model = model.to(_device())
+    gates = GatesConfig(query_chunk=_GPU_CHUNK) if torch.cuda.is_available() else GatesConfig()
     config = TrainConfig(
         num_steps=len(batches),
         warmup_steps=min(5, len(batches) - 1),
         learning_rate=2e-3,
         precision="fp32",
-        gates=GatesConfig(),
+        gates=gates,
     )
-    objective = GateTraining(GatesConfig())
+    objective = GateTraining(gates)
     state = TrainState(model, config, build_exchange(config.exchange), LocalTransport(), objective)
     losses = _train(state, batches, per_step=1)
     _save(model, tuned, target)
@@ -140,16 +142,17 @@ def _tokenizer(model_dir: str) -> Tokenizer:
     return Tokenizer(model_dir)
 
 
-def _batch(samples: Sequence[Sample], *, every_token: bool) -> Iterator[MicroBatch]:
+def _batch(samples: Sequence[Sample], most: int, *, every_token: bool) -> Iterator[MicroBatch]:
     """Batches of similar lengths, in random order.
 
     Args:
+        most: tokens of a batch, padding included.
         every_token: is a target, and not the answers alone.
     """
     groups: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda item: len(item.input_ids)):
         longest = len(sample.input_ids)
-        if not groups or longest * (len(groups[-1]) + 1) > _BATCH_TOKENS:
+        if not groups or longest * (len(groups[-1]) + 1) > most:
             groups.append([])
         groups[-1].append(sample)
     random.Random(2).shuffle(groups)

@@ -2,8 +2,8 @@
 
 One layer of SmolLM2's heads on random tensors, as it is served: int8 keys and values. What a layer
 does besides the products with its weights and writing the cache is timed: summaries of new blocks,
-scoring, choosing, attention. A tenth of all groups keep every block: with three groups a layer,
-three layers of ten have one such (`marked`), the others none (`sparse`). Dense attention is
+scoring, choosing, attention. A tenth of all groups choose by the keys themselves: of three groups a
+layer, three layers of ten have one such (`marked`), the others none (`sparse`). Dense attention is
 torch's, in float32; decoding folds a group's queries together there, which is faster than
 `enable_gqa`.
 """
@@ -44,7 +44,7 @@ class _Layer:
             torch.randn(1, _KV_HEADS, tokens, _HEAD_DIM, generator=generator) for _ in range(2)
         )
         self.gate, self.marked_gate = (BlockGate(_HEADS, _KV_HEADS, _HEAD_DIM) for _ in range(2))
-        self.marked_gate.keeps_all[0] = True
+        self.marked_gate.is_marked[0] = True
         angles = torch.arange(tokens)[:, None] * 10_000.0 ** (-torch.arange(32) / 32)
         angles = torch.cat([angles, angles], dim=1)[None, None]
         self.cos, self.sin = angles.cos(), angles.sin()
@@ -76,8 +76,8 @@ class _Layer:
         part = slice(start, None)
         q, rotary = self.q[:, :, part], (self.cos[:, :, part], self.sin[:, :, part])
         unit = BLOCK if start == 0 else 1
-        chosen = gate.choose(self.drawn_q[:, part], q, rotary, summaries, [start], unit)
         k, v = self.states
+        chosen = gate.choose(self.drawn_q[:, part], q, rotary, summaries, k, [start], unit)
         return block_sparse_attention(q, k, v, chosen, [start])
 
     def prefill_dense(self) -> Tensor:

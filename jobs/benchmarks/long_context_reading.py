@@ -1,10 +1,10 @@
 """SmolLM2 as it is served, reading long prompts in chunks: block-sparse attention against dense.
 
 Both have INT8 weights, int8 keys and values, and keep what earlier chunks left; the kernels are the
-same but for the choice of blocks. Gates are untrained, and a tenth of the groups, drawn at random,
-keep every block: both take the time that trained ones do. Beyond 8,192 tokens, positions are scaled
-by YaRN. Re-reading reads every prefix that ends with a piece of 4,096 tokens from its beginning,
-densely.
+same but for the choice of blocks. Gates are untrained, and the tenth of the groups that choose by
+the keys themselves is drawn at random: both take the time that trained ones do. Beyond 8,192
+tokens, positions are scaled by YaRN. Re-reading reads every prefix that ends with a piece of 4,096
+tokens from its beginning, densely.
 """
 
 import time
@@ -61,7 +61,7 @@ def _load(base: Path, length: int, attention: AttentionKind) -> Decoder:
     generator = torch.Generator().manual_seed(0)
     for gate in gates:
         gate.missed.copy_(torch.rand(gate.missed.shape, generator=generator))
-    mark_groups(gates, GatesConfig().dense_groups)
+    mark_groups(gates, GatesConfig().exact_groups)
     set_attention(model, attention)
     quantize_modules(model)
     if length + _NEW_TOKENS > _TRAINED:

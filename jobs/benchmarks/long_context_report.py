@@ -209,7 +209,7 @@ def _exponent(lengths: Mapping[int, Mapping[str, Sequence[float]]], arm: str) ->
 
 
 def _of_a_layer(seconds: Mapping[str, Sequence[float]]) -> NDArray[np.float64]:
-    """Of a layer on average, some of which have a group that keeps every block."""
+    """Of a layer on average, some of which have a group that chooses by the keys themselves."""
     share = _MARKED_LAYERS
     return share * np.array(seconds["marked"]) + (1 - share) * np.array(seconds["sparse"])
 

@@ -51,8 +51,8 @@ class GatesConfig:
 
     query_chunk: Annotated[int, Field(ge=1, le=65_536)] = 512
     """Queries whose attention is looked at together; bounds memory, changes nothing else."""
-    dense_groups: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of the groups of all layers that keep every block: those that miss most, if any do."""
+    exact_groups: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of all layers' groups that choose by the keys themselves: those that miss most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

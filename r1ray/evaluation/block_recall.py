@@ -20,6 +20,7 @@ from r1ray.models.decoder import Attention, Decoder
 from r1ray.models.gates import list_attentions
 from r1ray.models.rope import rotary_tables
 from r1ray.ops.block_selection import BLOCK
+from r1ray.ops.cached_states import CachedStates
 
 __all__ = ["BlockRecall", "measure_block_recall"]
 
@@ -67,7 +68,7 @@ def measure_block_recall(
         summaries = gate.summarize(k_BKTH[:, :, :whole], cos[:, :, :whole], sin[:, :, :whole])
         rotary = (cos[:, :, last], sin[:, :, last])
         queries = (q_BTNH[:, last], q_BNTH[:, :, last])
-        chosen = gate.choose(*queries, rotary, summaries, [last.start], 1)
+        chosen = gate.choose(*queries, rotary, summaries, CachedStates(k_BKTH), [last.start], 1)
         kept_KQC = _kept(chosen[0], owns, -(-tokens // BLOCK))
         share_NQC = _attention_by_block(q_BNTH[0, :, last], k_BKTH[0])
         kept_NQC = kept_KQC.repeat_interleave(len(share_NQC) // len(kept_KQC), dim=0)

@@ -27,7 +27,7 @@ from r1ray.models.kv_cache import CacheBuffers, CacheSlice
 from r1ray.models.sparse import SparseForward, cut_units
 from r1ray.ops import native
 from r1ray.ops.block_gate import BlockGate
-from r1ray.ops.block_selection import BLOCK, count_chosen
+from r1ray.ops.block_selection import BLOCK, count_chosen, count_exact
 from r1ray.ops.int8 import Int8Linear
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _LINEARS = (
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 _LINEAR_PARTS = ("weight", "weight_scale", "bias")
-_GATE_PARTS = ("query_weight", "query_norm", "key_weight", "key_norm", "keeps_all")
+_GATE_PARTS = ("query_weight", "query_norm", "key_weight", "key_norm", "is_marked")
 # The tensors of a layer, in the order of `LayerWeights` in decoder_layers.h.
 _NAMES = (
     *(f"{norm}.weight" for norm in _NORMS),
@@ -105,7 +105,7 @@ class NativeLayers:
             ]
         gates = [_find(block, "self_attn.gate") for block in model.model.layers]
         self._has_marks = self.has_gates and any(
-            isinstance(gate, BlockGate) and bool(gate.keeps_all.any()) for gate in gates
+            isinstance(gate, BlockGate) and bool(gate.is_marked.any()) for gate in gates
         )
         self._table = (ctypes.c_void_p * (len(_NAMES) * len(self._layers)))()
         for index, tensor in enumerate(tensor for layer in self._layers for tensor in layer):
@@ -181,8 +181,7 @@ class NativeLayers:
         buffers = cache.buffers()
         cos, sin = (table.contiguous() for table in rotary)
         is_dense = sparse is None or sparse.is_dense
-        keeps_all = is_dense or self._has_marks
-        pieces, numbers = _plan(cache.starts, tokens, is_dense=is_dense, keeps_all=keeps_all)
+        pieces, numbers = _plan(cache.starts, tokens, is_dense=is_dense, has_marks=self._has_marks)
         completed = [] if sparse is None else _list_completed(sparse)
         padded = self._pad_gates() if not is_dense else []
         key_scale, value_scale = map(Tensor.data_ptr, buffers.scales or (_NONE, _NONE))
@@ -290,7 +289,7 @@ def _expect(
     if has_gate:
         kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
         shapes = ((kv_heads, group * head, head), (head,), (kv_heads, 3 * head, head), (head,))
-        yield "self_attn.gate.keeps_all", (torch.bool, (kv_heads,), False)
+        yield "self_attn.gate.is_marked", (torch.bool, (kv_heads,), False)
         for part, shape in zip(_GATE_PARTS[:-1], shapes, strict=True):
             yield f"self_attn.gate.{part}", (torch.float32, shape, False)
 
@@ -325,14 +324,14 @@ def _strides(buffers: CacheBuffers) -> dict[str, Any]:
     }
 
 
-def _plan(starts: list[int], tokens: int, *, is_dense: bool, keeps_all: bool) -> tuple[Any, Any]:
+def _plan(starts: list[int], tokens: int, *, is_dense: bool, has_marks: bool) -> tuple[Any, Any]:
     """(pieces, numbers): which new tokens are attended together, and blocks each unit keeps.
 
     All rows go together where they have one token each, or attend densely in whole blocks; else
     each by itself, cut at the bounds of blocks.
 
     Args:
-        keeps_all: some group may keep every block.
+        has_marks: some groups choose by the keys themselves.
     """
     rows = range(len(starts))
     if tokens == 1:
@@ -354,12 +353,13 @@ def _plan(starts: list[int], tokens: int, *, is_dense: bool, keeps_all: bool) ->
             for at in range(0, part.stop - part.start, unit)
         ]
         counts = [max(0, own - 1) if is_dense else count_chosen(own) for own in owns]
+        marked = [count_exact(own, unit) for own in owns] if has_marks and not is_dense else []
         at = len(numbers)
-        numbers += [*firsts, *counts]
+        numbers += [*firsts, *counts, *marked]
         pieces.append(
             native.QueryPiece(
                 *(of_rows.start, len(of_rows), part.start, part.stop - part.start, unit),
-                *(max(0, max(owns) - 1) if keeps_all else max(counts), at, at + len(firsts)),
+                *(max(counts + marked), at, at + len(firsts), at + len(firsts) + len(counts)),
             )
         )
     array = (ctypes.c_int64 * len(numbers))(*numbers)

@@ -74,7 +74,7 @@ class SparseForward:
         assert gate is not None
         summaries = self._cache.read_blocks(attention.layer, -(-k.shape[2] // BLOCK))
         if self._tokens == 1:
-            chosen = gate.choose(q_BTNH, q_BNTH, rotary, summaries, self._starts, 1)
+            chosen = gate.choose(q_BTNH, q_BNTH, rotary, summaries, k, self._starts, 1)
             return block_sparse_attention(q_BNTH, k, v, chosen, self._starts)
         rows = []
         for row, start in enumerate(self._starts):
@@ -85,7 +85,7 @@ class SparseForward:
                 cos, sin = (table[:, :, part] for table in cos_and_sin)
                 q, first = q_BNTH[one, :, part], [start + part.start]
                 chosen = gate.choose(
-                    *(q_BTNH[one, part], q, (cos, sin), summaries[one], first, unit)
+                    *(q_BTNH[one, part], q, (cos, sin), summaries[one], k.row(row), first, unit)
                 )
                 parts.append(block_sparse_attention(q, k.row(row), v.row(row), chosen, first))
             rows.append(torch.cat(parts, dim=2))

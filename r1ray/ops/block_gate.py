@@ -13,8 +13,8 @@ group's heads, as shares; it is computed for a chunk of queries at a time. The l
 divergence of softmax(score) from it.
 
 Some heads look for single tokens, which no summary of 64 keys shows. In training, a gate counts the
-peaks of attention in blocks that it would not choose; the groups that miss most are marked, and
-keep every block (`mark_groups`).
+peaks of attention in blocks that it would not choose; the groups that miss most are marked
+(`mark_groups`), and choose by the keys themselves (`r1ray.ops.exact_choice`).
 
 Price: (G + 3)·H² multiplications a token and group, and 2·C·H a query and group to score; a target
 takes one attention over all earlier keys. Parameters: (G + 3)·H² a group and layer.
@@ -30,11 +30,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1ray.ops import native
 from r1ray.ops.block_selection import BLOCK, choose_blocks, count_chosen
+from r1ray.ops.cached_states import CachedStates
+from r1ray.ops.exact_choice import choose_exact
 
 __all__ = [
     "BlockGate",
@@ -56,16 +57,16 @@ class BlockGate(nn.Module):
     Attributes:
         summary_size: floats that a block's summary takes, for each group.
         missed: float [K], peaks a query that each group missed in training, lately.
-        keeps_all: bool [K], groups that keep every block.
+        is_marked: bool [K], groups that choose by the keys themselves.
     """
 
     missed: Tensor
-    keeps_all: Tensor
+    is_marked: Tensor
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.register_buffer("missed", torch.zeros(num_kv_heads))
-        self.register_buffer("keeps_all", torch.zeros(num_kv_heads, dtype=torch.bool))
+        self.register_buffer("is_marked", torch.zeros(num_kv_heads, dtype=torch.bool))
         self.summary_size = head_dim
         groups, identity = num_heads // num_kv_heads, torch.eye(head_dim)
         query = torch.cat([identity / groups] * groups)
@@ -120,12 +121,14 @@ class BlockGate(nn.Module):
         q_BNTH: Tensor,
         rotary: tuple[Tensor, Tensor],
         summaries_BKCX: Tensor,
+        k: CachedStates,
         starts: list[int],
         unit: int,
     ) -> Tensor:
         """The blocks [B, K, U, M] that each unit keeps, as `choose_blocks` has them.
 
         Args:
+            k: [B, K, S, H], of positions 0 to S - 1.
             starts: position of each row's first query.
         """
         own_BU = _own_blocks(starts, q_BTNH.shape[1], unit)
@@ -138,22 +141,14 @@ class BlockGate(nn.Module):
         else:
             scores = self.score(q_BTNH, q_BNTH, rotary, summaries_BKCX, unit)
             chosen = choose_blocks(scores, own_BU)
-        return self._with_all(chosen, own_BU) if self.has_marks else chosen
+        if not self.has_marks:
+            return chosen
+        return choose_exact(q_BNTH, k, self.is_marked, chosen, starts)
 
     @functools.cached_property
     def has_marks(self) -> bool:
-        """Whether any group keeps every block; asked once a gate is no longer trained."""
-        return bool(self.keeps_all.any())
-
-    def _with_all(self, chosen_BKUM: Tensor, own_BU: list[list[int]]) -> Tensor:
-        """All earlier blocks for the groups that keep them."""
-        before_BU1 = torch.tensor(own_BU, device=chosen_BKUM.device)[..., None] - 1
-        blocks_M = torch.arange(max(0, int(before_BU1.max())), device=chosen_BKUM.device)
-        every_BUM = torch.where(blocks_M < before_BU1, blocks_M, -1)
-        padding = len(blocks_M) - chosen_BKUM.shape[3]
-        chosen = F.pad(chosen_BKUM, (0, padding), value=-1)
-        chosen[:, self.keeps_all] = every_BUM[:, None]
-        return chosen
+        """Whether any group is marked; asked once a gate is no longer trained."""
+        return bool(self.is_marked.any())
 
 
 class BoundsGate(nn.Module):
@@ -191,6 +186,7 @@ class BoundsGate(nn.Module):
         q_BNTH: Tensor,
         rotary: tuple[Tensor, Tensor],
         summaries_BKCX: Tensor,
+        k: CachedStates,  # noqa: ARG002
         starts: list[int],
         unit: int,
     ) -> Tensor:
@@ -261,8 +257,8 @@ def mark_groups(gates: Sequence[BlockGate], share: float) -> None:
     worst = missed.flatten().topk(count)
     is_marked = torch.zeros(missed.numel(), dtype=torch.bool, device=missed.device)
     is_marked[worst.indices[worst.values > 0]] = True
-    for gate, keeps_all in zip(gates, is_marked.view_as(missed), strict=True):
-        gate.keeps_all.copy_(keeps_all)
+    for gate, marks in zip(gates, is_marked.view_as(missed), strict=True):
+        gate.is_marked.copy_(marks)
 
 
 def gate_divergence(scores_BKTC: Tensor, targets_BKTC: Tensor, start: int) -> Tensor:

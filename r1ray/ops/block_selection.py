@@ -26,32 +26,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BLOCK", "DENSE_BLOCKS", "SummaryTree", "choose_blocks", "count_chosen"]
+__all__ = [
+    "BLOCK",
+    "DENSE_BLOCKS",
+    "SummaryTree",
+    "choose_blocks",
+    "count_chosen",
+    "count_exact",
+]
 
 BLOCK = 64  # tokens, of keys and of a unit of queries
 DENSE_BLOCKS = 32  # 2,048 tokens
 _LEAST, _MOST = 4, 64
+_EXACT_TIMES = 4
 _BRANCHES = 8
 
 
 def count_chosen(own: int) -> int:
     """Blocks that a unit in block `own` keeps besides that and the one before; with the sink."""
+    return max(0, own - 1) if own < DENSE_BLOCKS else min(own - 1, 1 + _count_best(own))
+
+
+def count_exact(own: int, unit: int) -> int:
+    """As `count_chosen`, in groups that choose by the keys in blocks (`r1ray.ops.exact_choice`).
+
+    Four times as many: each of the queries of a block may look for a token of its own. A unit of
+    one token keeps all.
+    """
     earlier = max(0, own - 1)
-    if own < DENSE_BLOCKS:
+    if own < DENSE_BLOCKS or unit == 1:
         return earlier
-    best = min(_MOST, max(_LEAST, math.ceil(1.5 * math.log2(own + 1))))
-    return min(earlier, 1 + best)
+    return min(earlier, 1 + _EXACT_TIMES * _count_best(own))
 
 
-def choose_blocks(scores_BKUC: Tensor, own_BU: list[list[int]]) -> Tensor:
+def _count_best(own: int) -> int:
+    return min(_MOST, max(_LEAST, math.ceil(1.5 * math.log2(own + 1))))
+
+
+def choose_blocks(
+    scores_BKUC: Tensor, own_BU: list[list[int]], counts_BU: list[list[int]] | None = None
+) -> Tensor:
     """Numbers of the chosen blocks, -1 behind them: int64 [B, K, U, M], best first.
 
     Args:
         scores_BKUC: float; higher is better. Blocks that are too late may hold anything.
         own_BU: the block that each unit's queries are in.
+        counts_BU: blocks of each; None for `count_chosen`.
     """
     device = scores_BKUC.device
-    counts_BU = torch.tensor([[count_chosen(own) for own in row] for row in own_BU], device=device)
+    if counts_BU is None:
+        counts_BU = [[count_chosen(own) for own in row] for row in own_BU]
+    return _choose(scores_BKUC, own_BU, torch.tensor(counts_BU, device=device))
+
+
+def _choose(scores_BKUC: Tensor, own_BU: list[list[int]], counts_BU: Tensor) -> Tensor:
+    device = scores_BKUC.device
     most = int(counts_BU.max()) if counts_BU.numel() else 0
     before_BU = torch.tensor(own_BU, device=device) - 1
     blocks_C = torch.arange(scores_BKUC.shape[3], device=device)

@@ -5,7 +5,7 @@
 2. The loss is the divergence of the two, averaged over layers and groups, of every token up to the
    last target: prompts are read by the gates as well.
 3. What the gates would have missed where the last batches have targets (an answer looks for what it
-   needs) marks the groups that keep every block; every sequence counts the same.
+   needs) marks the groups that choose by the keys themselves; every sequence counts the same.
 
 Price: one forward of the model without gradients, and one more attention whose scores are there for
 a chunk of queries at a time: N·chunk·T floats.
@@ -44,7 +44,7 @@ class GateTraining:
     """The objective of `train.gates`; every layer of the model has a gate."""
 
     def __init__(self, config: GatesConfig) -> None:
-        self._chunk, self._dense_share = config.query_chunk, config.dense_groups
+        self._chunk, self._exact_share = config.query_chunk, config.exact_groups
         self._is_answer_BT: Tensor | None = None  # of the batch that was drawn last
 
     def draw(self, model: Decoder, batch: MicroBatch, step: int) -> MicroBatch:  # noqa: ARG002
@@ -99,7 +99,7 @@ class GateTraining:
         with _observing(model, observe), torch.no_grad():
             model.hidden(ids_BT)
         gates = [attention.gate for attention in list_attentions(model)]
-        mark_groups([gate for gate in gates if isinstance(gate, BlockGate)], self._dense_share)
+        mark_groups([gate for gate in gates if isinstance(gate, BlockGate)], self._exact_share)
         if not losses:  # sequences of less than a block: nothing to choose, and nothing to learn
             return sum(item.sum() for item in model.parameters() if item.requires_grad) * 0.0  # type: ignore[return-value]
         return torch.stack(losses).sum() / model.config.num_layers

@@ -8,6 +8,7 @@ from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.block_sparse import block_sparse_attention, reference_attention
 from r1ray.ops.cached_states import CachedStates, quantize_states
 from r1ray.ops.causal_attention import cached_attention, causal_attention
+from r1ray.ops.exact_choice import choose_exact
 from r1ray.ops.fake_quant import fake_quant_linear
 from r1ray.ops.int8 import int8_linear, quantize_int8, torch_int8_linear
 from r1ray.training.range_meter import RangeMeter, split_groups
@@ -152,3 +153,12 @@ def test_attention_over_a_cache_equals_that_on_a_cpu(
     found = cached_attention(on_gpu[0], *states, starts)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=tolerance)
+
+
+def test_marked_groups_choose_the_same_blocks() -> None:
+    q, k = _normal(1, 6, 2 * BLOCK, 32), CachedStates(_normal(1, 2, 50 * BLOCK, 32, seed=1))
+    arguments = (torch.tensor([False, True]), torch.zeros(1, 2, 2, 1).long())
+    expected = choose_exact(q, k, *arguments, [48 * BLOCK])
+    moved = [item.to(CUDA) for item in arguments]
+    found = choose_exact(q.to(CUDA), CachedStates(k.data_BKSH.to(CUDA)), *moved, [48 * BLOCK])
+    assert torch.equal(found.cpu().sort().values, expected.sort().values)

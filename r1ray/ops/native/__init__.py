@@ -16,7 +16,7 @@ from r1ray.ops.native.layers import (
 )
 from r1ray.ops.native.library import ISA_NAMES, best_isa, describe, is_available
 from r1ray.ops.native.linear import MAX_INPUTS, int8_linear
-from r1ray.ops.native.sparse import can_attend, choose_blocks, sparse_attention
+from r1ray.ops.native.sparse import can_attend, choose_blocks, choose_exact, sparse_attention
 
 __all__ = [
     "ISA_NAMES",
@@ -27,6 +27,7 @@ __all__ = [
     "best_isa",
     "can_attend",
     "choose_blocks",
+    "choose_exact",
     "describe",
     "int8_linear",
     "is_available",

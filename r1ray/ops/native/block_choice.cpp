@@ -12,11 +12,8 @@
 // Names: B rows, T tokens, N query heads, K groups, H size of a head and of a summary, C blocks,
 // U units, M chosen blocks.
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
-#include <functional>
 
 #include "attention.h"
 #include "block_choice.h"
@@ -87,30 +84,6 @@ namespace {
 
 constexpr int64_t kSerialProducts = 1 << 17;  // below, waking threads costs more than it saves
 
-// Greater for a higher score, and of equal ones for an earlier block. NaN has its place in the order.
-uint64_t rank(float score, int64_t block) {
-  uint32_t bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return uint64_t{bits} << 32 | (0xffffffffu - static_cast<uint32_t>(block));
-}
-
-// The first block and the best of the others; all of them in order where that many are chosen.
-void choose(const ChoiceTask& task, const ChoiceScratch& scratch, int64_t* out) {
-  if (task.count == task.early) {
-    for (int64_t i = 0; i < task.count; ++i) out[i] = i;
-    return;
-  }
-  if (!task.count) return;
-  uint64_t* const ranks = scratch.ranks;
-  const int64_t others = task.early - 1, best = task.count - 1;
-  for (int64_t i = 0; i < others; ++i) ranks[i] = rank(scratch.scores[i + 1], i + 1);
-  std::partial_sort(ranks, ranks + best, ranks + others, std::greater<uint64_t>());
-  out[0] = 0;
-  for (int64_t i = 0; i < best; ++i)
-    out[i + 1] = 0xffffffffu - static_cast<uint32_t>(ranks[i] & 0xffffffffu);
-}
-
 template <class Function>
 void run_tasks(void* data, Function score) {
   ChoiceJob& job = *static_cast<ChoiceJob*>(data);
@@ -141,7 +114,7 @@ void run_tasks(void* data, Function score) {
     }
     int64_t* out = job.out + ((task.row * job.K + task.group) * job.U + task.unit) * job.M;
     if (needs_scores) score(job, task, scratch);
-    choose(task, scratch, out);
+    take_best(scratch.scores, task.early, task.count, scratch.ranks, out);
     for (int64_t m = task.count; m < job.M; ++m) out[m] = -1;
   }
 }

@@ -1,8 +1,12 @@
-// What a call of the kernel that chooses blocks is given.
+// What a call of the kernel that chooses blocks by their summaries is given, and how the best of
+// scored blocks are taken.
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <functional>
 
 namespace r1ray {
 
@@ -23,6 +27,31 @@ struct ChoiceArguments {
   int64_t unit;  // tokens: 64, or 1
   int32_t isa, num_threads;
 };
+
+// Greater for a higher score, and of equal ones for an earlier block. NaN has its place in the order.
+inline uint64_t rank(float score, int64_t block) {
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return uint64_t{bits} << 32 | (0xffffffffu - static_cast<uint32_t>(block));
+}
+
+// `count` of the `early` first blocks: the first and the best of the others; all of them in order,
+// whatever their scores, where that many are chosen. `ranks` has room for as many.
+inline void take_best(const float* scores, int64_t early, int64_t count, uint64_t* ranks,
+                      int64_t* out) {
+  if (count == early) {
+    for (int64_t i = 0; i < count; ++i) out[i] = i;
+    return;
+  }
+  if (!count) return;
+  const int64_t others = early - 1, best = count - 1;
+  for (int64_t i = 0; i < others; ++i) ranks[i] = rank(scores[i + 1], i + 1);
+  std::partial_sort(ranks, ranks + best, ranks + others, std::greater<uint64_t>());
+  out[0] = 0;
+  for (int64_t i = 0; i < best; ++i)
+    out[i + 1] = 0xffffffffu - static_cast<uint32_t>(ranks[i] & 0xffffffffu);
+}
 
 }  // namespace r1ray
 

@@ -5,8 +5,8 @@
 // 2. Queries and keys are normed (Qwen3) and rotated; keys and values go into the cache, as float32
 //    or as int8 exactly as `quantize_states` rounds.
 // 3. Blocks that are complete now are summarized from what the cache holds (`BlockGate.summarize`).
-// 4. Blocks are chosen (block_choice.cpp) and attended to (sparse_attention.cpp). Where all earlier
-//    blocks are, the choice is that of the first layer.
+// 4. Blocks are chosen (block_choice.cpp, exact_choice.cpp) and attended to (sparse_attention.cpp).
+//    Where all earlier blocks are, the choice is that of the first layer.
 // 5. The outputs' product is added to the hidden states.
 // 6. RMSNorm and quantization; gate and up; silu(gate) · up and its quantization; down, added.
 //
@@ -30,6 +30,7 @@
 
 #include "attention.h"
 #include "block_choice.h"
+#include "exact_choice.h"
 #include "int8_linear.h"
 #include "runtime.h"
 #include "simd.h"
@@ -234,18 +235,10 @@ void run_stage(Forward& forward, void (*body)(void*), int32_t num_threads) {
 
 int64_t count_units(const Piece& piece) { return (piece.tokens + piece.unit - 1) / piece.unit; }
 
-// Marked groups keep every earlier block, whatever was chosen for them.
-void keep_all(const Forward& forward, const Piece& piece, int64_t* chosen) {
-  const int64_t units = count_units(piece);
-  for (int64_t row = 0; row < piece.rows; ++row)
-    for (int64_t group = 0; group < forward.K; ++group) {
-      if (!forward.weights->keeps_all[group]) continue;
-      for (int64_t unit = 0; unit < units; ++unit) {
-        const int64_t start = forward.numbers[piece.starts + row] + unit * piece.unit;
-        int64_t* out = chosen + ((row * forward.K + group) * units + unit) * piece.most;
-        for (int64_t block = 0; block < start / kBlock - 1; ++block) out[block] = block;
-      }
-    }
+// Where a token's keys or values begin.
+const void* state_at(const Forward& forward, const void* states, int64_t token) {
+  const int64_t bytes = token * forward.H * (forward.key_scale ? 1 : int64_t{sizeof(float)});
+  return static_cast<const char*>(states) + bytes;
 }
 
 int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
@@ -282,10 +275,43 @@ int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
   job.unit = piece.unit;
   job.isa = forward.isa;
   job.num_threads = forward.num_threads;
-  const int32_t failure = r1ray_choose_blocks(&job);
-  if (failure == kNone && forward.chooses && forward.weights->keeps_all)
-    keep_all(forward, piece, chosen);
-  return failure;
+  return r1ray_choose_blocks(&job);
+}
+
+// For marked groups, in place of what was chosen for them.
+int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chosen) {
+  const bool* const marks = forward.weights->is_marked;
+  if (!marks || std::none_of(marks, marks + forward.K, [](bool is_marked) { return is_marked; }))
+    return kNone;
+  ExactArguments job = {};
+  job.q = forward.rotated + (piece.row * forward.T + piece.token) * forward.N * forward.H;
+  job.q_row = forward.T * forward.N * forward.H;
+  job.q_token = forward.N * forward.H;
+  job.q_head = forward.H;
+  const int64_t at = forward.token_at(piece.row, 0);
+  job.keys = state_at(forward, forward.keys, at);
+  job.key_row = forward.row_stride * forward.H;
+  job.key_head = forward.S * forward.H;
+  if (forward.key_scale) {
+    job.key_scale = forward.key_scale + at;
+    job.key_scale_row = forward.row_stride;
+    job.key_scale_head = forward.S;
+  }
+  job.is_marked = marks;
+  job.counts = forward.numbers + piece.marked;
+  job.starts = forward.numbers + piece.starts;
+  job.out = chosen;
+  job.B = piece.rows;
+  job.N = forward.N;
+  job.K = forward.K;
+  job.T = piece.tokens;
+  job.H = forward.H;
+  job.U = count_units(piece);
+  job.M = piece.most;
+  job.unit = piece.unit;
+  job.isa = forward.isa;
+  job.num_threads = forward.num_threads;
+  return r1ray_choose_exact(&job);
 }
 
 int32_t attend(const Forward& forward, const Piece& piece, const int64_t* chosen) {
@@ -296,9 +322,8 @@ int32_t attend(const Forward& forward, const Piece& piece, const int64_t* chosen
   job.q_token = forward.N * forward.H;
   job.q_head = forward.H;
   const int64_t at = forward.token_at(piece.row, 0);
-  const int64_t bytes = at * forward.H * (forward.key_scale ? 1 : int64_t{sizeof(float)});
-  job.keys = static_cast<const char*>(forward.keys) + bytes;
-  job.values = static_cast<const char*>(forward.values) + bytes;
+  job.keys = state_at(forward, forward.keys, at);
+  job.values = state_at(forward, forward.values, at);
   job.key_row = job.value_row = forward.row_stride * forward.H;
   job.key_head = job.value_head = forward.S * forward.H;
   if (forward.key_scale) {
@@ -330,6 +355,8 @@ void attend_pieces(Forward& forward) {
   for (int64_t i = 0; i < forward.num_pieces && forward.failure == kNone; ++i) {
     const Piece& piece = forward.pieces[i];
     if (is_new) forward.failure = choose(forward, piece, chosen);
+    if (forward.failure == kNone && forward.chooses)
+      forward.failure = choose_exactly(forward, piece, chosen);
     if (forward.failure == kNone) forward.failure = attend(forward, piece, chosen);
     chosen += piece.rows * forward.K * count_units(piece) * piece.most;
   }

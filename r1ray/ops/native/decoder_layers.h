@@ -19,7 +19,7 @@ struct LayerWeights {
   const float *q_norm, *k_norm;              // null without
   const float *query_weight, *query_norm;    // of the layer's gate; null without
   const float *key_weight, *key_norm;
-  const bool* keeps_all;  // [K]: groups that keep every block
+  const bool* is_marked;  // [K]: groups that choose by the keys in blocks
 };
 
 // Queries that are attended together: those of one row in whole blocks or one by one, or of all.
@@ -30,6 +30,7 @@ struct Piece {
   int64_t most;           // blocks that any unit chooses
   int64_t starts;         // in `numbers`: the position of each row's first
   int64_t counts;         // in `numbers`: blocks to choose, [rows][units]
+  int64_t marked;         // in `numbers`: blocks to choose in marked groups, [rows][units]
 };
 
 // Blocks of one row that are complete with the new tokens.

@@ -4,8 +4,8 @@
 // `#include "tiles.h"` within it, with TARGET defined as that set's attribute. Templates
 // over a set would not do: a function takes its instructions from its own attribute alone.
 //
-// A Word is what one step of a product takes from either side: a float, or two bfloat16 of
-// neighbouring steps, the earlier in the low half. kPair is how many steps it holds.
+// A Word is what one step of a product takes from either side: a float, two bfloat16 of neighbouring
+// steps, the earlier in the low half, or four int8. kPair is how many steps it holds.
 
 #pragma once
 
@@ -215,6 +215,29 @@ TARGET_AVX512_BF16 INLINE Vec dot(Vec sum, Words a, Words b) {
 }
 
 }  // namespace avx512_bf16
+
+namespace avx512_int8 {
+
+using avx512::Vec, avx512::kLanes, avx512::kVecs, avx512::load, avx512::store, avx512::broadcast,
+    avx512::larger, avx512::exp2;
+typedef uint32_t Word;
+typedef __m512i Words;
+constexpr int kPair = 4;
+
+TARGET_AVX512 INLINE Words load_words(const Word* from) { return _mm512_loadu_si512(from); }
+TARGET_AVX512 INLINE void store_words(Word* to, Words words) { _mm512_storeu_si512(to, words); }
+TARGET_AVX512 INLINE Words broadcast_word(Word word) {
+  return _mm512_set1_epi32(static_cast<int>(word));
+}
+// The sums are int32, in registers of floats; `a` is unsigned.
+TARGET_AVX512 INLINE Vec dot(Vec sum, Words a, Words b) {
+  return _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sum), a, b));
+}
+TARGET_AVX512 INLINE Vec to_floats(Vec sum) {
+  return _mm512_cvtepi32_ps(_mm512_castps_si512(sum));
+}
+
+}  // namespace avx512_int8
 
 #endif  // __x86_64__
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.ops.native.library import best_isa, is_available, library
-from r1ray.ops.native.sparse_plans import layout, plan_attention, plan_choice
+from r1ray.ops.native.sparse_plans import layout, plan_attention, plan_choice, plan_exact
 
-__all__ = ["can_attend", "choose_blocks", "sparse_attention"]
+__all__ = ["can_attend", "choose_blocks", "choose_exact", "sparse_attention"]
 
 _NO_MEMORY, _BAD_BLOCK = 1, 2  # what the kernels return where they fail
 _WIDTH = 16  # floats of the widest register, to which weights are padded
@@ -48,6 +48,15 @@ class _ChoiceArguments(ctypes.Structure):
     _fields_ = _fields(
         "*q q_row q_token q_head *weight *norm *cos *sin rotary_row rotary_token"
         " *keys key_row key_head *counts *starts *out B T N K H C U M unit"
+    )
+
+
+class _ExactArguments(ctypes.Structure):
+    """As in exact_choice.h."""
+
+    _fields_ = _fields(
+        "*q q_row q_head q_token *keys key_row key_head *key_scale key_scale_row key_scale_head"
+        " *is_marked *counts *starts *out B N K T H U M unit"
     )
 
 
@@ -156,6 +165,50 @@ def choose_blocks(
     )
     _raise(library().r1ray_choose_blocks(ctypes.byref(arguments)), "choose_blocks")
     return chosen
+
+
+def choose_exact(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    is_marked_K: Tensor,
+    counts_BU: list[list[int]],
+    starts: list[int],
+    chosen_BKUM: Tensor,
+    *,
+    key_scale_BKS: Tensor | None = None,
+    isa: int | None = None,
+) -> None:
+    """`r1ray.ops.exact_choice.choose_exact` on the CPU: the marked groups of `chosen` are replaced.
+
+    Float keys are multiplied in float32. Queries are rounded to int8 where keys are and the
+    processor has such products: blocks that score within 1% of the largest score of each other may
+    take each other's place.
+
+    Args:
+        q_BNTH: float32, with rotary positions.
+        k_BKSH: float32; or int8, and their floats are these times the scales.
+        is_marked_K: bool.
+        chosen_BKUM: contiguous int64. Units have one token where U = T, and keep all that they can;
+            else 64, and then every start is a multiple of 64.
+    Raises:
+        ShapeError: shapes, dtypes, starts or counts do not fit each other.
+    """
+    tensors = [q_BNTH, k_BKSH, is_marked_K, chosen_BKUM]
+    if key_scale_BKS is not None:
+        tensors.append(key_scale_BKS)
+    counts = tuple([tuple(row) for row in counts_BU])
+    plan = plan_exact(tuple([layout(item) for item in tensors]), counts, tuple(starts))
+    if plan.has_gaps:
+        tensors = [item.contiguous() for item in tensors]
+        plan = plan_exact(tuple([layout(item) for item in tensors]), counts, tuple(starts))
+    q, k, is_marked, chosen, *scale = [item.data_ptr() for item in tensors]
+    strides = plan.strides
+    arguments = _ExactArguments(
+        *(q, *strides[0], k, *strides[1], scale[0] if scale else None, *strides[2]),
+        *(is_marked, plan.numbers + 8 * len(starts), plan.numbers, chosen, *plan.sizes),
+        *(_known(isa), torch.get_num_threads()),
+    )
+    _raise(library().r1ray_choose_exact(ctypes.byref(arguments)), "choose_exact")
 
 
 def _known(isa: int | None) -> int:

@@ -19,13 +19,18 @@ from torch import Tensor
 from r1ray.errors import ShapeError
 from r1ray.ops.block_selection import BLOCK
 
-__all__ = ["Plan", "layout", "plan_attention", "plan_choice"]
+__all__ = ["Plan", "layout", "plan_attention", "plan_choice", "plan_exact"]
 
 _FLOAT_KINDS = [(torch.float32, True)] * 3 + [(torch.int64, True)]
 _INT8_KINDS = [
     *((torch.float32, True), (torch.int8, True), (torch.int8, True), (torch.int64, True)),
     *((torch.float32, True), (torch.float32, True)),
 ]  # of the queries, keys, values, blocks and scales: dtype, and whether on the CPU
+_EXACT_FLOAT_KINDS = [*_FLOAT_KINDS[:2], (torch.bool, True), (torch.int64, True)]
+_EXACT_INT8_KINDS = [
+    *(*_INT8_KINDS[:2], (torch.bool, True), (torch.int64, True)),
+    (torch.float32, True),
+]  # of the queries, keys, marks, blocks and scales
 
 Layout = tuple[torch.dtype, bool, tuple[int, ...], tuple[int, ...]]
 
@@ -95,6 +100,24 @@ def plan_choice(
     return _plan(has_gaps, [q[3][:3], rotary, keys[3][:2]], sizes, numbers)
 
 
+@functools.lru_cache(maxsize=64)
+def plan_exact(
+    layouts: tuple[Layout, ...], counts: tuple[tuple[int, ...], ...], starts: tuple[int, ...]
+) -> Plan:
+    _check_exact(layouts, counts, starts)
+    q, k, _, chosen, *scale = layouts
+    (batch, heads, tokens, size), groups = q[2], k[2][1]
+    units, most = chosen[2][2:]
+    has_gaps = not (_is_packed(q, 1) and _is_packed(k, 2)) or not all(
+        _is_packed(item, 1) for item in scale
+    )
+    strides = [q[3][:3], k[3][:2], *[item[3][:2] for item in scale or (k,)]]
+    unit = 1 if units == tokens else BLOCK
+    sizes = (batch, heads, groups, tokens, size, units, most, unit)
+    numbers = itertools.chain(starts, itertools.chain.from_iterable(counts))
+    return _plan(has_gaps, strides, sizes, numbers)
+
+
 def _is_packed(item: Layout, dims: int) -> bool:
     """Whether the last `dims` dimensions lie in memory without gaps."""
     run = 1
@@ -153,6 +176,39 @@ def _check_choice(
         )
     if any(start < 0 or start % unit for start in starts):
         raise ShapeError(f"units of {unit} tokens start at multiples of it, not at {list(starts)}")
+
+
+def _check_exact(
+    layouts: tuple[Layout, ...], counts: tuple[tuple[int, ...], ...], starts: tuple[int, ...]
+) -> None:
+    kinds = [item[:2] for item in layouts]
+    q, k, marked, chosen, *scale = [item[2] for item in layouts]
+    if (
+        kinds not in (_EXACT_FLOAT_KINDS, _EXACT_INT8_KINDS)
+        or not len(q) == len(k) == len(chosen) == 4
+        or q[::3] != k[::3]
+        or not q[3]
+        or not k[1]
+        or q[1] % k[1]
+        or chosen[:2] != k[:2]
+        or marked != k[1:2]
+        or any(item != k[:3] for item in scale)
+        or chosen[2] not in (q[2], -(-q[2] // BLOCK))
+        or not len(starts) == len(counts) == k[0]
+        or any(len(row) != chosen[2] for row in counts)
+        or not _is_packed(layouts[2], 1)
+        or not _is_packed(layouts[3], 4)
+    ):
+        raise ShapeError(
+            f"choose_exact: {_list(layouts)}, {len(starts)} starts and counts of "
+            f"{[len(row) for row in counts]} units do not belong together"
+        )
+    unit = 1 if chosen[2] == q[2] else BLOCK
+    if any(start < 0 or start % unit or start + q[2] > k[2] for start in starts):
+        raise ShapeError(
+            f"units of {unit} tokens start at multiples of it, {q[2]} tokens before the end of "
+            f"{k[2]} keys, not at {list(starts)}"
+        )
 
 
 def _is_choice(shapes: list[tuple[int, ...]], unit: int) -> bool:

@@ -25,7 +25,7 @@ TARGET INLINE void multiply(const Word* left, int64_t left_row, int64_t left_ste
   }
 }
 
-#if !R1RAY_BF16
+#if !R1RAY_BF16 && !R1RAY_INT8
 
 // Up to kLanes values behind `from` as floats, zeros behind `count`.
 template <class Value>
@@ -65,4 +65,4 @@ TARGET inline void dot_rows(const Value* rows, int64_t count, int64_t size, cons
   }
 }
 
-#endif  // !R1RAY_BF16
+#endif  // !R1RAY_BF16 && !R1RAY_INT8

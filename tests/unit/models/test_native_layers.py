@@ -175,14 +175,14 @@ def test_one_layer_equals_torchs(
 @pytest.mark.usefixtures("few_dense_blocks")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("starts", "tokens"), [([1400], 150), ([1800, 1100, 30], 1)])
-def test_marked_groups_keep_every_block_as_in_torch(
+def test_marked_groups_choose_by_keys_as_in_torch(
     dtype: torch.dtype, starts: list[int], tokens: int
 ) -> None:
     plain, _ = _run_both(_quantized(layers=1), starts, tokens, dtype)
     model = _quantized(layers=1)
     gate = list_attentions(model)[0].gate
     assert isinstance(gate, BlockGate)
-    gate.keeps_all[1] = True
+    gate.is_marked[1] = True
     found, expected = _run_both(model, starts, tokens, dtype)
     _check(found[:1], expected[:1])
     assert (found[0] - plain[0]).abs().max() > 2 * FLIP_TOLERANCE

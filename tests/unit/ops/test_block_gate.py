@@ -14,7 +14,8 @@ from r1ray.ops.block_gate import (
     mark_groups,
     pool_keys,
 )
-from r1ray.ops.block_selection import BLOCK
+from r1ray.ops.block_selection import BLOCK, count_exact
+from r1ray.ops.cached_states import CachedStates
 
 N, K, H = 4, 2, 16
 
@@ -139,18 +140,18 @@ def test_groups_that_miss_most_are_marked() -> None:
     gates[1].missed.copy_(torch.tensor([0.0, 0.7]))
     gates[2].missed.copy_(torch.tensor([0.2, 0.1]))
     mark_groups(gates, 1 / 3)
-    assert [gate.keeps_all.tolist() for gate in gates] == [
+    assert [gate.is_marked.tolist() for gate in gates] == [
         [False, False],
         [False, True],
         [True, False],
     ]
     mark_groups(gates, 1.0)
-    assert not gates[0].keeps_all.any()  # it misses nothing
+    assert not gates[0].is_marked.any()  # it misses nothing
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize(("starts", "tokens", "unit"), [([640], 300, 64), ([700, 900], 1, 1)])
-def test_marked_groups_keep_every_block(
+def test_marked_groups_choose_by_keys(
     starts: list[int], tokens: int, unit: int, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 4)
@@ -161,15 +162,18 @@ def test_marked_groups_keep_every_block(
     gate = BlockGate(4, 2, 16)
     q = torch.randn(batch, tokens, 4, 16, generator=generator)
     summaries = torch.randn(batch, 2, 16, 16, generator=generator)
+    k = CachedStates(torch.randn(batch, 2, 1024, 16, generator=generator))
     tables = (torch.ones(1, 1, tokens, 16), torch.zeros(1, 1, tokens, 16))
     with torch.inference_mode():
-        plain = gate.choose(q, q.transpose(1, 2), tables, summaries, starts, unit)
+        plain = gate.choose(q, q.transpose(1, 2), tables, summaries, k, starts, unit)
     marked = BlockGate(4, 2, 16)
-    marked.keeps_all[1] = True
+    marked.is_marked[1] = True
     with torch.inference_mode():
-        found = marked.choose(q, q.transpose(1, 2), tables, summaries, starts, unit)
+        found = marked.choose(q, q.transpose(1, 2), tables, summaries, k, starts, unit)
     for row, start in enumerate(starts):
         for at in range(tokens // unit):
             own = (start + at * unit) // BLOCK
-            assert set(found[row, 1, at].tolist()) - {-1} == set(range(own - 1))
+            of_keys = set(found[row, 1, at].tolist()) - {-1}
+            assert len(of_keys) == count_exact(own, unit)
+            assert unit > 1 or of_keys == set(range(own - 1))
             assert set(found[row, 0, at].tolist()) - {-1} == set(plain[row, 0, at].tolist()) - {-1}

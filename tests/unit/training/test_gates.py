@@ -58,7 +58,7 @@ def test_gates_learn_and_nothing_else_changes() -> None:
     assert losses[-1] is not None
     assert losses[-1] < 0.9 * losses[0]
     missed = sum(float(a.gate.missed.sum()) for a in list_attentions(model) if a.gate)  # type: ignore[union-attr, operator]
-    marks = sum(int(a.gate.keeps_all.sum()) for a in list_attentions(model) if a.gate)  # type: ignore[union-attr, operator]
+    marks = sum(int(a.gate.is_marked.sum()) for a in list_attentions(model) if a.gate)  # type: ignore[union-attr, operator]
     assert missed == marks == 0  # so short a sequence keeps all of its blocks
     trained = {name: item for name, item in model.state_dict().items() if not is_gate(name)}
     for name, item in plain.state_dict().items():
@@ -83,12 +83,12 @@ def test_what_gates_miss_marks_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         for attention in list_attentions(model):
             attention.q_proj.weight.mul_(8.0)
             attention.k_proj.weight.mul_(8.0)
-    gates = GatesConfig(dense_groups=0.5)
+    gates = GatesConfig(exact_groups=0.5)
     GateTraining(gates).loss(model, random_batch(2, 400, seed=3))
     found = [attention.gate for attention in list_attentions(model)]
     assert all(isinstance(gate, BlockGate) for gate in found)
     missed = torch.stack([gate.missed for gate in found])  # type: ignore[union-attr]
-    marks = torch.stack([gate.keeps_all for gate in found])  # type: ignore[union-attr]
+    marks = torch.stack([gate.is_marked for gate in found])  # type: ignore[union-attr]
     assert int(marks.sum()) == marks.numel() // 2
     assert missed[marks].min() >= missed[~marks].max()
 

@@ -1,0 +1,179 @@
+// Which blocks the units of marked groups keep: those where a query finds its best keys.
+//
+// 1. A task is one unit of one marked group. Its queries score the keys of every earlier block
+//    (exact_scores.h), in int8 where keys are int8 and the processor has such products.
+// 2. A softmax over the largest score in each block gives every query's shares of the blocks; a
+//    block counts as the sum of their squares.
+// 3. The first block, and the best of the others (block_choice.h).
+//
+// A unit that keeps all earlier blocks scores none; one of a single query always does.
+//
+// Price: 2·64·C·G·H operations a token and group, C the earlier blocks: the products of queries and
+// keys of dense attention alone. Room for C·G·64 floats a thread.
+//
+// Names: B rows, T tokens, N query heads, K groups, G = N/K, H head dimension, C blocks, U units,
+// M chosen blocks.
+
+#include "exact_choice.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "attention.h"
+#include "block_choice.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace r1ray {
+
+namespace {
+
+struct ExactJob : ExactArguments {
+  float q_scale;   // log2(e) / sqrt(H): scores are powers of two
+  int64_t blocks;  // up to the last that any unit is in
+  std::atomic<int64_t> next{0};
+  std::atomic<int32_t> failure{kNone};
+};
+
+struct ExactTask {
+  int64_t row, unit, group;
+  int64_t tokens;  // queries of each head
+  int64_t early;   // blocks it may choose from
+  int64_t count;
+};
+
+struct ExactScratch {
+  float *panels, *keys;          // Words: [G][H / kPair][64], [64][H / kPair]
+  float *query_scale, *offsets;  // [G][64]
+  float *most, *peaks;           // [G][64], [C][G][64]
+  float* scores;                 // [C]
+  uint64_t* ranks;               // [C]
+};
+
+int64_t lay_out(const ExactJob& job, float* memory, ExactScratch& scratch) {
+  const int64_t queries = job.N / job.K * kBlock;
+  float* at = memory;
+  const auto take = [&at](int64_t count) {
+    float* const taken = at;
+    at += round_up(count, 16);
+    return taken;
+  };
+  scratch.panels = take(queries * job.H);
+  scratch.keys = take(kBlock * job.H);
+  scratch.query_scale = take(queries);
+  scratch.offsets = take(queries);
+  scratch.most = take(queries);
+  scratch.peaks = take(job.blocks * queries);
+  scratch.scores = take(job.blocks);
+  scratch.ranks = reinterpret_cast<uint64_t*>(take(2 * job.blocks));
+  return at - memory;
+}
+
+}  // namespace
+
+namespace generic {
+#define TARGET TARGET_GENERIC
+#include "tiles.h"
+#include "exact_scores.h"
+#undef TARGET
+}  // namespace generic
+
+#if defined(__x86_64__)
+
+namespace avx2 {
+#define TARGET TARGET_AVX2
+#include "tiles.h"
+#include "exact_scores.h"
+#undef TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET TARGET_AVX512
+#include "tiles.h"
+#include "exact_scores.h"
+#undef TARGET
+}  // namespace avx512
+
+namespace avx512_int8 {
+#define TARGET TARGET_AVX512
+#define R1RAY_INT8 1
+#include "tiles.h"
+#include "exact_scores.h"
+#undef R1RAY_INT8
+#undef TARGET
+}  // namespace avx512_int8
+
+#endif  // __x86_64__
+
+namespace {
+
+using ScoreFunction = void (*)(const ExactJob&, const ExactTask&, const ExactScratch&);
+
+ScoreFunction find_score(const ExactJob& job) {
+  const bool is_int8 = job.key_scale != nullptr;
+#if defined(__x86_64__)
+  if (job.isa >= kAvx512Vnni)
+    return is_int8 ? avx512_int8::score_exactly<int8_t> : avx512::score_exactly<float>;
+  if (job.isa == kAvx2) return is_int8 ? avx2::score_exactly<int8_t> : avx2::score_exactly<float>;
+#endif
+  return is_int8 ? generic::score_exactly<int8_t> : generic::score_exactly<float>;
+}
+
+void run_tasks(void* data) {
+  ExactJob& job = *static_cast<ExactJob*>(data);
+  const ScoreFunction score = find_score(job);
+  thread_local Scratch memory;
+  const int64_t tasks = job.B * job.K * job.U;
+  for (int64_t i; (i = job.next.fetch_add(1)) < tasks;) {
+    ExactTask task;
+    task.unit = job.U - 1 - i % job.U;  // the last have most to score
+    task.group = i / job.U % job.K;
+    task.row = i / job.U / job.K;
+    if (!job.is_marked[task.group]) continue;
+    const int64_t own = (job.starts[task.row] + task.unit * job.unit) / kBlock;
+    const int64_t left = job.T - task.unit * job.unit;
+    task.tokens = left < job.unit ? left : job.unit;
+    task.early = own < 1 ? 0 : own - 1;
+    task.count = job.counts[task.row * job.U + task.unit];
+    const bool needs_scores = task.count > 0 && task.count < task.early;
+    if (task.count < 0 || task.count > task.early || task.count > job.M ||
+        (needs_scores && job.unit != kBlock)) {
+      job.failure = kBadBlock;
+      return;
+    }
+    ExactScratch scratch = {};
+    if (needs_scores) {
+      float* const at = memory.reserve(lay_out(job, nullptr, scratch));
+      if (!at) {
+        job.failure = kNoMemory;
+        return;
+      }
+      lay_out(job, at, scratch);
+      score(job, task, scratch);
+    }
+    int64_t* out = job.out + ((task.row * job.K + task.group) * job.U + task.unit) * job.M;
+    take_best(scratch.scores, task.early, task.count, scratch.ranks, out);
+    for (int64_t m = task.count; m < job.M; ++m) out[m] = -1;
+  }
+}
+
+}  // namespace
+}  // namespace r1ray
+
+extern "C" {
+
+int32_t r1ray_choose_exact(const r1ray::ExactArguments* arguments) {
+  r1ray::ExactJob job;
+  static_cast<r1ray::ExactArguments&>(job) = *arguments;
+  job.blocks = 0;
+  for (int64_t row = 0; row < job.B; ++row)
+    job.blocks = std::max(job.blocks, (job.starts[row] + job.T) / r1ray::kBlock + 1);
+  job.q_scale = 1.44269504f / std::sqrt(static_cast<float>(job.H));
+  r1ray::run_parallel(r1ray::run_tasks, &job, job.unit == r1ray::kBlock ? job.num_threads : 1);
+  return job.failure;
+}
+
+}  // extern "C"

@@ -1,0 +1,179 @@
+"""Blocks that marked groups choose by their keys: native kernels against torch, and what is found.
+
+Shape legend as in `r1ray.ops.exact_choice`.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from r1ray.errors import ShapeError
+from r1ray.ops import native
+from r1ray.ops.block_selection import BLOCK, count_exact
+from r1ray.ops.cached_states import CachedStates, quantize_states
+from r1ray.ops.exact_choice import choose_exact
+
+needs_native = pytest.mark.skipif(not native.is_available(), reason=native.describe())
+ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
+DTYPES = [torch.float32, torch.int8]
+
+
+@pytest.fixture(autouse=True)
+def few_dense_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of a few thousand tokens choose."""
+    monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 4)
+    monkeypatch.setattr("r1ray.ops.block_selection._EXACT_TIMES", 2)
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _states(k: Tensor, dtype: torch.dtype) -> CachedStates:
+    return CachedStates(*quantize_states(k)) if dtype == torch.int8 else CachedStates(k)
+
+
+def _by_torch(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
+        return choose_exact(*arguments)
+
+
+def _shares(q_GLH: Tensor, k_SH: Tensor, own: int) -> Tensor:
+    """What every block counts for one unit, written out: [C]."""
+    peaks = torch.stack(
+        [
+            (q_GLH @ k_SH[block * BLOCK : (block + 1) * BLOCK].T).amax(-1) / q_GLH.shape[-1] ** 0.5
+            for block in range(own)
+        ],
+        dim=-1,
+    )
+    return peaks.softmax(-1).square().sum((0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", [pytest.param(-1, id="torch"), *ISAS])
+@settings(max_examples=15, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    size=st.sampled_from([1, 6, 16, 64, 80]),
+    units=st.integers(1, 3),
+    starts=st.lists(st.integers(0, 25), min_size=1, max_size=2),
+    seed=st.integers(0, 1000),
+)
+def test_the_blocks_with_the_greatest_shares_are_chosen(
+    isa: int, dtype: torch.dtype, heads: int, groups: int, size: int, units: int,
+    starts: list[int], seed: int,
+) -> None:  # fmt: skip
+    batch, tokens, first = len(starts), units * BLOCK, [start * BLOCK for start in starts]
+    room = max(first) + tokens + 13
+    q = 2 * _random(batch, heads * groups, tokens, size, seed=seed)
+    k = _states(_random(batch, groups, room, size, seed=seed + 1), dtype)
+    marks = torch.arange(groups) % 2 == 0
+    given_blocks = torch.full((batch, groups, units, 3), -1)
+    with pytest.MonkeyPatch.context() as patch:
+        if isa < 0:
+            patch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
+        else:
+            patch.setattr("r1ray.ops.native.sparse.best_isa", lambda: isa)
+        chosen = choose_exact(q, k, marks, given_blocks, first)
+    assert (chosen[:, ~marks] == -1).all()
+    floats = k.floats()
+    for row, start in enumerate(starts):
+        for unit in range(units):
+            own = start + unit
+            count = count_exact(own, BLOCK)
+            for group in marks.nonzero().flatten().tolist():
+                found = chosen[row, group, unit]
+                assert (found[count:] == -1).all()
+                assert len(set(found[:count].tolist())) == count
+                if count in (0, own - 1):
+                    assert found[:count].sort().values.tolist() == list(range(count))
+                    continue
+                assert found[0] == 0
+                assert 0 < int(found[1:count].min()) <= int(found[1:count].max()) <= own - 2
+                part = slice(unit * BLOCK, (unit + 1) * BLOCK)
+                queries = q[row, group * heads : (group + 1) * heads, part]
+                shares = _shares(queries, floats[row, group], own)
+                best = shares[1 : own - 1].sort(descending=True).values[: count - 1]
+                worth = shares[found[1:count]].sort(descending=True).values
+                tolerance = 0.05 if dtype == torch.int8 and isa >= 2 else 1e-4
+                assert ((best - worth) <= tolerance * best + 1e-4).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_single_token_that_one_query_looks_for_is_found(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, needle, size = 40, 17 * BLOCK + 5, 32
+    q = _random(1, 3, BLOCK, size, seed=0)
+    k = 0.3 * _random(1, 1, (own + 1) * BLOCK, size, seed=1)
+    k[0, 0, needle] = 8 * q[0, 1, 21] / q[0, 1, 21].norm()
+    arguments = (q, _states(k, dtype), torch.tensor([True]), torch.zeros(1, 1, 1, 0).long())
+    for chosen in (
+        choose_exact(*arguments, [own * BLOCK]),
+        _by_torch(monkeypatch, *arguments, [own * BLOCK]),
+    ):
+        assert chosen[0, 0, 0, :2].tolist() == [0, needle // BLOCK]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_single_queries_keep_every_block(
+    dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "torch":
+        monkeypatch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
+    starts = [20 * BLOCK + 3, 63, 5]
+    k = _states(_random(3, 2, 21 * BLOCK, 16, seed=1), dtype)
+    before = torch.zeros(3, 2, 2, 1).long()
+    chosen = choose_exact(
+        _random(3, 4, 2, 16, seed=0), k, torch.tensor([False, True]), before, starts
+    )
+    assert chosen[0, 1].tolist() == [list(range(19))] * 2
+    assert (chosen[1:, 1] == -1).all()
+    assert (chosen[:, 0, :, 0] == 0).all()
+    assert (chosen[:, 0, :, 1:] == -1).all()
+
+
+def test_marked_groups_choose_four_times_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert [count_exact(own, BLOCK) for own in (0, 1, 31, 33)] == [0, 0, 30, 32]
+    assert count_exact(1023, BLOCK) == 1 + 4 * 15
+    assert count_exact(1023, 1) == 1022
+
+
+@needs_native
+def test_keys_that_do_not_belong_to_the_queries_are_refused() -> None:
+    own = 30
+    q, k = torch.zeros(1, 4, BLOCK, 16), torch.zeros(1, 2, (own + 1) * BLOCK, 16)
+    marks, chosen = torch.tensor([True, False]), torch.zeros(1, 2, 1, 20).long()
+    counts, starts = [[10]], [own * BLOCK]
+    right = (q, k, marks, counts, starts, chosen)
+    native.choose_exact(*right)
+    for index, wrong in (
+        (0, q.double()),
+        (0, q[:, :3]),
+        (1, k[:, :1]),
+        (1, k[..., :8]),
+        (1, k.to(torch.int8)),
+        (2, marks[:1]),
+        (2, marks.int()),
+        (3, [[10, 10]]),
+        (4, [own * BLOCK, 0]),
+        (5, chosen[:, :1]),
+        (5, chosen.mT),
+    ):
+        with pytest.raises(ShapeError, match="do not belong together"):
+            native.choose_exact(*right[:index], wrong, *right[index + 1 :])
+    for wrong_start in (own * BLOCK + 1, (own + 1) * BLOCK, -BLOCK):
+        with pytest.raises(ShapeError, match="multiples"):
+            native.choose_exact(q, k, marks, counts, [wrong_start], chosen)
+    for count in (21, own, -1):  # more than there is room for, or than there are
+        with pytest.raises(ShapeError, match="before the one before"):
+            native.choose_exact(q, k, marks, [[count]], starts, chosen)
