@@ -140,7 +140,7 @@ class BlockGate(nn.Module):
             )
         else:
             scores = self.score(q_BTNH, q_BNTH, rotary, summaries_BKCX, unit)
-            chosen = choose_blocks(scores, own_BU)
+            chosen = choose_blocks(scores, torch.tensor(own_BU, device=scores.device))
         if not self.has_marks:
             return chosen
         return choose_exact(q_BNTH, k, self.is_marked, chosen, starts)
@@ -191,7 +191,7 @@ class BoundsGate(nn.Module):
         unit: int,
     ) -> Tensor:
         """As `BlockGate.choose`."""
-        own_BU = _own_blocks(starts, q_BTNH.shape[1], unit)
+        own_BU = torch.tensor(_own_blocks(starts, q_BTNH.shape[1], unit), device=q_BTNH.device)
         return choose_blocks(self.score(q_BTNH, q_BNTH, rotary, summaries_BKCX, unit), own_BU)
 
 
@@ -238,15 +238,14 @@ def count_missed(scores_BKTC: Tensor, largest_BKTC: Tensor, start: int) -> Tenso
     Args:
         scores_BKTC, largest_BKTC: of a gate, and of `gate_targets`.
     """
-    batch, _, tokens, blocks = scores_BKTC.shape
-    own_T = [(start + at) // BLOCK for at in range(tokens)]
-    chosen_BKTM = choose_blocks(scores_BKTC, [own_T] * batch)
+    tokens, blocks = scores_BKTC.shape[2:]
+    own_T = (start + torch.arange(tokens, device=scores_BKTC.device)) // BLOCK
+    chosen_BKTM = choose_blocks(scores_BKTC, own_T[None])
     kept = torch.zeros_like(scores_BKTC, dtype=torch.bool)
     kept.scatter_(3, chosen_BKTM.clamp_min(0), chosen_BKTM >= 0)
     if chosen_BKTM.shape[3]:  # the sink, which -1 has overwritten
         kept[..., 0] = chosen_BKTM[..., 0] == 0
-    owns = torch.tensor(own_T, device=scores_BKTC.device)[:, None]
-    is_far_TC = torch.arange(blocks, device=owns.device) < owns - 1
+    is_far_TC = torch.arange(blocks, device=own_T.device) < own_T[:, None] - 1
     return ((largest_BKTC >= _PEAK) & is_far_TC & ~kept).sum(-1)
 
 

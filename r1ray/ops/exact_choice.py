@@ -63,7 +63,6 @@ def choose_exact(
 
 def _choose_row(q_GTH: Tensor, k: CachedStates, owns: list[int], unit: int) -> Tensor:
     """[U, M] of one group."""
-    counts = [count_exact(own, unit) for own in owns]
     blocks = max(owns, default=0) + 1
     if unit == 1:
         scores_UC = -torch.arange(blocks, device=q_GTH.device).expand(len(owns), -1)
@@ -75,7 +74,8 @@ def _choose_row(q_GTH: Tensor, k: CachedStates, owns: list[int], unit: int) -> T
                 for at, part in enumerate(q_GTH.float().split(_UNITS_TOGETHER * BLOCK, dim=1))
             ]
         )
-    return choose_blocks(scores_UC[None, None], [owns], [counts])[0, 0]
+    own_1U = torch.tensor([owns], device=q_GTH.device)
+    return choose_blocks(scores_UC[None, None], own_1U, lambda own: count_exact(own, unit))[0, 0]
 
 
 def _score_units(q_GTH: Tensor, k_SH: Tensor, owns: list[int]) -> Tensor:

@@ -48,7 +48,7 @@ def _check_choice(
     with torch.no_grad():
         scores = gate.scores(gate.queries(q, *rotary), keys)
     scores = scores.unflatten(2, (-1, unit)).amax(3)
-    expected = torch_choose_blocks(scores, owns)
+    expected = torch_choose_blocks(scores, torch.tensor(owns))
     found = native.choose_blocks(
         *(q, gate.query_weight, gate.query_norm, rotary, keys),
         *([[count_chosen(own) for own in row] for row in owns], starts, unit),
