@@ -43,7 +43,6 @@ ATTENTIONS: tuple[Attention, ...] = ("dense", "sparse")
 LENGTHS = (4096, CONTEXT)
 _ANSWER_TOKENS = {"cwe": 64, "vt": 48, "fwe": 40, "niah_multikey_3": 32}
 _SHORT_ANSWER = 16
-_CHUNK = 1024
 
 
 class QualityBenchmark:
@@ -155,7 +154,8 @@ class QualityBenchmark:
             prompts,
             max_new_tokens=_answer_tokens(name),
             stop_token_ids=frozenset({tokenizer.eos_token_id}),
-            max_concurrency=16 if torch.cuda.is_available() else 4,
+            max_concurrency=self._examples if torch.cuda.is_available() else 4,
+            prefill_chunk=_chunk(),
             kv_dtype=_kv_dtype(precision),
         )
         scores = [
@@ -186,11 +186,11 @@ class QualityBenchmark:
                 summary_size=model.summary_size,
             )
             cache.add_rows(1)
-            for start in range(0, length, _CHUNK):
-                rows, chunk = cache.active(), ids[None, start : start + _CHUNK]
+            for start in range(0, length, _chunk()):
+                rows, chunk = cache.active(), ids[None, start : start + _chunk()]
                 logits_TV = model(chunk, rows)[0].float()
                 rows.advance([chunk.shape[1]])
-                labels = ids[start + 1 : start + 1 + _CHUNK]
+                labels = ids[start + 1 : start + 1 + _chunk()]
                 total += float(F.cross_entropy(logits_TV[: len(labels)], labels, reduction="sum"))
                 count += len(labels)
         print(f"  perplexity {length}: {math.exp(total / count):.4f}", flush=True)
@@ -249,6 +249,11 @@ def _answer_tokens(name: str) -> int:
 
 def _kv_dtype(precision: Precision) -> torch.dtype | None:
     return torch.int8 if precision == "int8" else None
+
+
+def _chunk() -> int:
+    """Tokens of a prompt that are read together: all on a GPU, where launches take most time."""
+    return CONTEXT if torch.cuda.is_available() else 1024
 
 
 def _device() -> torch.device:

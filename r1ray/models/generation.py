@@ -230,6 +230,7 @@ def generate_batch(
     stop_token_ids: frozenset[int],
     max_concurrency: int,
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    prefill_chunk: int = 1024,
     kv_dtype: torch.dtype | None = None,
     on_finish: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
@@ -237,13 +238,14 @@ def generate_batch(
 
     Args:
         sampling: of all prompts, or one for each.
-        kv_dtype: as in `BatchGenerator`.
+        prefill_chunk, kv_dtype: as in `BatchGenerator`.
         on_finish: called with the number of finished prompts each time one finishes.
     """
     generator = BatchGenerator(
         model,
         max_concurrency=min(max_concurrency, max(1, len(prompts))),
         max_context_tokens=max(map(len, prompts), default=0) + max_new_tokens,
+        prefill_chunk=prefill_chunk,
         kv_dtype=kv_dtype,
     )
     samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
