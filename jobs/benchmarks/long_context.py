@@ -124,9 +124,9 @@ class LongContextBenchmark:
 
 _NOTES = """
 - One configuration throughout: learned gates, 1.5 log2(n) blocks of 64 tokens besides the first,
-  the block before and the own one; a tenth of the groups, those that missed most in training,
-  choose four times as many by exact scores, and all of them for single queries; dense up to 2,048
-  tokens; int8 keys and values.
+  the block before and the own one; a twentieth of the heads, those that missed most in training,
+  has its groups choose four times as many, by exact scores, and all of them for single queries;
+  dense up to 2,048 tokens; int8 keys and values.
 - Operator: `jobs/benchmarks/long_context_operator.py` says what is timed. The exponents are fitted
   between 8,192 and 65,536 tokens. Memory: the peak of resident memory over the call, its output
   left out; sparse attention is forced on at 1,024 tokens, where it would be dense.

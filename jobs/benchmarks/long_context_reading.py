@@ -1,8 +1,8 @@
 """SmolLM2 as it is served, reading long prompts in chunks: block-sparse attention against dense.
 
 Both have INT8 weights, int8 keys and values, and keep what earlier chunks left; the kernels are the
-same but for the choice of blocks. Gates are untrained, and the tenth of the groups that choose by
-the keys themselves is drawn at random: both take the time that trained ones do. Beyond 8,192
+same but for the choice of blocks. Gates are untrained, and the twentieth of the heads that choose
+by the keys themselves is drawn at random: both take the time that trained ones do. Beyond 8,192
 tokens, positions are scaled by YaRN. Re-reading reads every prefix that ends with a piece of 4,096
 tokens from its beginning, densely.
 """
@@ -20,7 +20,7 @@ from r1ray.models import Decoder, load_model
 from r1ray.models.gates import attach_gates, list_attentions, set_attention
 from r1ray.models.generation import BatchGenerator, GenerationRequest
 from r1ray.models.quantization import quantize_modules
-from r1ray.ops.block_gate import BlockGate, mark_groups
+from r1ray.ops.block_gate import BlockGate, mark_heads
 
 __all__ = ["LENGTHS", "describe", "measure_reading", "measure_rereading"]
 
@@ -61,7 +61,7 @@ def _load(base: Path, length: int, attention: AttentionKind) -> Decoder:
     generator = torch.Generator().manual_seed(0)
     for gate in gates:
         gate.missed.copy_(torch.rand(gate.missed.shape, generator=generator))
-    mark_groups(gates, GatesConfig().exact_groups)
+    mark_heads(gates, GatesConfig().exact_heads)
     set_attention(model, attention)
     quantize_modules(model)
     if length + _NEW_TOKENS > _TRAINED:

@@ -32,7 +32,7 @@ _BARS = {
     ("decode", 65_536): ">= 20",
 }
 _COUNTS = 0.5  # what dense attention has to score on a task that counts
-_MARKED_LAYERS = 0.3  # a tenth of the groups, three of which are in each layer
+_MARKED_LAYERS = 0.45  # a twentieth of the heads, nine of which are in each layer
 _COLORS = {"sparse": "#0b6e99", "dense": "#b5651d"}
 
 
@@ -209,7 +209,7 @@ def _exponent(lengths: Mapping[int, Mapping[str, Sequence[float]]], arm: str) ->
 
 
 def _of_a_layer(seconds: Mapping[str, Sequence[float]]) -> NDArray[np.float64]:
-    """Of a layer on average, some of which have a group that chooses by the keys themselves."""
+    """Of a layer on average, some of which have a head that chooses by the keys themselves."""
     share = _MARKED_LAYERS
     return share * np.array(seconds["marked"]) + (1 - share) * np.array(seconds["sparse"])
 

@@ -51,8 +51,8 @@ class GatesConfig:
 
     query_chunk: Annotated[int, Field(ge=1, le=65_536)] = 512
     """Queries whose attention is looked at together; bounds memory, changes nothing else."""
-    exact_groups: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of all layers' groups that choose by the keys themselves: those that miss most."""
+    exact_heads: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of all layers' heads that choose by the keys themselves: those that miss most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

@@ -289,7 +289,7 @@ def _expect(
     if has_gate:
         kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
         shapes = ((kv_heads, group * head, head), (head,), (kv_heads, 3 * head, head), (head,))
-        yield "self_attn.gate.is_marked", (torch.bool, (kv_heads,), False)
+        yield "self_attn.gate.is_marked", (torch.bool, (config.num_heads,), False)
         for part, shape in zip(_GATE_PARTS[:-1], shapes, strict=True):
             yield f"self_attn.gate.{part}", (torch.float32, shape, False)
 
@@ -331,7 +331,7 @@ def _plan(starts: list[int], tokens: int, *, is_dense: bool, has_marks: bool) ->
     each by itself, cut at the bounds of blocks.
 
     Args:
-        has_marks: some groups choose by the keys themselves.
+        has_marks: some heads choose by the keys themselves.
     """
     rows = range(len(starts))
     if tokens == 1:

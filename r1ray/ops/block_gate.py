@@ -13,8 +13,8 @@ group's heads, as shares; it is computed for a chunk of queries at a time. The l
 divergence of softmax(score) from it.
 
 Some heads look for single tokens, which no summary of 64 keys shows. In training, a gate counts the
-peaks of attention in blocks that it would not choose; the groups that miss most are marked
-(`mark_groups`), and choose by the keys themselves (`r1ray.ops.exact_choice`).
+peaks of attention in blocks that it would not choose; the heads that miss most are marked
+(`mark_heads`), and choose by the keys themselves as well (`r1ray.ops.exact_choice`).
 
 Price: (G + 3)·H² multiplications a token and group, and 2·C·H a query and group to score; a target
 takes one attention over all earlier keys. Parameters: (G + 3)·H² a group and layer.
@@ -43,7 +43,7 @@ __all__ = [
     "count_missed",
     "gate_divergence",
     "gate_targets",
-    "mark_groups",
+    "mark_heads",
     "pool_keys",
 ]
 
@@ -56,8 +56,8 @@ class BlockGate(nn.Module):
 
     Attributes:
         summary_size: floats that a block's summary takes, for each group.
-        missed: float [K], peaks a query that each group missed in training, lately.
-        is_marked: bool [K], groups that choose by the keys themselves.
+        missed: float [N], peaks a query that each head missed in training, lately.
+        is_marked: bool [N], heads that choose by the keys themselves.
     """
 
     missed: Tensor
@@ -65,8 +65,8 @@ class BlockGate(nn.Module):
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
-        self.register_buffer("missed", torch.zeros(num_kv_heads))
-        self.register_buffer("is_marked", torch.zeros(num_kv_heads, dtype=torch.bool))
+        self.register_buffer("missed", torch.zeros(num_heads))
+        self.register_buffer("is_marked", torch.zeros(num_heads, dtype=torch.bool))
         self.summary_size = head_dim
         groups, identity = num_heads // num_kv_heads, torch.eye(head_dim)
         query = torch.cat([identity / groups] * groups)
@@ -147,7 +147,7 @@ class BlockGate(nn.Module):
 
     @functools.cached_property
     def has_marks(self) -> bool:
-        """Whether any group is marked; asked once a gate is no longer trained."""
+        """Whether any head is marked; asked once a gate is no longer trained."""
         return bool(self.is_marked.any())
 
 
@@ -214,29 +214,30 @@ def gate_targets(q_BNTH: Tensor, k_BKSH: Tensor, start: int) -> tuple[Tensor, Te
     Args:
         q_BNTH, k_BKSH: with rotary positions; keys from position 0 on.
     Returns:
-        (shares, largest), each [B, K, T, C]: the largest weight that a key of the block has in any
-        of the group's heads, and its share of those of all blocks. Both are 0 for blocks that are
-        not earlier than a query's own.
+        (shares [B, K, T, C], largest [B, N, T, C]): the largest weight that a key of the block has
+        in each head; and the largest of these in the group, as its share of those of all blocks.
+        Both are 0 for blocks that are not earlier than a query's own.
     """
     kv_heads, tokens, keys = k_BKSH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]
     positions_T = start + torch.arange(tokens, device=q_BNTH.device)
     q_BKGTH = q_BNTH.unflatten(1, (kv_heads, -1)).float()
     scores = q_BKGTH @ k_BKSH[:, :, None].float().transpose(-1, -2) / math.sqrt(q_BNTH.shape[-1])
     is_later_TS = torch.arange(keys, device=q_BNTH.device) > positions_T[:, None]
-    shares_BKTS = scores.masked_fill(is_later_TS, -math.inf).softmax(-1).amax(2)
+    shares_BKGTS = scores.masked_fill(is_later_TS, -math.inf).softmax(-1)
     whole = keys // BLOCK
-    largest_BKTC = shares_BKTS[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)).amax(-1)
-    is_earlier_TC = _is_earlier(positions_T, whole)
-    largest_BKTC = largest_BKTC * is_earlier_TC
-    return largest_BKTC / largest_BKTC.sum(-1, keepdim=True).clamp_min(1e-30), largest_BKTC
+    largest_BKGTC = shares_BKGTS[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)).amax(-1)
+    largest_BKGTC = largest_BKGTC * _is_earlier(positions_T, whole)
+    of_group_BKTC = largest_BKGTC.amax(2)
+    shares_BKTC = of_group_BKTC / of_group_BKTC.sum(-1, keepdim=True).clamp_min(1e-30)
+    return shares_BKTC, largest_BKGTC.flatten(1, 2)
 
 
 @torch.no_grad()
-def count_missed(scores_BKTC: Tensor, largest_BKTC: Tensor, start: int) -> Tensor:
-    """Blocks [B, K, T] with a key of at least a tenth of a query's attention, not chosen by score.
+def count_missed(scores_BKTC: Tensor, largest_BNTC: Tensor, start: int) -> Tensor:
+    """Blocks [B, N, T] with a key of at least a tenth of a query's attention, not chosen by score.
 
     Args:
-        scores_BKTC, largest_BKTC: of a gate, and of `gate_targets`.
+        scores_BKTC, largest_BNTC: of a gate, and of `gate_targets`.
     """
     tokens, blocks = scores_BKTC.shape[2:]
     own_T = (start + torch.arange(tokens, device=scores_BKTC.device)) // BLOCK
@@ -246,11 +247,13 @@ def count_missed(scores_BKTC: Tensor, largest_BKTC: Tensor, start: int) -> Tenso
     if chosen_BKTM.shape[3]:  # the sink, which -1 has overwritten
         kept[..., 0] = chosen_BKTM[..., 0] == 0
     is_far_TC = torch.arange(blocks, device=own_T.device) < own_T[:, None] - 1
-    return ((largest_BKTC >= _PEAK) & is_far_TC & ~kept).sum(-1)
+    is_left_out = is_far_TC & ~kept
+    groups = largest_BNTC.shape[1] // kept.shape[1]
+    return ((largest_BNTC >= _PEAK) & is_left_out.repeat_interleave(groups, dim=1)).sum(-1)
 
 
-def mark_groups(gates: Sequence[BlockGate], share: float) -> None:
-    """Mark the groups that miss most, at most that share of all groups of all layers."""
+def mark_heads(gates: Sequence[BlockGate], share: float) -> None:
+    """Mark the heads that miss most, at most that share of all heads of all layers."""
     missed = torch.stack([gate.missed for gate in gates])
     count = int(share * missed.numel())
     worst = missed.flatten().topk(count)

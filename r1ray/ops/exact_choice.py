@@ -1,11 +1,12 @@
 """Which blocks a unit of queries keeps where no summary shows them: by the keys themselves.
 
-For marked groups of `r1ray.ops.block_gate`, whose heads look for single tokens. A softmax over the
-largest score in every earlier block gives a query's shares of the blocks; a block counts as the sum
-of their squares over the unit's queries. A unit of one query keeps every block.
+For marked heads of `r1ray.ops.block_gate`, which look for single tokens. A softmax over the largest
+score in every earlier block gives a query's shares of the blocks; a block counts as the sum of
+their squares over the unit's queries. The group keeps the best besides those that its gate has
+chosen; a unit of one query keeps every block.
 
 Price: the products of queries and keys of dense attention, without its softmax and its sums of
-values; half of it on a CPU, a quarter in int8. They grow with n² as well, in a tenth of the groups.
+values; half of it on a CPU, a quarter in int8. They grow with n² as well, in a few of the heads.
 
 Shape legend: B rows, T queries, N query heads, K groups, G = N/K, S keys, H head dimension, U units
 of L queries, M chosen blocks, C blocks of keys.
@@ -29,18 +30,18 @@ _UNITS_TOGETHER = 8
 def choose_exact(
     q_BNTH: Tensor,
     k: CachedStates,
-    is_marked_K: Tensor,
+    is_marked_N: Tensor,
     chosen_BKUM: Tensor,
     starts: list[int],
 ) -> Tensor:
-    """The choice with that of the marked groups replaced: int64 [B, K, U, M'], -1 behind the last.
+    """The choice, of more blocks in groups of marked heads: int64 [B, K, U, M'], -1 behind them.
 
     Args:
         q_BNTH: with rotary positions; those of row b are at positions starts[b], starts[b] + 1, ...
         k: [B, K, S, H], of positions 0 to S - 1.
-        is_marked_K: bool.
-        chosen_BKUM: for all groups. Units have one token each where U = T, else 64, and then every
-            start is a multiple of 64, and T is one.
+        is_marked_N: bool.
+        chosen_BKUM: what gates have chosen. Units have one token each where U = T, else 64, and
+            then every start is a multiple of 64, and T is one.
     """
     units = chosen_BKUM.shape[2]
     unit = 1 if units == q_BNTH.shape[2] else BLOCK
@@ -50,22 +51,27 @@ def choose_exact(
     chosen = F.pad(chosen_BKUM, (0, max(0, most - chosen_BKUM.shape[3])), value=-1)
     if native.can_attend(q_BNTH, k.data_BKSH):
         native.choose_exact(
-            *(q_BNTH, k.data_BKSH, is_marked_K, counts, starts, chosen), key_scale_BKS=k.scale_BKS
+            *(q_BNTH, k.data_BKSH, is_marked_N, counts, starts, chosen), key_scale_BKS=k.scale_BKS
         )
         return chosen
     q_BKGTH = q_BNTH.unflatten(1, (k.shape[1], -1))
-    for group in is_marked_K.nonzero().flatten().tolist():
+    is_marked_KG = is_marked_N.unflatten(0, (k.shape[1], -1))
+    for group in is_marked_KG.any(1).nonzero().flatten().tolist():
         for row, owns in enumerate(owns_BU):
-            best = _choose_row(q_BKGTH[row, group], k.row(row).group(group), owns, unit)
+            q_GTH = q_BKGTH[row, group, is_marked_KG[group]]
+            before_UM = chosen[row, group]
+            best = _choose_row(q_GTH, k.row(row).group(group), before_UM, owns, unit)
             chosen[row, group] = F.pad(best, (0, chosen.shape[3] - best.shape[1]), value=-1)
     return chosen
 
 
-def _choose_row(q_GTH: Tensor, k: CachedStates, owns: list[int], unit: int) -> Tensor:
-    """[U, M] of one group."""
+def _choose_row(
+    q_GTH: Tensor, k: CachedStates, before_UM: Tensor, owns: list[int], unit: int
+) -> Tensor:
+    """[U, M] of one group, those of `before_UM` among them."""
     blocks = max(owns, default=0) + 1
     if unit == 1:
-        scores_UC = -torch.arange(blocks, device=q_GTH.device).expand(len(owns), -1)
+        scores_UC = -torch.arange(float(blocks), device=q_GTH.device).expand(len(owns), -1)
     else:
         k_SH = k[0, 0, : blocks * BLOCK].float()
         scores_UC = torch.cat(
@@ -74,6 +80,9 @@ def _choose_row(q_GTH: Tensor, k: CachedStates, owns: list[int], unit: int) -> T
                 for at, part in enumerate(q_GTH.float().split(_UNITS_TOGETHER * BLOCK, dim=1))
             ]
         )
+    is_kept_UC = torch.zeros(len(owns), blocks + 1, dtype=torch.bool, device=q_GTH.device)
+    is_kept_UC.scatter_(1, torch.where(before_UM < 0, blocks, before_UM), value=True)
+    scores_UC = scores_UC.masked_fill(is_kept_UC[:, :blocks], 1e30)
     own_1U = torch.tensor([owns], device=q_GTH.device)
     return choose_blocks(scores_UC[None, None], own_1U, lambda own: count_exact(own, unit))[0, 0]
 

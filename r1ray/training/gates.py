@@ -5,7 +5,7 @@
 2. The loss is the divergence of the two, averaged over layers and groups, of every token up to the
    last target: prompts are read by the gates as well.
 3. What the gates would have missed where the last batches have targets (an answer looks for what it
-   needs) marks the groups that choose by the keys themselves; every sequence counts the same.
+   needs) marks the heads that choose by the keys themselves; every sequence counts the same.
 
 Price: one forward of the model without gradients, and one more attention whose scores are there for
 a chunk of queries at a time: N·chunk·T floats.
@@ -29,7 +29,7 @@ from r1ray.ops.block_gate import (
     count_missed,
     gate_divergence,
     gate_targets,
-    mark_groups,
+    mark_heads,
     pool_keys,
 )
 from r1ray.ops.block_selection import BLOCK
@@ -44,7 +44,7 @@ class GateTraining:
     """The objective of `train.gates`; every layer of the model has a gate."""
 
     def __init__(self, config: GatesConfig) -> None:
-        self._chunk, self._exact_share = config.query_chunk, config.exact_groups
+        self._chunk, self._exact_share = config.query_chunk, config.exact_heads
         self._is_answer_BT: Tensor | None = None  # of the batch that was drawn last
 
     def draw(self, model: Decoder, batch: MicroBatch, step: int) -> MicroBatch:  # noqa: ARG002
@@ -83,7 +83,7 @@ class GateTraining:
             blocks = pooled.shape[2]
             if blocks == 0:
                 return
-            missed_K = torch.zeros_like(gate.missed)
+            missed_N = torch.zeros_like(gate.missed)
             keys = gate.keys(pooled, block_cos[:, :, :blocks], block_sin[:, :, :blocks])
             for start in range(0, q_BTNH.shape[1], self._chunk):
                 part = slice(start, start + self._chunk)
@@ -92,14 +92,14 @@ class GateTraining:
                 scores = gate.scores(queries, keys)
                 divergence = gate_divergence(scores, targets, start)
                 losses.append((divergence.mean(1) * is_target_BT[:, part]).sum())
-                missed_BKT = count_missed(scores, largest, start)
-                missed_K += (missed_BKT * weight_BT[:, None, part]).sum((0, 2))
-            gate.missed.lerp_(missed_K, _NEWEST)
+                missed_BNT = count_missed(scores, largest, start)
+                missed_N += (missed_BNT * weight_BT[:, None, part]).sum((0, 2))
+            gate.missed.lerp_(missed_N, _NEWEST)
 
         with _observing(model, observe), torch.no_grad():
             model.hidden(ids_BT)
         gates = [attention.gate for attention in list_attentions(model)]
-        mark_groups([gate for gate in gates if isinstance(gate, BlockGate)], self._exact_share)
+        mark_heads([gate for gate in gates if isinstance(gate, BlockGate)], self._exact_share)
         if not losses:  # sequences of less than a block: nothing to choose, and nothing to learn
             return sum(item.sum() for item in model.parameters() if item.requires_grad) * 0.0  # type: ignore[return-value]
         return torch.stack(losses).sum() / model.config.num_layers

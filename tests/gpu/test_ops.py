@@ -155,9 +155,9 @@ def test_attention_over_a_cache_equals_that_on_a_cpu(
     torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=tolerance)
 
 
-def test_marked_groups_choose_the_same_blocks() -> None:
+def test_marked_heads_choose_the_same_blocks() -> None:
     q, k = _normal(1, 6, 2 * BLOCK, 32), CachedStates(_normal(1, 2, 50 * BLOCK, 32, seed=1))
-    arguments = (torch.tensor([False, True]), torch.zeros(1, 2, 2, 1).long())
+    arguments = (torch.tensor([False, True] * 3), torch.zeros(1, 2, 2, 1).long())
     expected = choose_exact(q, k, *arguments, [48 * BLOCK])
     moved = [item.to(CUDA) for item in arguments]
     found = choose_exact(q.to(CUDA), CachedStates(k.data_BKSH.to(CUDA)), *moved, [48 * BLOCK])

@@ -278,10 +278,10 @@ int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
   return r1ray_choose_blocks(&job);
 }
 
-// For marked groups, in place of what was chosen for them.
+// For groups with a marked head, besides what was chosen for them.
 int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chosen) {
   const bool* const marks = forward.weights->is_marked;
-  if (!marks || std::none_of(marks, marks + forward.K, [](bool is_marked) { return is_marked; }))
+  if (!marks || std::none_of(marks, marks + forward.N, [](bool is_marked) { return is_marked; }))
     return kNone;
   ExactArguments job = {};
   job.q = forward.rotated + (piece.row * forward.T + piece.token) * forward.N * forward.H;

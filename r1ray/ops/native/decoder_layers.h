@@ -19,7 +19,7 @@ struct LayerWeights {
   const float *q_norm, *k_norm;              // null without
   const float *query_weight, *query_norm;    // of the layer's gate; null without
   const float *key_weight, *key_norm;
-  const bool* is_marked;  // [K]: groups that choose by the keys in blocks
+  const bool* is_marked;  // [N]: heads that choose by the keys in blocks
 };
 
 // Queries that are attended together: those of one row in whole blocks or one by one, or of all.

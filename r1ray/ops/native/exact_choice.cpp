@@ -1,15 +1,15 @@
-// Which blocks the units of marked groups keep: those where a query finds its best keys.
+// Which blocks the units of marked heads keep: those where a query finds its best keys.
 //
-// 1. A task is one unit of one marked group. Its queries score the keys of every earlier block
-//    (exact_scores.h), in int8 where keys are int8 and the processor has such products.
+// 1. A task is one unit of one group. Queries of its marked heads score the keys of every earlier
+//    block (exact_scores.h), in int8 where keys are int8 and the processor has such products.
 // 2. A softmax over the largest score in each block gives every query's shares of the blocks; a
 //    block counts as the sum of their squares.
-// 3. The first block, and the best of the others (block_choice.h).
+// 3. The first block, what the group has chosen before, and the best of the others (block_choice.h).
 //
 // A unit that keeps all earlier blocks scores none; one of a single query always does.
 //
-// Price: 2·64·C·G·H operations a token and group, C the earlier blocks: the products of queries and
-// keys of dense attention alone. Room for C·G·64 floats a thread.
+// Price: 2·64·C·H operations a token and marked head, C the earlier blocks: the products of queries
+// and keys of dense attention alone. Room for C·G·64 floats a thread.
 //
 // Names: B rows, T tokens, N query heads, K groups, G = N/K, H head dimension, C blocks, U units,
 // M chosen blocks.
@@ -40,9 +40,11 @@ struct ExactJob : ExactArguments {
 
 struct ExactTask {
   int64_t row, unit, group;
+  int64_t heads;   // of the group that are marked
   int64_t tokens;  // queries of each head
   int64_t early;   // blocks it may choose from
   int64_t count;
+  const int64_t* before;  // blocks that are kept anyway, up to the first -1 or M
 };
 
 struct ExactScratch {
@@ -132,7 +134,9 @@ void run_tasks(void* data) {
     task.unit = job.U - 1 - i % job.U;  // the last have most to score
     task.group = i / job.U % job.K;
     task.row = i / job.U / job.K;
-    if (!job.is_marked[task.group]) continue;
+    const bool* const marks = job.is_marked + task.group * (job.N / job.K);
+    task.heads = std::count(marks, marks + job.N / job.K, true);
+    if (!task.heads) continue;
     const int64_t own = (job.starts[task.row] + task.unit * job.unit) / kBlock;
     const int64_t left = job.T - task.unit * job.unit;
     task.tokens = left < job.unit ? left : job.unit;
@@ -144,6 +148,8 @@ void run_tasks(void* data) {
       job.failure = kBadBlock;
       return;
     }
+    int64_t* const out = job.out + ((task.row * job.K + task.group) * job.U + task.unit) * job.M;
+    task.before = out;
     ExactScratch scratch = {};
     if (needs_scores) {
       float* const at = memory.reserve(lay_out(job, nullptr, scratch));
@@ -154,7 +160,6 @@ void run_tasks(void* data) {
       lay_out(job, at, scratch);
       score(job, task, scratch);
     }
-    int64_t* out = job.out + ((task.row * job.K + task.group) * job.U + task.unit) * job.M;
     take_best(scratch.scores, task.early, task.count, scratch.ranks, out);
     for (int64_t m = task.count; m < job.M; ++m) out[m] = -1;
   }

@@ -14,10 +14,10 @@ struct ExactArguments {
   int64_t key_row, key_head;
   const float* key_scale;  // [B, K, S]; null with float keys
   int64_t key_scale_row, key_scale_head;
-  const bool* is_marked;  // [K]: the groups to choose for
+  const bool* is_marked;  // [N]: the heads to choose for
   const int64_t* counts;  // [B, U]: blocks to choose, each at most M
   const int64_t* starts;  // [B]
-  int64_t* out;           // [B, K, U, M] contiguous; other groups stay as they are
+  int64_t* out;           // [B, K, U, M] contiguous: in, what is kept anyway, -1 behind it
   int64_t B, N, K, T, H, U, M;
   int64_t unit;  // tokens: 64, or 1, which keep all that they can
   int32_t isa, num_threads;

@@ -104,16 +104,19 @@ TARGET inline void find_peaks(const Word* keys, const float* key_scale, const Wo
 template <class Key>
 TARGET inline void score_exactly(const ExactJob& job, const ExactTask& task,
                                  const ExactScratch& scratch) {
-  const int64_t heads = job.N / job.K, steps = round_up(job.H, kPair) / kPair;
+  const int64_t heads = task.heads, steps = round_up(job.H, kPair) / kPair;
   const int64_t blocks = task.early + 1, queries = heads * kBlock;
+  const int64_t group = job.N / job.K, first = task.group * group;
   Word* const panels = reinterpret_cast<Word*>(scratch.panels);
   Word* const words = reinterpret_cast<Word*>(scratch.keys);
-  const float* q = job.q + task.row * job.q_row + task.group * heads * job.q_head +
-                   task.unit * job.unit * job.q_token;
-  for (int64_t head = 0; head < heads; ++head)
+  const float* q = job.q + task.row * job.q_row + task.unit * job.unit * job.q_token;
+  for (int64_t head = first, at = 0; head < first + group; ++head) {
+    if (!job.is_marked[head]) continue;
     pack_panel(q + head * job.q_head, job.q_token, task.tokens, job.H, job.q_scale,
-               panels + head * steps * kBlock, scratch.query_scale + head * kBlock,
-               scratch.offsets + head * kBlock);
+               panels + at * steps * kBlock, scratch.query_scale + at * kBlock,
+               scratch.offsets + at * kBlock);
+    ++at;
+  }
   const Key* keys = static_cast<const Key*>(job.keys) + task.row * job.key_row +
                     task.group * job.key_head;
   const float* key_scale =
@@ -155,4 +158,6 @@ TARGET inline void score_exactly(const ExactJob& job, const ExactTask& task,
     store(lanes, sum);
     scratch.scores[block] = std::accumulate(lanes, lanes + kLanes, 0.0f);
   }
+  for (int64_t i = 0; i < job.M && task.before[i] >= 0; ++i)
+    if (task.before[i] < task.early) scratch.scores[task.before[i]] = INFINITY;
 }

@@ -170,7 +170,7 @@ def choose_blocks(
 def choose_exact(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
-    is_marked_K: Tensor,
+    is_marked_N: Tensor,
     counts_BU: list[list[int]],
     starts: list[int],
     chosen_BKUM: Tensor,
@@ -178,7 +178,7 @@ def choose_exact(
     key_scale_BKS: Tensor | None = None,
     isa: int | None = None,
 ) -> None:
-    """`r1ray.ops.exact_choice.choose_exact` on the CPU: the marked groups of `chosen` are replaced.
+    """`r1ray.ops.exact_choice.choose_exact` on the CPU: more is added to `chosen` in place.
 
     Float keys are multiplied in float32. Queries are rounded to int8 where keys are and the
     processor has such products: blocks that score within 1% of the largest score of each other may
@@ -187,13 +187,13 @@ def choose_exact(
     Args:
         q_BNTH: float32, with rotary positions.
         k_BKSH: float32; or int8, and their floats are these times the scales.
-        is_marked_K: bool.
+        is_marked_N: bool.
         chosen_BKUM: contiguous int64. Units have one token where U = T, and keep all that they can;
             else 64, and then every start is a multiple of 64.
     Raises:
         ShapeError: shapes, dtypes, starts or counts do not fit each other.
     """
-    tensors = [q_BNTH, k_BKSH, is_marked_K, chosen_BKUM]
+    tensors = [q_BNTH, k_BKSH, is_marked_N, chosen_BKUM]
     if key_scale_BKS is not None:
         tensors.append(key_scale_BKS)
     counts = tuple([tuple(row) for row in counts_BU])

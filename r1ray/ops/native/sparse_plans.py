@@ -191,7 +191,7 @@ def _check_exact(
         or not k[1]
         or q[1] % k[1]
         or chosen[:2] != k[:2]
-        or marked != k[1:2]
+        or marked != q[1:2]
         or any(item != k[:3] for item in scale)
         or chosen[2] not in (q[2], -(-q[2] // BLOCK))
         or not len(starts) == len(counts) == k[0]

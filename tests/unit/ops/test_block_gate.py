@@ -11,7 +11,7 @@ from r1ray.ops.block_gate import (
     count_missed,
     gate_divergence,
     gate_targets,
-    mark_groups,
+    mark_heads,
     pool_keys,
 )
 from r1ray.ops.block_selection import BLOCK, count_exact
@@ -125,33 +125,34 @@ def test_peaks_in_blocks_that_are_not_chosen_are_missed(monkeypatch: pytest.Monk
     start, blocks = 20 * BLOCK, 20
     scores = torch.zeros(1, 1, 2, blocks)
     scores[..., 1:8] = 1.0  # these seven are chosen, and the first
-    largest = torch.zeros(1, 1, 2, blocks)
+    largest = torch.zeros(1, 2, 2, blocks)  # two heads of one group
     largest[0, 0, 0, 3] = 0.5  # chosen
     largest[0, 0, 0, 15] = 0.1  # missed
     largest[0, 0, 0, 16] = 0.09  # no peak
     largest[0, 0, 0, 19] = 0.9  # the block before is always kept
     largest[0, 0, 0, 0] = 0.9  # so is the first
     largest[0, 0, 1, 12:14] = 0.3
-    assert count_missed(scores, largest, start).tolist() == [[[1, 2]]]
+    largest[0, 1, 1, 9] = 0.2
+    assert count_missed(scores, largest, start).tolist() == [[[1, 2], [0, 1]]]
 
 
-def test_groups_that_miss_most_are_marked() -> None:
-    gates = [BlockGate(4, 2, 16) for _ in range(3)]
+def test_heads_that_miss_most_are_marked() -> None:
+    gates = [BlockGate(2, 1, 16) for _ in range(3)]
     gates[1].missed.copy_(torch.tensor([0.0, 0.7]))
     gates[2].missed.copy_(torch.tensor([0.2, 0.1]))
-    mark_groups(gates, 1 / 3)
+    mark_heads(gates, 1 / 3)
     assert [gate.is_marked.tolist() for gate in gates] == [
         [False, False],
         [False, True],
         [True, False],
     ]
-    mark_groups(gates, 1.0)
+    mark_heads(gates, 1.0)
     assert not gates[0].is_marked.any()  # it misses nothing
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize(("starts", "tokens", "unit"), [([640], 300, 64), ([700, 900], 1, 1)])
-def test_marked_groups_choose_by_keys(
+def test_groups_of_marked_heads_choose_by_keys_as_well(
     starts: list[int], tokens: int, unit: int, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 4)
@@ -167,7 +168,7 @@ def test_marked_groups_choose_by_keys(
     with torch.inference_mode():
         plain = gate.choose(q, q.transpose(1, 2), tables, summaries, k, starts, unit)
     marked = BlockGate(4, 2, 16)
-    marked.is_marked[1] = True
+    marked.is_marked[3] = True  # of group 1
     with torch.inference_mode():
         found = marked.choose(q, q.transpose(1, 2), tables, summaries, k, starts, unit)
     for row, start in enumerate(starts):
@@ -175,5 +176,6 @@ def test_marked_groups_choose_by_keys(
             own = (start + at * unit) // BLOCK
             of_keys = set(found[row, 1, at].tolist()) - {-1}
             assert len(of_keys) == count_exact(own, unit)
+            assert of_keys >= set(plain[row, 1, at].tolist()) - {-1}
             assert unit > 1 or of_keys == set(range(own - 1))
             assert set(found[row, 0, at].tolist()) - {-1} == set(plain[row, 0, at].tolist()) - {-1}

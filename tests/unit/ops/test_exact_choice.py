@@ -1,4 +1,4 @@
-"""Blocks that marked groups choose by their keys: native kernels against torch, and what is found.
+"""Blocks that marked heads choose by their keys: native kernels against torch, and what is found.
 
 Shape legend as in `r1ray.ops.exact_choice`.
 """
@@ -74,21 +74,26 @@ def test_the_blocks_with_the_greatest_shares_are_chosen(
     room = max(first) + tokens + 13
     q = 2 * _random(batch, heads * groups, tokens, size, seed=seed)
     k = _states(_random(batch, groups, room, size, seed=seed + 1), dtype)
-    marks = torch.arange(groups) % 2 == 0
-    given_blocks = torch.full((batch, groups, units, 3), -1)
+    marks = _random(heads * groups, seed=seed + 2) > 0
+    of_groups = marks.unflatten(0, (groups, heads))
+    before = torch.full((batch, groups, units, 3), -1)
+    if min(starts) > 5:
+        before[..., :2] = torch.tensor([0, 3])  # a gate's
     with pytest.MonkeyPatch.context() as patch:
         if isa < 0:
             patch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
         else:
             patch.setattr("r1ray.ops.native.sparse.best_isa", lambda: isa)
-        chosen = choose_exact(q, k, marks, given_blocks, first)
-    assert (chosen[:, ~marks] == -1).all()
+        chosen = choose_exact(q, k, marks, before.clone(), first)
+    unmarked = ~of_groups.any(1)
+    assert torch.equal(chosen[:, unmarked, :, :3], before[:, unmarked])
+    assert (chosen[:, unmarked, :, 3:] == -1).all()
     floats = k.floats()
     for row, start in enumerate(starts):
         for unit in range(units):
             own = start + unit
             count = count_exact(own, BLOCK)
-            for group in marks.nonzero().flatten().tolist():
+            for group in of_groups.any(1).nonzero().flatten().tolist():
                 found = chosen[row, group, unit]
                 assert (found[count:] == -1).all()
                 assert len(set(found[:count].tolist())) == count
@@ -98,8 +103,11 @@ def test_the_blocks_with_the_greatest_shares_are_chosen(
                 assert found[0] == 0
                 assert 0 < int(found[1:count].min()) <= int(found[1:count].max()) <= own - 2
                 part = slice(unit * BLOCK, (unit + 1) * BLOCK)
-                queries = q[row, group * heads : (group + 1) * heads, part]
+                queries = q[row].unflatten(0, (groups, heads))[group, of_groups[group], part]
                 shares = _shares(queries, floats[row, group], own)
+                if min(starts) > 5:
+                    assert 3 in found[:count].tolist()
+                    shares[3] = 1e9
                 best = shares[1 : own - 1].sort(descending=True).values[: count - 1]
                 worth = shares[found[1:count]].sort(descending=True).values
                 tolerance = 0.05 if dtype == torch.int8 and isa >= 2 else 1e-4
@@ -114,7 +122,12 @@ def test_a_single_token_that_one_query_looks_for_is_found(
     q = _random(1, 3, BLOCK, size, seed=0)
     k = 0.3 * _random(1, 1, (own + 1) * BLOCK, size, seed=1)
     k[0, 0, needle] = 8 * q[0, 1, 21] / q[0, 1, 21].norm()
-    arguments = (q, _states(k, dtype), torch.tensor([True]), torch.zeros(1, 1, 1, 0).long())
+    arguments = (
+        q,
+        _states(k, dtype),
+        torch.tensor([False, True, False]),
+        torch.zeros(1, 1, 1, 0).long(),
+    )
     for chosen in (
         choose_exact(*arguments, [own * BLOCK]),
         _by_torch(monkeypatch, *arguments, [own * BLOCK]),
@@ -133,7 +146,7 @@ def test_single_queries_keep_every_block(
     k = _states(_random(3, 2, 21 * BLOCK, 16, seed=1), dtype)
     before = torch.zeros(3, 2, 2, 1).long()
     chosen = choose_exact(
-        _random(3, 4, 2, 16, seed=0), k, torch.tensor([False, True]), before, starts
+        _random(3, 4, 2, 16, seed=0), k, torch.tensor([False, False, True, False]), before, starts
     )
     assert chosen[0, 1].tolist() == [list(range(19))] * 2
     assert (chosen[1:, 1] == -1).all()
@@ -141,7 +154,7 @@ def test_single_queries_keep_every_block(
     assert (chosen[:, 0, :, 1:] == -1).all()
 
 
-def test_marked_groups_choose_four_times_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_marked_heads_choose_four_times_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert [count_exact(own, BLOCK) for own in (0, 1, 31, 33)] == [0, 0, 30, 32]
     assert count_exact(1023, BLOCK) == 1 + 4 * 15
@@ -152,7 +165,7 @@ def test_marked_groups_choose_four_times_as_many(monkeypatch: pytest.MonkeyPatch
 def test_keys_that_do_not_belong_to_the_queries_are_refused() -> None:
     own = 30
     q, k = torch.zeros(1, 4, BLOCK, 16), torch.zeros(1, 2, (own + 1) * BLOCK, 16)
-    marks, chosen = torch.tensor([True, False]), torch.zeros(1, 2, 1, 20).long()
+    marks, chosen = torch.tensor([True, False] * 2), torch.zeros(1, 2, 1, 20).long()
     counts, starts = [[10]], [own * BLOCK]
     right = (q, k, marks, counts, starts, chosen)
     native.choose_exact(*right)

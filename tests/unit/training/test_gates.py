@@ -74,7 +74,7 @@ def test_chunks_of_queries_change_nothing() -> None:
     torch.testing.assert_close(losses[2], losses[0])
 
 
-def test_what_gates_miss_marks_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_gates_miss_marks_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 2)
     monkeypatch.setattr("r1ray.ops.block_selection._LEAST", 0)
     monkeypatch.setattr("r1ray.ops.block_selection._MOST", 0)  # nothing but the first is chosen
@@ -83,7 +83,7 @@ def test_what_gates_miss_marks_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         for attention in list_attentions(model):
             attention.q_proj.weight.mul_(8.0)
             attention.k_proj.weight.mul_(8.0)
-    gates = GatesConfig(exact_groups=0.5)
+    gates = GatesConfig(exact_heads=0.5)
     GateTraining(gates).loss(model, random_batch(2, 400, seed=3))
     found = [attention.gate for attention in list_attentions(model)]
     assert all(isinstance(gate, BlockGate) for gate in found)
@@ -97,8 +97,8 @@ def test_what_answers_look_for_is_what_marks(monkeypatch: pytest.MonkeyPatch) ->
     """Each sequence counts the same, however many targets it has."""
     monkeypatch.setattr(
         "r1ray.training.gates.count_missed",
-        lambda scores, _largest, start: (
-            torch.arange(start, start + scores.shape[2]).float().expand(scores.shape[:3])
+        lambda _scores, largest, start: (
+            torch.arange(start, start + largest.shape[2]).float().expand(largest.shape[:3])
         ),
     )
     labels = torch.full((2, 250), IGNORED)
