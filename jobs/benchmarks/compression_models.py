@@ -34,8 +34,8 @@ _TRAINING = (
     "prepare.sources=[{type: tasks, num_samples: 2400}]",
 )
 _STUDENT = (
-    "student={layers: [0, 3, 6, 10, 13, 16, 20, 24, 29]}",  # 9 of 30
-    "prepare.sources=[{type: tasks, num_samples: 8000}]",
+    "student={layers: [0, 3, 6, 10, 13, 16, 19, 22, 26, 29]}",  # 10 of 30
+    "prepare.sources=[{type: tasks, num_samples: 6500}]",  # as many as 400 steps take
     "train.learning_rate=1e-3",
     "train.warmup_steps=20",
 )
