@@ -1,0 +1,131 @@
+// What a decoder layer's new queries attend to: the calls of the kernels that choose and attend.
+// Included once, by decoder_layers.cpp, behind `Forward`.
+
+int64_t count_units(const Piece& piece) { return (piece.tokens + piece.unit - 1) / piece.unit; }
+
+// Where a token's keys or values begin.
+const void* state_at(const Forward& forward, const void* states, int64_t token) {
+  const int64_t bytes = token * forward.H * (forward.key_scale ? 1 : int64_t{sizeof(float)});
+  return static_cast<const char*>(states) + bytes;
+}
+
+int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
+  ChoiceArguments job = {};
+  const int64_t first = piece.row * forward.T + piece.token;
+  job.q = forward.qkv + first * forward.width;
+  job.q_row = forward.T * forward.width;
+  job.q_token = forward.width;
+  job.q_head = forward.H;
+  const int64_t rotary = piece.row * forward.rotary_row + piece.token * forward.H;
+  job.cos = forward.cos + rotary;
+  job.sin = forward.sin + rotary;
+  job.rotary_row = forward.rotary_row;
+  job.rotary_token = forward.H;
+  if (forward.chooses) {
+    job.weight = forward.weights->query_weight;
+    job.norm = forward.weights->query_norm;
+    job.keys = forward.summaries + forward.layer * forward.summary_layer +
+               piece.row * forward.summary_row;
+    job.key_row = forward.summary_row;
+    job.key_head = forward.C * forward.H;
+    job.C = forward.C;
+  }
+  job.counts = forward.numbers + piece.counts;
+  job.starts = forward.numbers + piece.starts;
+  job.out = chosen;
+  job.B = piece.rows;
+  job.T = piece.tokens;
+  job.N = forward.N;
+  job.K = forward.K;
+  job.H = forward.H;
+  job.U = count_units(piece);
+  job.M = piece.most;
+  job.unit = piece.unit;
+  job.isa = forward.isa;
+  job.num_threads = forward.num_threads;
+  return r1ray_choose_blocks(&job);
+}
+
+// For groups with a marked head, besides what was chosen for them.
+int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chosen) {
+  const bool* const marks = forward.weights->is_marked;
+  if (!marks || std::none_of(marks, marks + forward.N, [](bool is_marked) { return is_marked; }))
+    return kNone;
+  ExactArguments job = {};
+  job.q = forward.rotated + (piece.row * forward.T + piece.token) * forward.N * forward.H;
+  job.q_row = forward.T * forward.N * forward.H;
+  job.q_token = forward.N * forward.H;
+  job.q_head = forward.H;
+  const int64_t at = forward.token_at(piece.row, 0);
+  job.keys = state_at(forward, forward.keys, at);
+  job.key_row = forward.row_stride * forward.H;
+  job.key_head = forward.S * forward.H;
+  if (forward.key_scale) {
+    job.key_scale = forward.key_scale + at;
+    job.key_scale_row = forward.row_stride;
+    job.key_scale_head = forward.S;
+  }
+  job.is_marked = marks;
+  job.counts = forward.numbers + piece.marked;
+  job.starts = forward.numbers + piece.starts;
+  job.out = chosen;
+  job.B = piece.rows;
+  job.N = forward.N;
+  job.K = forward.K;
+  job.T = piece.tokens;
+  job.H = forward.H;
+  job.U = count_units(piece);
+  job.M = piece.most;
+  job.unit = piece.unit;
+  job.isa = forward.isa;
+  job.num_threads = forward.num_threads;
+  return r1ray_choose_exact(&job);
+}
+
+int32_t attend(const Forward& forward, const Piece& piece, const int64_t* chosen) {
+  AttentionArguments job = {};
+  const int64_t first = (piece.row * forward.T + piece.token) * forward.N * forward.H;
+  job.q = forward.rotated + first;
+  job.q_row = forward.T * forward.N * forward.H;
+  job.q_token = forward.N * forward.H;
+  job.q_head = forward.H;
+  const int64_t at = forward.token_at(piece.row, 0);
+  job.keys = state_at(forward, forward.keys, at);
+  job.values = state_at(forward, forward.values, at);
+  job.key_row = job.value_row = forward.row_stride * forward.H;
+  job.key_head = job.value_head = forward.S * forward.H;
+  if (forward.key_scale) {
+    job.key_scale = forward.key_scale + at;
+    job.value_scale = forward.value_scale + at;
+    job.key_scale_row = job.value_scale_row = forward.row_stride;
+    job.key_scale_head = job.value_scale_head = forward.S;
+  }
+  job.chosen = chosen;
+  job.starts = forward.numbers + piece.starts;
+  job.out = forward.attended + first;  // a piece of several rows has all their tokens
+  job.B = piece.rows;
+  job.N = forward.N;
+  job.K = forward.K;
+  job.T = piece.tokens;
+  job.S = forward.S;
+  job.H = forward.H;
+  job.U = count_units(piece);
+  job.M = piece.most;
+  job.unit = piece.unit;
+  job.isa = forward.isa;
+  job.num_threads = forward.num_threads;
+  return r1ray_sparse_attention(&job);
+}
+
+void attend_pieces(Forward& forward) {
+  int64_t* chosen = forward.chosen;
+  const bool is_new = forward.chooses || forward.layer == 0;
+  for (int64_t i = 0; i < forward.num_pieces && forward.failure == kNone; ++i) {
+    const Piece& piece = forward.pieces[i];
+    if (is_new) forward.failure = choose(forward, piece, chosen);
+    if (forward.failure == kNone && forward.chooses)
+      forward.failure = choose_exactly(forward, piece, chosen);
+    if (forward.failure == kNone) forward.failure = attend(forward, piece, chosen);
+    chosen += piece.rows * forward.K * count_units(piece) * piece.most;
+  }
+}
