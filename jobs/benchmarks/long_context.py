@@ -14,6 +14,7 @@ from jobs.benchmarks.long_context_report import (
     plot_operator,
     quality_rows,
     reading_rows,
+    render_gates,
     render_tasks,
 )
 from jobs.benchmarks.parts import StoredParts
@@ -113,7 +114,8 @@ class LongContextBenchmark:
             f"({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, commits "
             f"{', '.join(sorted(set(map(str, self._parts.commits.values()))))}, "
             f"{circumstances['date']}.\n\n{table}\n![operator](long_context.png)\n\n"
-            f"## Tasks\n\n{render_tasks(quality, TASKS, LENGTHS)}\n{_NOTES}"
+            f"## Tasks\n\n{render_tasks(quality, TASKS, LENGTHS)}\n"
+            f"## Gates\n\n{render_gates(self._quality.gate_training())}\n{_NOTES}"
         )
         (_TARGET / "long_context.md").write_text(text, encoding="utf-8")
         return table

@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 CONTEXT = 8192
+Step = dict[str, float | None]  # of a training: tokens so far, loss, recall
 _FIRST_NUMBER = 1_000_000  # of training samples; the tasks that are asked begin at 0
 _TUNE_BATCH, _GATE_BATCH = 32_768, 16_384  # tokens
 _GPU_CHUNK = 2048  # of queries
@@ -58,8 +59,8 @@ class TrainingSize:
     gate_documents: int
 
 
-def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[float]:
-    """Teach the model in `base` the tasks; written to `target`. Returns the loss of every step."""
+def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[Step]:
+    """Teach the model in `base` the tasks; written to `target`."""
     numbers = range(_FIRST_NUMBER, _FIRST_NUMBER + size.tune_examples)
     samples = _write_samples(base, numbers, is_task=True)
     batches = list(_batch(samples, _TUNE_BATCH, every_token=False))
@@ -70,21 +71,17 @@ def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[float]:
         learning_rate=5e-4,
         precision="bf16" if torch.cuda.is_available() else "auto",
     )
-    losses = _train(
+    steps = _train(
         TrainState(model, config, build_exchange(config.exchange), LocalTransport()),
         batches,
         per_step=2,
     )
     _save(model.to(torch.bfloat16), base, target)  # as SmolLM2 is published
-    return losses
+    return steps
 
 
-def train_gates(tuned: Path, target: Path, size: TrainingSize) -> tuple[list[float], int]:
-    """Train gates for the model in `tuned`; both are written to `target`.
-
-    Returns:
-        the loss of every step, and how many tokens were read.
-    """
+def train_gates(tuned: Path, target: Path, size: TrainingSize) -> list[Step]:
+    """Train gates for the model in `tuned`; both are written to `target`."""
     first = _FIRST_NUMBER + size.tune_examples
     numbers = range(first, first + size.gate_examples)
     samples = _write_samples(tuned, numbers, is_task=True)
@@ -105,9 +102,9 @@ def train_gates(tuned: Path, target: Path, size: TrainingSize) -> tuple[list[flo
     )
     objective = GateTraining(gates)
     state = TrainState(model, config, build_exchange(config.exchange), LocalTransport(), objective)
-    losses = _train(state, batches, per_step=1)
+    steps = _train(state, batches, per_step=1)
     _save(model, tuned, target)
-    return losses, sum(batch.num_tokens for batch in batches)
+    return steps
 
 
 def count_prompt_tokens(tokenizer: Tokenizer, text: str) -> int:
@@ -169,15 +166,17 @@ def _batch(samples: Sequence[Sample], most: int, *, every_token: bool) -> Iterat
         yield MicroBatch(ids_BT, labels_BT, num_tokens, int((labels_BT != IGNORED).sum()))
 
 
-def _train(state: TrainState, batches: Sequence[MicroBatch], *, per_step: int) -> list[float]:
-    losses = []
+def _train(state: TrainState, batches: Sequence[MicroBatch], *, per_step: int) -> list[Step]:
+    steps: list[Step] = []
+    tokens = 0
     for step in range(state.config.num_steps):
         taken = [batches[(step * per_step + at) % len(batches)] for at in range(per_step)]
         record = state.run_step(taken)
-        losses.append(float("nan") if record.loss is None else record.loss)
+        tokens += record.num_tokens
+        steps.append({"tokens": tokens, "loss": record.loss, "recall": record.recall})
         if step % 20 == 0:
             print(f"  step {step}/{state.config.num_steps}: {record.describe()}", flush=True)
-    return losses
+    return steps
 
 
 def _save(model: Decoder, source: Path, target: Path) -> None:

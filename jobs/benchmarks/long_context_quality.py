@@ -81,6 +81,10 @@ class QualityBenchmark:
     def gated(self) -> Path:
         return self._work / "gated"
 
+    def gate_training(self) -> dict[str, Any]:
+        """How gates were trained: `result` of all steps, seconds, device."""
+        return dict(self.parts.read("quality_gates"))
+
     def measure(self, precision: Precision, attention: Attention) -> None:
         """Answers to all tasks, and perplexity, in one of the four ways."""
         model, name = self._load(precision, attention), f"quality_{precision}_{attention}"

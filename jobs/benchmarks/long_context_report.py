@@ -22,6 +22,7 @@ __all__ = [
     "plot_operator",
     "quality_rows",
     "reading_rows",
+    "render_gates",
     "render_tasks",
 ]
 
@@ -165,6 +166,30 @@ def render_tasks(quality: Mapping[str, Any], tasks: Iterable[str], lengths: Iter
             found = [score for each in quality.values() for score in each["scores"][task, length]]
             scores = [f"{score:.3f}" for score in found]
             lines.append(f"| {task} | {length} | {' | '.join(scores)} |")
+    return "\n".join(lines) + "\n"
+
+
+def render_gates(training: Mapping[str, Any], points: int = 8) -> str:
+    """Loss and recall of training gates over tokens; means of all steps up to each point."""
+    steps = training["result"]
+    lines = [
+        f"{steps[-1]['tokens'] / 1e6:.1f} million tokens in {len(steps)} steps, "
+        f"{training['seconds']:.0f} s on {training['device']}.\n",
+        "| tokens | divergence, nats | attention in chosen blocks |",
+        "|---|---|---|",
+    ]
+    for part in np.array_split(np.arange(len(steps)), min(points, len(steps))):
+        of_part = [steps[index] for index in part]
+        loss, recall = (
+            [step[name] for step in of_part if step[name] is not None]
+            for name in ("loss", "recall")
+        )
+        cells = [
+            f"{of_part[-1]['tokens']:,}",
+            f"{statistics.mean(loss):.3f}" if loss else "",
+            f"{100 * statistics.mean(recall):.1f}%" if recall else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "count_missed",
     "gate_divergence",
     "gate_targets",
+    "kept_blocks",
     "mark_heads",
     "pool_keys",
 ]
@@ -233,23 +234,25 @@ def gate_targets(q_BNTH: Tensor, k_BKSH: Tensor, start: int) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def count_missed(scores_BKTC: Tensor, largest_BNTC: Tensor, start: int) -> Tensor:
-    """Blocks [B, N, T] with a key of at least a tenth of a query's attention, not chosen by score.
-
-    Args:
-        scores_BKTC, largest_BNTC: of a gate, and of `gate_targets`.
-    """
+def kept_blocks(scores_BKTC: Tensor, start: int) -> Tensor:
+    """Whether a query keeps a block, by its score or its place: bool [B, K, T, C]."""
     tokens, blocks = scores_BKTC.shape[2:]
     own_T = (start + torch.arange(tokens, device=scores_BKTC.device)) // BLOCK
     chosen_BKTM = choose_blocks(scores_BKTC, own_T[None])
-    kept = torch.zeros_like(scores_BKTC, dtype=torch.bool)
-    kept.scatter_(3, chosen_BKTM.clamp_min(0), chosen_BKTM >= 0)
-    if chosen_BKTM.shape[3]:  # the sink, which -1 has overwritten
-        kept[..., 0] = chosen_BKTM[..., 0] == 0
-    is_far_TC = torch.arange(blocks, device=own_T.device) < own_T[:, None] - 1
-    is_left_out = is_far_TC & ~kept
-    groups = largest_BNTC.shape[1] // kept.shape[1]
-    return ((largest_BNTC >= _PEAK) & is_left_out.repeat_interleave(groups, dim=1)).sum(-1)
+    is_kept = torch.zeros(*scores_BKTC.shape[:3], blocks + 1, dtype=torch.bool, device=own_T.device)
+    is_kept.scatter_(3, chosen_BKTM.masked_fill(chosen_BKTM < 0, blocks), value=True)
+    return is_kept[..., :blocks] | (torch.arange(blocks, device=own_T.device) >= own_T[:, None] - 1)
+
+
+@torch.no_grad()
+def count_missed(kept_BKTC: Tensor, largest_BNTC: Tensor) -> Tensor:
+    """Blocks [B, N, T] with a key of at least a tenth of a query's attention that are not kept.
+
+    Args:
+        kept_BKTC, largest_BNTC: of `kept_blocks` and of `gate_targets`.
+    """
+    kept_BNTC = kept_BKTC.repeat_interleave(largest_BNTC.shape[1] // kept_BKTC.shape[1], dim=1)
+    return ((largest_BNTC >= _PEAK) & ~kept_BNTC).sum(-1)
 
 
 def mark_heads(gates: Sequence[BlockGate], share: float) -> None:

@@ -29,10 +29,11 @@ from r1ray.ops.block_gate import (
     count_missed,
     gate_divergence,
     gate_targets,
+    kept_blocks,
     mark_heads,
     pool_keys,
 )
-from r1ray.ops.block_selection import BLOCK
+from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
 
 __all__ = ["GateTraining"]
 
@@ -41,9 +42,15 @@ _NEWEST = 0.05  # weight of a batch in what a gate missed lately
 
 
 class GateTraining:
-    """The objective of `train.gates`; every layer of the model has a gate."""
+    """The objective of `train.gates`; every layer of the model has a gate.
+
+    Attributes:
+        recall: of the last batch, as in `Objective`: what the gates' choice alone has of the
+            targets, of tokens beyond those that attend densely; None where there are none.
+    """
 
     def __init__(self, config: GatesConfig) -> None:
+        self.recall: float | None = None
         self._chunk, self._exact_share = config.query_chunk, config.exact_heads
         self._is_answer_BT: Tensor | None = None  # of the batch that was drawn last
 
@@ -72,7 +79,10 @@ class GateTraining:
         positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         cos, sin = rotary_tables(model.config, positions_1T)
         block_cos, block_sin = cos[:, :, ::BLOCK], sin[:, :, ::BLOCK]
+        is_far_T = positions_1T[0] >= DENSE_BLOCKS * BLOCK
+        is_counted_BT = is_target_BT & is_far_T
         losses: list[Tensor] = []
+        recalls: list[Tensor] = []
 
         @torch.enable_grad()
         def observe(
@@ -92,12 +102,17 @@ class GateTraining:
                 scores = gate.scores(queries, keys)
                 divergence = gate_divergence(scores, targets, start)
                 losses.append((divergence.mean(1) * is_target_BT[:, part]).sum())
-                missed_BNT = count_missed(scores, largest, start)
+                kept = kept_blocks(scores, start)
+                found_BT = (targets * kept).sum(-1).mean(1)
+                recalls.append((found_BT * is_counted_BT[:, part]).sum())
+                missed_BNT = count_missed(kept, largest)
                 missed_N += (missed_BNT * weight_BT[:, None, part]).sum((0, 2))
             gate.missed.lerp_(missed_N, _NEWEST)
 
         with _observing(model, observe), torch.no_grad():
             model.hidden(ids_BT)
+        count = int(is_counted_BT.sum()) * model.config.num_layers
+        self.recall = float(torch.stack(recalls).sum()) / count if count else None
         gates = [attention.gate for attention in list_attentions(model)]
         mark_heads([gate for gate in gates if isinstance(gate, BlockGate)], self._exact_share)
         if not losses:  # sequences of less than a block: nothing to choose, and nothing to learn

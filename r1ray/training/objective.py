@@ -46,7 +46,15 @@ __all__ = [
 
 
 class Objective(Protocol):
-    """One instance per worker."""
+    """One instance per worker.
+
+    Attributes:
+        recall: where blocks of attention are chosen, the share of it that they have, in what `loss`
+            was called with last; else None.
+    """
+
+    @property
+    def recall(self) -> float | None: ...
 
     def draw(self, model: Decoder, batch: MicroBatch, step: int) -> MicroBatch:
         """What step `step`, from 0, trains on in place of `batch`; outside of autograd."""
@@ -59,6 +67,8 @@ class Objective(Protocol):
 
 class CrossEntropy:
     """Cross-entropy with the target tokens."""
+
+    recall = None
 
     def draw(self, model: Decoder, batch: MicroBatch, step: int) -> MicroBatch:  # noqa: ARG002
         return batch
@@ -106,6 +116,8 @@ class OnPolicyDistillation:
         num_steps: of the whole training.
         seed: of the samples, which are the same when a step is done again.
     """
+
+    recall = None
 
     def __init__(
         self,

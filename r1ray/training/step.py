@@ -43,6 +43,7 @@ class StepRecord:
         sent_bytes, received_bytes: payload of this worker in this step.
         residual_norm: of the error feedback that this worker keeps.
         staleness_steps: age of the applied gradient in updates.
+        recall: of this worker's last micro-batch, as in `Objective`.
     """
 
     step: int
@@ -61,6 +62,7 @@ class StepRecord:
     received_bytes: int
     residual_norm: float
     staleness_steps: int
+    recall: float | None = None
 
     def describe(self) -> str:
         """A few words for the progress line."""
@@ -68,8 +70,9 @@ class StepRecord:
             return "not finite, skipped"
         if self.loss is None or self.learning_rate is None:
             return "the first update is under way"
+        recall = "" if self.recall is None else f"recall {100 * self.recall:.1f}%  "
         return (
-            f"loss {self.loss:.3f}  lr {self.learning_rate:.1e}  "
+            f"loss {self.loss:.3f}  {recall}lr {self.learning_rate:.1e}  "
             f"{self.num_tokens / self.seconds:.0f} tokens/s  "
             f"stalled {100 * self.exchange_wait_s / self.seconds:.0f}%"
         )
@@ -157,6 +160,7 @@ class TrainState:
             received_bytes=after.received_bytes - before.received_bytes,
             residual_norm=after.residual_norm,
             staleness_steps=after.staleness_steps,
+            recall=self._objective.recall,
         )
 
     def _accumulate(self, batches: Iterable[MicroBatch]) -> StepTotals:

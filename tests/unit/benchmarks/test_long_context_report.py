@@ -11,6 +11,7 @@ from jobs.benchmarks.long_context_report import (
     plot_operator,
     quality_rows,
     reading_rows,
+    render_gates,
     render_tasks,
 )
 from r1ray.evaluation.record import Row
@@ -22,8 +23,8 @@ def _operator() -> dict[str, dict[int, dict[str, list[float]]]]:
     """Sparse time grows like n, dense like n²."""
     times = {
         length: {
-            "sparse": [0.7 * length / 1e6] * 3,
-            "marked": [1.7 * length / 1e6] * 3,
+            "sparse": [0.55 * length / 1e6] * 3,
+            "marked": [1.55 * length / 1e6] * 3,
             "dense": [length**2 / 2e9] * 3,
         }
         for length in LENGTHS
@@ -92,3 +93,15 @@ def test_the_worst_task_that_dense_attention_can_do_counts() -> None:
     assert rows["long_context.needle_block_recall"].met
     table = render_tasks({"int8": found}, ["vt", "cwe"], [4096])
     assert "| vt | 4096 | 0.900 | 0.880 |" in table
+
+
+def test_the_training_of_gates_is_shown_over_tokens() -> None:
+    steps = [
+        {"tokens": 1000 * (at + 1), "loss": 1.0 / (at + 1), "recall": 0.5 + at / 100}
+        for at in range(20)
+    ]
+    steps[0] |= {"loss": None, "recall": None}
+    text = render_gates({"result": steps, "seconds": 7.4, "device": "a CPU"}, points=4)
+    assert text.splitlines()[0] == "0.0 million tokens in 20 steps, 7 s on a CPU."
+    assert "| 5,000 | 0.321 | 52.5% |" in text.splitlines()
+    assert len(text.splitlines()) == 4 + 4

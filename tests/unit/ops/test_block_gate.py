@@ -11,6 +11,7 @@ from r1ray.ops.block_gate import (
     count_missed,
     gate_divergence,
     gate_targets,
+    kept_blocks,
     mark_heads,
     pool_keys,
 )
@@ -133,7 +134,7 @@ def test_peaks_in_blocks_that_are_not_chosen_are_missed(monkeypatch: pytest.Monk
     largest[0, 0, 0, 0] = 0.9  # so is the first
     largest[0, 0, 1, 12:14] = 0.3
     largest[0, 1, 1, 9] = 0.2
-    assert count_missed(scores, largest, start).tolist() == [[[1, 2], [0, 1]]]
+    assert count_missed(kept_blocks(scores, start), largest).tolist() == [[[1, 2], [0, 1]]]
 
 
 def test_heads_that_miss_most_are_marked() -> None:

@@ -74,6 +74,26 @@ def test_chunks_of_queries_change_nothing() -> None:
     torch.testing.assert_close(losses[2], losses[0])
 
 
+def test_recall_is_the_share_of_attention_in_kept_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GateTraining(GatesConfig()).recall is None
+    batch = random_batch(2, 400, seed=3)
+    found = []
+    for dense, chunk, most in ((32, 512, 64), (2, 512, 64), (2, 512, 0), (2, 100, 0)):
+        monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", dense)
+        monkeypatch.setattr("r1ray.training.gates.DENSE_BLOCKS", dense)
+        monkeypatch.setattr("r1ray.ops.block_selection._LEAST", min(4, most))
+        monkeypatch.setattr("r1ray.ops.block_selection._MOST", most)
+        objective = GateTraining(GatesConfig(query_chunk=chunk))
+        objective.loss(_gated(), batch)
+        found.append(objective.recall)
+    short, all_of_few, some, in_chunks = found
+    assert short is None  # nothing is chosen
+    assert all_of_few == pytest.approx(1.0)  # of up to six blocks
+    assert some is not None
+    assert 0.3 < some < 0.9  # the first and the one before
+    assert in_chunks == pytest.approx(some)
+
+
 def test_what_gates_miss_marks_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 2)
     monkeypatch.setattr("r1ray.ops.block_selection._LEAST", 0)
@@ -97,9 +117,7 @@ def test_what_answers_look_for_is_what_marks(monkeypatch: pytest.MonkeyPatch) ->
     """Each sequence counts the same, however many targets it has."""
     monkeypatch.setattr(
         "r1ray.training.gates.count_missed",
-        lambda _scores, largest, start: (
-            torch.arange(start, start + largest.shape[2]).float().expand(largest.shape[:3])
-        ),
+        lambda _kept, largest: torch.arange(largest.shape[2]).float().expand(largest.shape[:3]),
     )
     labels = torch.full((2, 250), IGNORED)
     labels[0, 100] = labels[0, 102] = 1
