@@ -115,7 +115,13 @@ def load_gates(model: Decoder, path: Path) -> None:
         raise ArtifactError(f"{file}: gates are of blocks of {block} tokens, not {BLOCK}")
     attach_gates(model)
     expected = {name: tensor for name, tensor in model.state_dict().items() if is_gate(name)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
-        raise ArtifactError(f"{file}: gates do not fit {model.config.num_layers} layers")
+    for name in sorted(expected.keys() | tensors.keys()):
+        found, wanted = (
+            tuple(of[name].shape) if name in of else None for of in (tensors, expected)
+        )
+        if found != wanted:
+            raise ArtifactError(
+                f"{file}: {name} has the shape {found}, and the model's has {wanted}; train gates "
+                "for this model again"
+            )
     model.load_state_dict(tensors, strict=False, assign=True)

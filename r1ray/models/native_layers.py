@@ -51,6 +51,7 @@ _NAMES = (
     *(f"self_attn.gate.{part}" for part in _GATE_PARTS),
 )
 _QUERY_WEIGHT = _NAMES.index("self_attn.gate.query_weight")
+_IS_MARKED = _NAMES.index("self_attn.gate.is_marked")
 _NONE = torch.empty(0)  # its address is null
 _WIDTH = 16  # floats to which the kernel wants a gate's query weights padded
 
@@ -103,10 +104,7 @@ class NativeLayers:
             self._layers = [
                 [*layer[:_QUERY_WEIGHT], *[None] * len(_GATE_PARTS)] for layer in self._layers
             ]
-        gates = [_find(block, "self_attn.gate") for block in model.model.layers]
-        self._has_marks = self.has_gates and any(
-            isinstance(gate, BlockGate) and bool(gate.is_marked.any()) for gate in gates
-        )
+        self._marks = [layer[_IS_MARKED] for layer in self._layers]
         self._table = (ctypes.c_void_p * (len(_NAMES) * len(self._layers)))()
         for index, tensor in enumerate(tensor for layer in self._layers for tensor in layer):
             self._table[index] = None if tensor is None else tensor.data_ptr()
@@ -181,7 +179,8 @@ class NativeLayers:
         buffers = cache.buffers()
         cos, sin = (table.contiguous() for table in rotary)
         is_dense = sparse is None or sparse.is_dense
-        pieces, numbers = _plan(cache.starts, tokens, is_dense=is_dense, has_marks=self._has_marks)
+        has_marks = not is_dense and bool(torch.cat(self._marks).any())  # type: ignore[arg-type]
+        pieces, numbers = _plan(cache.starts, tokens, is_dense=is_dense, has_marks=has_marks)
         completed = [] if sparse is None else _list_completed(sparse)
         padded = self._pad_gates() if not is_dense else []
         key_scale, value_scale = map(Tensor.data_ptr, buffers.scales or (_NONE, _NONE))
@@ -331,7 +330,7 @@ def _plan(starts: list[int], tokens: int, *, is_dense: bool, has_marks: bool) ->
     each by itself, cut at the bounds of blocks.
 
     Args:
-        has_marks: some heads choose by the keys themselves.
+        has_marks: some heads choose by the keys themselves; not where attention is dense.
     """
     rows = range(len(starts))
     if tokens == 1:
@@ -353,13 +352,14 @@ def _plan(starts: list[int], tokens: int, *, is_dense: bool, has_marks: bool) ->
             for at in range(0, part.stop - part.start, unit)
         ]
         counts = [max(0, own - 1) if is_dense else count_chosen(own) for own in owns]
-        marked = [count_exact(own, unit) for own in owns] if has_marks and not is_dense else []
+        marked = [count_exact(own, unit) for own in owns] if has_marks else []
         at = len(numbers)
         numbers += [*firsts, *counts, *marked]
         pieces.append(
             native.QueryPiece(
                 *(of_rows.start, len(of_rows), part.start, part.stop - part.start, unit),
-                *(max(counts + marked), at, at + len(firsts), at + len(firsts) + len(counts)),
+                *(max(counts + marked), at, at + len(firsts)),
+                at + len(firsts) + len(counts) if has_marks else -1,
             )
         )
     array = (ctypes.c_int64 * len(numbers))(*numbers)

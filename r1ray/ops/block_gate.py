@@ -25,7 +25,6 @@ Shape legend: B rows, T queries, U units of queries, N query heads, K groups, G 
 L keys of whole blocks, C blocks, H head size, P = 3·H pooled features, X size of a summary.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -146,9 +145,9 @@ class BlockGate(nn.Module):
             return chosen
         return choose_exact(q_BNTH, k, self.is_marked, chosen, starts)
 
-    @functools.cached_property
+    @property
     def has_marks(self) -> bool:
-        """Whether any head is marked; asked once a gate is no longer trained."""
+        """Whether any head is marked."""
         return bool(self.is_marked.any())
 
 

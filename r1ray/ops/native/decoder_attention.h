@@ -49,7 +49,7 @@ int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
 // For groups with a marked head, besides what was chosen for them.
 int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chosen) {
   const bool* const marks = forward.weights->is_marked;
-  if (!marks || std::none_of(marks, marks + forward.N, [](bool is_marked) { return is_marked; }))
+  if (piece.marked < 0 || std::none_of(marks, marks + forward.N, [](bool is_marked) { return is_marked; }))
     return kNone;
   ExactArguments job = {};
   job.q = forward.rotated + (piece.row * forward.T + piece.token) * forward.N * forward.H;
@@ -123,7 +123,7 @@ void attend_pieces(Forward& forward) {
   for (int64_t i = 0; i < forward.num_pieces && forward.failure == kNone; ++i) {
     const Piece& piece = forward.pieces[i];
     if (is_new) forward.failure = choose(forward, piece, chosen);
-    if (forward.failure == kNone && forward.chooses)
+    if (forward.failure == kNone)
       forward.failure = choose_exactly(forward, piece, chosen);
     if (forward.failure == kNone) forward.failure = attend(forward, piece, chosen);
     chosen += piece.rows * forward.K * count_units(piece) * piece.most;

@@ -30,7 +30,7 @@ struct Piece {
   int64_t most;           // blocks that any unit chooses
   int64_t starts;         // in `numbers`: the position of each row's first
   int64_t counts;         // in `numbers`: blocks to choose, [rows][units]
-  int64_t marked;         // in `numbers`: blocks to choose in marked groups, [rows][units]
+  int64_t marked;         // in `numbers`: blocks to choose in groups of marked heads; or -1
 };
 
 // Blocks of one row that are complete with the new tokens.

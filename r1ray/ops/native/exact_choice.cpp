@@ -41,7 +41,6 @@ struct ExactJob : ExactArguments {
 struct ExactTask {
   int64_t row, unit, group;
   int64_t heads;   // of the group that are marked
-  int64_t tokens;  // queries of each head
   int64_t early;   // blocks it may choose from
   int64_t count;
   const int64_t* before;  // blocks that are kept anyway, up to the first -1 or M
@@ -138,8 +137,6 @@ void run_tasks(void* data) {
     task.heads = std::count(marks, marks + job.N / job.K, true);
     if (!task.heads) continue;
     const int64_t own = (job.starts[task.row] + task.unit * job.unit) / kBlock;
-    const int64_t left = job.T - task.unit * job.unit;
-    task.tokens = left < job.unit ? left : job.unit;
     task.early = own < 1 ? 0 : own - 1;
     task.count = job.counts[task.row * job.U + task.unit];
     const bool needs_scores = task.count > 0 && task.count < task.early;

@@ -10,11 +10,11 @@
 #if R1RAY_INT8
 
 // Queries of one head from `q` on, of which `scale` is set; `offsets` are where their sums begin.
-TARGET inline void pack_panel(const float* q, int64_t token_stride, int64_t tokens, int64_t size,
-                              float unit_scale, Word* panel, float* scale, float* offsets) {
+TARGET inline void pack_panel(const float* q, int64_t token_stride, int64_t size, float unit_scale,
+                              Word* panel, float* scale, float* offsets) {
   const int64_t steps = round_up(size, kPair) / kPair;
   for (int64_t token = 0; token < kBlock; ++token) {
-    const float* const x = q + (token < tokens ? token : 0) * token_stride;
+    const float* const x = q + token * token_stride;
     float largest = 0.0f;
     for (int64_t h = 0; h < size; ++h) largest = std::fmax(largest, std::fabs(x[h]));
     const float factor = largest > 0.0f && largest < INFINITY ? 127.0f / largest : 0.0f;
@@ -55,10 +55,10 @@ TARGET inline void pack_keys(const int8_t* keys, const float*, int64_t size, Wor
 
 #else
 
-TARGET inline void pack_panel(const float* q, int64_t token_stride, int64_t tokens, int64_t size,
-                              float unit_scale, Word* panel, float* scale, float* offsets) {
+TARGET inline void pack_panel(const float* q, int64_t token_stride, int64_t size, float unit_scale,
+                              Word* panel, float* scale, float* offsets) {
   for (int64_t token = 0; token < kBlock; ++token) {
-    const float* const x = q + (token < tokens ? token : 0) * token_stride;
+    const float* const x = q + token * token_stride;
     for (int64_t h = 0; h < size; ++h) panel[h * kBlock + token] = x[h];
     scale[token] = unit_scale;
     offsets[token] = 0.0f;
@@ -112,7 +112,7 @@ TARGET inline void score_exactly(const ExactJob& job, const ExactTask& task,
   const float* q = job.q + task.row * job.q_row + task.unit * job.unit * job.q_token;
   for (int64_t head = first, at = 0; head < first + group; ++head) {
     if (!job.is_marked[head]) continue;
-    pack_panel(q + head * job.q_head, job.q_token, task.tokens, job.H, job.q_scale,
+    pack_panel(q + head * job.q_head, job.q_token, job.H, job.q_scale,
                panels + at * steps * kBlock, scratch.query_scale + at * kBlock,
                scratch.offsets + at * kBlock);
     ++at;
@@ -156,7 +156,8 @@ TARGET inline void score_exactly(const ExactJob& job, const ExactTask& task,
     }
     alignas(64) float lanes[kLanes];
     store(lanes, sum);
-    scratch.scores[block] = std::accumulate(lanes, lanes + kLanes, 0.0f);
+    const float score = std::accumulate(lanes, lanes + kLanes, 0.0f);
+    scratch.scores[block] = score > 0.0f ? score : 0.0f;  // NaN is worth nothing
   }
   for (int64_t i = 0; i < job.M && task.before[i] >= 0; ++i)
     if (task.before[i] < task.early) scratch.scores[task.before[i]] = INFINITY;

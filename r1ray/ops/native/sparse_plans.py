@@ -209,6 +209,8 @@ def _check_exact(
             f"units of {unit} tokens start at multiples of it, {q[2]} tokens before the end of "
             f"{k[2]} keys, not at {list(starts)}"
         )
+    if q[2] % unit:
+        raise ShapeError(f"choose_exact: {q[2]} tokens are not whole units of {unit}")
 
 
 def _is_choice(shapes: list[tuple[int, ...]], unit: int) -> bool:

@@ -187,6 +187,8 @@ def test_keys_that_do_not_belong_to_the_queries_are_refused() -> None:
     for wrong_start in (own * BLOCK + 1, (own + 1) * BLOCK, -BLOCK):
         with pytest.raises(ShapeError, match="multiples"):
             native.choose_exact(q, k, marks, counts, [wrong_start], chosen)
+    with pytest.raises(ShapeError, match="whole units"):
+        native.choose_exact(q[:, :, :40], k, marks, counts, starts, chosen)
     for count in (21, own, -1):  # more than there is room for, or than there are
         with pytest.raises(ShapeError, match="before the one before"):
             native.choose_exact(q, k, marks, [[count]], starts, chosen)

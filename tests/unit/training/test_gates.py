@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from r1ray.config.training import GatesConfig, TrainConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
@@ -181,6 +182,19 @@ def test_gates_that_do_not_fit_are_named(tmp_path: Path) -> None:
     damaged = (tmp_path / "gated" / GATES_NAME).read_bytes()
     (tmp_path / "plain" / GATES_NAME).write_bytes(damaged[: len(damaged) // 2])
     with pytest.raises(ArtifactError, match=r"gates\.safetensors: cannot be read"):
+        load_model(tmp_path / "plain")
+    name = "model.layers.0.self_attn.gate.is_marked"
+    gates = load_file(tmp_path / "gated" / GATES_NAME)
+    metadata = {"format": "pt", "block": "64"}
+    save_file(gates | {name: torch.zeros(7)}, tmp_path / "plain" / GATES_NAME, metadata)
+    with pytest.raises(ArtifactError, match=rf"{name} has the shape \(7,\), and the model's has"):
+        load_model(tmp_path / "plain")
+    save_file(
+        {key: item for key, item in gates.items() if key != name},
+        tmp_path / "plain" / GATES_NAME,
+        metadata,
+    )
+    with pytest.raises(ArtifactError, match=rf"{name} has the shape None.* train gates"):
         load_model(tmp_path / "plain")
 
 
