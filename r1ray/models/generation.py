@@ -13,7 +13,7 @@ Shape legend: B rows, T tokens, D hidden size, V vocabulary.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ import torch
 from r1ray.errors import ShapeError
 from r1ray.models.decoder import Decoder
 from r1ray.models.kv_cache import KVCache
-from r1ray.models.sampling import SamplingParams, sample_tokens
+from r1ray.models.sampling import RowSampler, SampledToken, SamplingParams, sample_tokens
 from r1ray.ops.block_selection import BLOCK
 
 __all__ = ["BatchGenerator", "GenerationRequest", "TokenEvent", "generate_batch"]
@@ -48,17 +48,23 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One step of one sequence: a token, or None where it ended on a stop token."""
+    """One step of one sequence.
+
+    Attributes:
+        token_id: None where the sequence ended on a stop token.
+        sampled: the same token with its log-probabilities, where the request asked for them.
+    """
 
     request_id: str
     token_id: int | None
     finish_reason: FinishReason | None
+    sampled: SampledToken | None = None
 
 
 @dataclass
 class _Row:
     request: GenerationRequest
-    generator: torch.Generator | None
+    sampler: RowSampler
     last_token: int = -1
     num_generated: int = 0
 
@@ -162,7 +168,7 @@ class BatchGenerator:
             if admitted and (is_too_much or longest > self._prefill_chunk):
                 break
             request = self._waiting.popleft()
-            admitted.append(_Row(request, request.sampling.build_generator()))
+            admitted.append(_Row(request, RowSampler(request.sampling, request.prompt_ids)))
         return admitted
 
     def _prefill(self, admitted: list[_Row]) -> list[TokenEvent]:
@@ -195,23 +201,23 @@ class BatchGenerator:
 
     def _emit(self, hidden_BD: torch.Tensor, first_row: int) -> list[TokenEvent]:
         rows = self._rows[first_row:]
-        tokens = sample_tokens(
-            self._model.lm_head(hidden_BD),
-            [row.request.sampling for row in rows],
-            [row.generator for row in rows],
-        )
+        tokens = sample_tokens(self._model.lm_head(hidden_BD), [row.sampler for row in rows])
         events = []
         for index in reversed(range(len(rows))):  # releasing a row moves only rows behind it
-            row, token = rows[index], tokens[index]
-            row.last_token = token
+            row, sampled = rows[index], tokens[index]
+            token = row.last_token = sampled.token_id
+            row.sampler.note(token)
             row.num_generated += 1
             reason: FinishReason | None = None
             if token in row.request.stop_token_ids:
                 reason = "stop"
             elif row.num_generated == row.request.max_new_tokens:
                 reason = "length"
-            shown = None if reason == "stop" else token
-            events.append(TokenEvent(row.request.request_id, shown, reason))
+            event = TokenEvent(row.request.request_id, None, reason)
+            if reason != "stop":
+                asked = row.request.sampling.num_logprobs is not None
+                event = replace(event, token_id=token, sampled=sampled if asked else None)
+            events.append(event)
             if reason is not None:
                 self._release(first_row + index)
         return events[::-1]

@@ -105,7 +105,7 @@ class RequestBase(BaseModel):
     def sampling(self) -> SamplingParams:
         """The sampling parameters, with values that float32 cannot tell from 0 made safe."""
         temperature = 0.0 if self.temperature < _GREEDY_BELOW else self.temperature
-        return SamplingParams(temperature, max(self.top_p, _MIN_TOP_P), self.seed)
+        return SamplingParams(temperature, top_p=max(self.top_p, _MIN_TOP_P), seed=self.seed)
 
 
 class ChatMessage(BaseModel):

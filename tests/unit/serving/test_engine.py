@@ -122,7 +122,8 @@ def test_a_slow_reader_gets_all_tokens_at_once() -> None:
             num_first = len(await anext(batches))
             await until(lambda: engine.num_running == 0)
             await asyncio.sleep(0.05)  # what the engine's thread handed over arrives
-            assert len(await anext(batches)) == 6 - num_first
+            rest = [len(batch) async for batch in batches]
+            assert rest == ([6 - num_first] if num_first < 6 else [])  # a loaded machine is slow
 
     run(main())
 
