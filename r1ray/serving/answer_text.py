@@ -5,11 +5,56 @@ is therefore held back, at most one character less than the longest stop string.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from r1ray.models.generation import FinishReason, TokenEvent
+from r1ray.models.sampling import SampledToken
 from r1ray.models.tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["AnswerText", "StopStrings"]
+__all__ = ["AnswerText", "AnswerToken", "Piece", "StopStrings", "join_pieces"]
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """A token whose log-probability was asked for.
+
+    Attributes:
+        text: of the token by itself.
+        offset: characters of the answer before it, text that is held back included.
+        top: (text, log-probability) of the likeliest tokens in its place.
+    """
+
+    text: str
+    logprob: float
+    offset: int
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What an answer grows by.
+
+    Attributes:
+        reason: why the answer ends with it, or None.
+        tokens: those that arrived; their text may come with a later piece, or be cut off.
+    """
+
+    text: str
+    reason: FinishReason | None = None
+    tokens: tuple[AnswerToken, ...] = ()
+
+    @property
+    def has_content(self) -> bool:
+        return bool(self.text or self.tokens)
+
+
+def join_pieces(pieces: Sequence[Piece]) -> Piece:
+    """All of them as one."""
+    return Piece(
+        "".join([piece.text for piece in pieces]),
+        pieces[-1].reason if pieces else None,
+        tuple([token for piece in pieces for token in piece.tokens]),
+    )
 
 
 class StopStrings:
@@ -68,24 +113,42 @@ class AnswerText:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(stops)
+        self._length = 0  # of the text, that held back included
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
 
-    def push(self, events: Sequence[TokenEvent]) -> str:
-        """The text that `events` add; events behind the end of the answer are ignored."""
-        return "".join(self._push_one(event) for event in events)
+    def push(self, events: Sequence[TokenEvent]) -> Piece:
+        """What `events` add; those behind the end of the answer are ignored."""
+        tokens: list[AnswerToken] = []
+        text = "".join([self._push_one(event, tokens) for event in events])
+        return Piece(text, self.finish_reason, tuple(tokens))
 
-    def _push_one(self, event: TokenEvent) -> str:
+    def _push_one(self, event: TokenEvent, tokens: list[AnswerToken]) -> str:
         if self.finish_reason is not None:
             return ""
         fresh = ""
         if event.token_id is not None:
             self.num_tokens += 1
-            fresh = self._stops.push(self._decoder.push(event.token_id))
+            if event.sampled is not None:
+                tokens.append(self._describe(event.sampled))
+            decoded = self._decoder.push(event.token_id)
+            self._length += len(decoded)
+            fresh = self._stops.push(decoded)
         if event.finish_reason is not None:
             fresh += self._stops.push(self._decoder.finish())
             fresh += self._stops.finish()
         self.finish_reason = "stop" if self._stops.hit else event.finish_reason
         return fresh
+
+    def _describe(self, sampled: SampledToken) -> AnswerToken:
+        assert sampled.logprob is not None, "it was asked for"
+        decode = self._tokenizer.decode
+        return AnswerToken(
+            text=decode([sampled.token_id]),
+            logprob=sampled.logprob,
+            offset=self._length,
+            top=tuple([(decode([token]), value) for token, value in sampled.top_logprobs]),
+        )

@@ -2,18 +2,24 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from r1ray.models.generation import FinishReason
+from r1ray.serving.answer_text import AnswerToken, Piece
 from r1ray.serving.openai_schema import (
     AnswerMessage,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
+    ChatLogprobs,
     Completion,
     CompletionChoice,
+    CompletionLogprobs,
     Delta,
+    TokenLogprob,
+    TopLogprob,
     Usage,
 )
 
@@ -21,10 +27,15 @@ __all__ = ["AnswerFormat", "ChatFormat", "CompletionFormat"]
 
 
 class AnswerFormat(ABC):
-    """Builds the bodies of one answer; all of them carry the same id, time and model name."""
+    """Builds the bodies of one request; all of them carry the same id, time and model name.
 
-    def __init__(self, answer_id: str, model_name: str) -> None:
+    Args:
+        has_logprobs: whether the request asked for log-probabilities.
+    """
+
+    def __init__(self, answer_id: str, model_name: str, *, has_logprobs: bool) -> None:
         self.id = answer_id
+        self._has_logprobs = has_logprobs
         self._header: dict[str, Any] = {
             "id": answer_id,
             "created": int(time.time()),
@@ -32,71 +43,133 @@ class AnswerFormat(ABC):
         }
 
     @abstractmethod
-    def whole(self, text: str, reason: FinishReason, usage: Usage) -> dict[str, Any]:
-        """The answer in one piece."""
+    def whole(self, answers: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """All answers, each in one piece, which has a reason."""
 
     @abstractmethod
-    def opening(self) -> list[dict[str, Any]]:
-        """The chunks before the first text."""
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """The chunks before the first text of answer `index`."""
 
     @abstractmethod
-    def piece(self, text: str) -> dict[str, Any]:
-        """A chunk that adds `text`."""
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A chunk that adds `piece` to answer `index`."""
 
     @abstractmethod
-    def closing(self, reason: FinishReason) -> dict[str, Any]:
-        """The chunk that ends the text."""
+    def closing(self, index: int, reason: FinishReason) -> dict[str, Any]:
+        """The chunk that ends answer `index`."""
 
     @abstractmethod
     def usage(self, usage: Usage) -> dict[str, Any]:
-        """The chunk behind it, with the token counts and no choices."""
+        """The chunk behind them all, with the token counts and no choices."""
 
 
 class ChatFormat(AnswerFormat):
     """`chat.completion` and `chat.completion.chunk`."""
 
-    def whole(self, text: str, reason: FinishReason, usage: Usage) -> dict[str, Any]:
-        choice = ChatChoice(message=AnswerMessage(content=text), finish_reason=reason)
-        return ChatCompletion(**self._header, choices=[choice], usage=usage).model_dump()
+    def whole(self, answers: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        choices = [
+            ChatChoice(
+                message=AnswerMessage(content=answer.text),
+                finish_reason=_reason(answer),
+                index=index,
+                logprobs=self._logprobs(answer),
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return ChatCompletion(**self._header, choices=choices, usage=usage).model_dump()
 
-    def opening(self) -> list[dict[str, Any]]:
-        return [self._chunk(Delta(role="assistant", content=""), None)]
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        return [self._chunk(Delta(role="assistant", content=""), index=index)]
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._chunk(Delta(content=text), None)
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        logprobs = self._logprobs(piece)
+        return self._chunk(Delta(content=piece.text), index=index, logprobs=logprobs)
 
-    def closing(self, reason: FinishReason) -> dict[str, Any]:
-        return self._chunk(Delta(), reason)
+    def closing(self, index: int, reason: FinishReason) -> dict[str, Any]:
+        return self._chunk(Delta(), index=index, finish_reason=reason)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return ChatChunk(**self._header, choices=[], usage=usage).model_dump()
 
-    def _chunk(self, delta: Delta, reason: FinishReason | None) -> dict[str, Any]:
-        choice = ChatChunkChoice(delta=delta, finish_reason=reason)
+    def _chunk(self, delta: Delta, **fields: Any) -> dict[str, Any]:
+        choice = ChatChunkChoice(delta=delta, **fields)
         chunk = ChatChunk(**self._header, choices=[choice]).model_dump(exclude={"usage"})
         chunk["choices"][0]["delta"] = delta.model_dump(exclude_none=True)
         return chunk
+
+    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
+        if not self._has_logprobs:
+            return None
+        return ChatLogprobs(
+            content=[
+                TokenLogprob(
+                    **_describe(token.text, token.logprob),
+                    top_logprobs=[TopLogprob(**_describe(*item)) for item in token.top],
+                )
+                for token in piece.tokens
+            ]
+        )
 
 
 class CompletionFormat(AnswerFormat):
     """`text_completion`, whole and in chunks."""
 
-    def whole(self, text: str, reason: FinishReason, usage: Usage) -> dict[str, Any]:
-        choice = CompletionChoice(text=text, finish_reason=reason)
-        return Completion(**self._header, choices=[choice], usage=usage).model_dump()
+    def whole(self, answers: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        choices = [
+            CompletionChoice(
+                text=answer.text,
+                finish_reason=_reason(answer),
+                index=index,
+                logprobs=self._logprobs(answer),
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return Completion(**self._header, choices=choices, usage=usage).model_dump()
 
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self, index: int) -> list[dict[str, Any]]:  # noqa: ARG002
         return []
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._chunk(text, None)
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        return self._chunk(text=piece.text, index=index, logprobs=self._logprobs(piece))
 
-    def closing(self, reason: FinishReason) -> dict[str, Any]:
-        return self._chunk("", reason)
+    def closing(self, index: int, reason: FinishReason) -> dict[str, Any]:
+        return self._chunk(text="", index=index, finish_reason=reason)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return Completion(**self._header, choices=[], usage=usage).model_dump()
 
-    def _chunk(self, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        choice = CompletionChoice(text=text, finish_reason=reason)
+    def _chunk(self, **fields: Any) -> dict[str, Any]:
+        choice = CompletionChoice(**fields)
         return Completion(**self._header, choices=[choice]).model_dump(exclude={"usage"})
+
+    def _logprobs(self, piece: Piece) -> CompletionLogprobs | None:
+        if not self._has_logprobs:
+            return None
+        return CompletionLogprobs(
+            tokens=[token.text for token in piece.tokens],
+            token_logprobs=[token.logprob for token in piece.tokens],
+            top_logprobs=[_by_text(token) for token in piece.tokens],
+            text_offset=[token.offset for token in piece.tokens],
+        )
+
+
+def _describe(text: str, logprob: float) -> dict[str, Any]:
+    is_whole = "\N{REPLACEMENT CHARACTER}" not in text
+    return {
+        "token": text,
+        "logprob": logprob,
+        "bytes": list(text.encode()) if is_whole else None,
+    }
+
+
+def _by_text(token: AnswerToken) -> dict[str, float]:
+    """The likeliest tokens and the one chosen; of equal texts the likelier."""
+    found = {token.text: token.logprob}
+    for text, logprob in token.top:
+        found[text] = max(logprob, found.get(text, logprob))
+    return found
+
+
+def _reason(answer: Piece) -> FinishReason:
+    assert answer.reason is not None, "an answer ends with a reason"
+    return answer.reason

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from r1ray.models.sampling import SamplingParams
+from r1ray.models.sampling import MAX_LOGPROBS, SamplingParams
 from r1ray.serving.request_rules import (
     NEUTRAL_IN_MESSAGES,
     NEUTRAL_VALUES,
     check_neutral,
     flatten_content,
+    list_biases,
     list_stops,
     single_prompt,
 )
@@ -28,15 +29,19 @@ __all__ = [
     "ChatChunk",
     "ChatChunkChoice",
     "ChatCompletion",
+    "ChatLogprobs",
     "ChatMessage",
     "ChatRequest",
     "Completion",
     "CompletionChoice",
+    "CompletionLogprobs",
     "CompletionRequest",
     "Delta",
     "Model",
     "ModelList",
     "RequestBase",
+    "TokenLogprob",
+    "TopLogprob",
     "Usage",
 ]
 
@@ -45,6 +50,7 @@ _GREEDY_BELOW = 1e-4
 _MIN_TOP_P = 1e-6
 Reason = Literal["stop", "length"]
 _STRICT = ConfigDict(extra="forbid", strict=True)
+_MAX_CHOICES = 16
 
 
 class StreamOptions(BaseModel):
@@ -64,6 +70,14 @@ class RequestBase(BaseModel):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[int, float], BeforeValidator(list_biases)] = {}
+    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] = 1
+    # Not OpenAI's, but with the names that other servers of open models have for them.
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     stop: Annotated[list[str], BeforeValidator(list_stops)] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
@@ -102,10 +116,24 @@ class RequestBase(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
-    def sampling(self) -> SamplingParams:
-        """The sampling parameters, with values that float32 cannot tell from 0 made safe."""
-        temperature = 0.0 if self.temperature < _GREEDY_BELOW else self.temperature
-        return SamplingParams(temperature, top_p=max(self.top_p, _MIN_TOP_P), seed=self.seed)
+    def num_logprobs(self) -> int | None:
+        """Tokens whose log-probabilities are asked for beside each token's own."""
+        return None
+
+    def sampling(self, index: int) -> SamplingParams:
+        """How answer `index` of `n` is sampled; values that float32 cannot tell from 0 are safe."""
+        return SamplingParams(
+            temperature=0.0 if self.temperature < _GREEDY_BELOW else self.temperature,
+            top_k=max(self.top_k, 0),
+            top_p=max(self.top_p, _MIN_TOP_P),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            num_logprobs=self.num_logprobs,
+            seed=None if self.seed is None else (self.seed + index + 2**63) % 2**64 - 2**63,
+        )
 
 
 class ChatMessage(BaseModel):
@@ -133,6 +161,22 @@ class ChatRequest(RequestBase):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError(
+                "invalid_value",
+                "top_logprobs are allowed only with logprobs: true",
+                {"param": "top_logprobs"},
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
@@ -151,6 +195,11 @@ class CompletionRequest(RequestBase):
     """POST /v1/completions."""
 
     prompt: Annotated[str | list[int], BeforeValidator(single_prompt)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class Usage(BaseModel):
@@ -177,6 +226,40 @@ class ModelList(BaseModel):
     object: Literal["list"] = "list"
 
 
+class TopLogprob(BaseModel):
+    """A token that could have been chosen.
+
+    Attributes:
+        bytes: of the token's text; None where it is a part of a character.
+    """
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """A token of a chat answer."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of a chat answer, or of a piece of it."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of a completion, or of a piece of it; offsets are into its text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class AnswerMessage(BaseModel):
     """The message of a chat answer."""
 
@@ -190,8 +273,8 @@ class ChatChoice(BaseModel):
 
     message: AnswerMessage
     finish_reason: Reason
-    index: int = 0
-    logprobs: None = None
+    index: int
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -217,8 +300,8 @@ class ChatChunkChoice(BaseModel):
 
     delta: Delta
     finish_reason: Reason | None = None
-    index: int = 0
-    logprobs: None = None
+    index: int
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatChunk(BaseModel):
@@ -237,8 +320,8 @@ class CompletionChoice(BaseModel):
 
     text: str
     finish_reason: Reason | None = None
-    index: int = 0
-    logprobs: None = None
+    index: int
+    logprobs: CompletionLogprobs | None = None
 
 
 class Completion(BaseModel):

@@ -13,6 +13,7 @@ __all__ = [
     "NEUTRAL_VALUES",
     "check_neutral",
     "flatten_content",
+    "list_biases",
     "list_stops",
     "single_prompt",
 ]
@@ -22,23 +23,17 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0, 0.0),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
     "parallel_tool_calls": (False, True),
     "prediction": (),
-    "presence_penalty": (0, 0.0),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "suffix": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -53,6 +48,7 @@ NEUTRAL_IN_MESSAGES = (
     "tool_calls",
 )
 _MAX_STOPS = 4
+_MOST_BIAS = 100
 
 
 def flatten_content(value: Any) -> Any:
@@ -80,6 +76,22 @@ def list_stops(value: Any) -> Any:
     if not all(stops):
         raise PydanticCustomError("invalid_value", "a stop string must not be empty")
     return stops
+
+
+def list_biases(value: Any) -> Any:
+    """From token id to bias; the ids are text in JSON."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("invalid_type", "must be an object of token ids and biases")
+    biases = {}
+    for token, bias in value.items():
+        if not (isinstance(token, str) and token.isascii() and token.isdigit()):
+            raise PydanticCustomError("invalid_value", "must have token ids as its names")
+        if type(bias) not in (int, float) or not -_MOST_BIAS <= bias <= _MOST_BIAS:
+            raise PydanticCustomError(
+                "invalid_value", f"must have values between -{_MOST_BIAS} and {_MOST_BIAS}"
+            )
+        biases[int(token)] = float(bias)
+    return biases
 
 
 def single_prompt(value: Any) -> Any:

@@ -10,7 +10,14 @@
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -19,8 +26,9 @@ from typing import Any, TypeVar
 from r1ray.errors import ServingError
 from r1ray.models.generation import GenerationRequest, TokenEvent
 from r1ray.models.tokenizer import Tokenizer
-from r1ray.serving.answer_text import AnswerText
+from r1ray.serving.answer_text import AnswerText, Piece, join_pieces
 from r1ray.serving.answers import AnswerFormat, ChatFormat, CompletionFormat
+from r1ray.serving.merging import merge_streams
 from r1ray.serving.openai_schema import (
     ChatRequest,
     CompletionRequest,
@@ -67,11 +75,11 @@ class _Exchange:
     prompt_ids: list[int]
     max_new_tokens: int
     format: AnswerFormat
-    text: AnswerText = field(init=False)
+    texts: list[AnswerText] = field(default_factory=list)  # one for each answer
 
     @property
     def usage(self) -> Usage:
-        num_prompt, num_new = len(self.prompt_ids), self.text.num_tokens
+        num_prompt, num_new = len(self.prompt_ids), sum(text.num_tokens for text in self.texts)
         return Usage(
             prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new
         )
@@ -101,7 +109,11 @@ class CompletionService:
         self._check_model(request.model, param="model")
         prompt_ids = await self._in_thread(lambda: self._encode_chat(request))
         limit = self._limit(len(prompt_ids), request.max_tokens, default=None, param="messages")
-        answer_format = ChatFormat(f"chatcmpl-{uuid.uuid4().hex}", self._model.name)
+        answer_format = ChatFormat(
+            f"chatcmpl-{uuid.uuid4().hex}",
+            self._model.name,
+            has_logprobs=request.num_logprobs is not None,
+        )
         return await self._answer(_Exchange(request, prompt_ids, limit, answer_format))
 
     async def complete(self, body: bytes) -> dict[str, Any] | AsyncIterator[str]:
@@ -112,7 +124,11 @@ class CompletionService:
         limit = self._limit(
             len(prompt_ids), request.max_tokens, default=DEFAULT_COMPLETION_TOKENS, param="prompt"
         )
-        answer_format = CompletionFormat(f"cmpl-{uuid.uuid4().hex}", self._model.name)
+        answer_format = CompletionFormat(
+            f"cmpl-{uuid.uuid4().hex}",
+            self._model.name,
+            has_logprobs=request.num_logprobs is not None,
+        )
         return await self._answer(_Exchange(request, prompt_ids, limit, answer_format))
 
     def _describe(self) -> Model:
@@ -152,15 +168,18 @@ class CompletionService:
     def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             return self._model.tokenizer.encode(prompt)
-        for token_id in prompt:
+        self._check_tokens(prompt, param="prompt")
+        return prompt
+
+    def _check_tokens(self, token_ids: Iterable[int], *, param: str) -> None:
+        for token_id in token_ids:
             if not 0 <= token_id < self._model.vocab_size:
                 raise ServingError(
                     f"token id {token_id} is not between 0 and {self._model.vocab_size - 1}",
                     status=400,
                     code="invalid_value",
-                    param="prompt",
+                    param=param,
                 )
-        return prompt
 
     def _limit(
         self, num_prompt: int, requested: int | None, *, default: int | None, param: str
@@ -180,33 +199,39 @@ class CompletionService:
 
     async def _answer(self, exchange: _Exchange) -> dict[str, Any] | AsyncIterator[str]:
         request = exchange.request
-        exchange.text = AnswerText(self._model.tokenizer, request.stop)
-        pieces = self._pieces(exchange)
+        self._check_tokens(request.logit_bias, param="logit_bias")
+        exchange.texts = [AnswerText(self._model.tokenizer, request.stop) for _ in range(request.n)]
+        pieces = merge_streams([self._pieces(exchange, index) for index in range(request.n)])
         if request.stream:
             return self._stream(exchange, await anext(pieces), pieces)
+        found: list[list[Piece]] = [[] for _ in exchange.texts]
         async with aclosing(pieces):
-            text = "".join([piece async for piece in pieces])
-        assert exchange.text.finish_reason is not None, "an answer ends with a reason"
-        return exchange.format.whole(text, exchange.text.finish_reason, exchange.usage)
+            async for index, piece in pieces:
+                found[index].append(piece)
+        return exchange.format.whole(list(map(join_pieces, found)), exchange.usage)
 
-    async def _pieces(self, exchange: _Exchange) -> AsyncGenerator[str]:
-        """The answer's text, piece by piece; pieces may be empty, and there is at least one."""
+    async def _pieces(self, exchange: _Exchange, index: int) -> AsyncGenerator[Piece]:
+        """One answer, piece by piece; pieces may be empty, and there is at least one."""
+        text = exchange.texts[index]
         generation = GenerationRequest(
-            request_id=exchange.format.id,
+            request_id=f"{exchange.format.id}-{index}",
             prompt_ids=exchange.prompt_ids,
             max_new_tokens=exchange.max_new_tokens,
             stop_token_ids=self._model.stop_token_ids,
-            sampling=exchange.request.sampling,
+            sampling=exchange.request.sampling(index),
         )
         async with aclosing(self._generate(generation)) as batches:
             async for events in batches:
-                yield exchange.text.push(events)
-                if exchange.text.finish_reason is not None:
+                yield text.push(events)
+                if text.finish_reason is not None:
                     return
         raise ServingError("the model's answer broke off", status=500, code="internal_error")
 
     async def _stream(
-        self, exchange: _Exchange, first: str, rest: AsyncGenerator[str]
+        self,
+        exchange: _Exchange,
+        first: tuple[int, Piece],
+        rest: AsyncGenerator[tuple[int, Piece]],
     ) -> AsyncIterator[str]:
         include_usage = exchange.request.include_usage
         answer_format = exchange.format
@@ -216,17 +241,22 @@ class CompletionService:
                 chunk.setdefault("usage", None)
             return _sse(chunk)
 
+        def events(index: int, piece: Piece) -> Iterator[str]:
+            if piece.has_content:
+                yield event(answer_format.piece(index, piece))
+            if piece.reason is not None:
+                yield event(answer_format.closing(index, piece.reason))
+
         try:
             async with aclosing(rest):
-                for chunk in answer_format.opening():
-                    yield event(chunk)
-                if first:
-                    yield event(answer_format.piece(first))
-                async for piece in rest:
-                    if piece:
-                        yield event(answer_format.piece(piece))
-            assert exchange.text.finish_reason is not None, "an answer ends with a reason"
-            yield event(answer_format.closing(exchange.text.finish_reason))
+                for index in range(len(exchange.texts)):
+                    for chunk in answer_format.opening(index):
+                        yield event(chunk)
+                for text in events(*first):
+                    yield text
+                async for item in rest:
+                    for text in events(*item):
+                        yield text
             if include_usage:
                 yield _sse(answer_format.usage(exchange.usage))
         except ServingError as error:

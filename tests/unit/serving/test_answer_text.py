@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1ray.models.generation import TokenEvent
+from r1ray.models.sampling import SampledToken
 from r1ray.models.tokenizer import Tokenizer
-from r1ray.serving.answer_text import AnswerText, StopStrings
+from r1ray.serving.answer_text import AnswerText, StopStrings, join_pieces
 from tests.fakes import EOS_ID, write_tiny_model
 
 
@@ -56,7 +57,7 @@ def test_only_a_possible_beginning_is_held_back() -> None:
 def test_stop_string_across_tokens_ends_the_answer(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one két END two")
     answer = AnswerText(tokenizer, ["END"])
-    text = "".join(answer.push([TokenEvent("r", token, None)]) for token in ids)
+    text = "".join(answer.push([TokenEvent("r", token, None)]).text for token in ids)
     assert text == "one két "
     assert answer.finish_reason == "stop"
     assert answer.num_tokens < len(ids)
@@ -67,16 +68,16 @@ def test_text_held_for_a_stop_string_is_released_at_the_end(tokenizer: Tokenizer
     answer = AnswerText(tokenizer, ["END"])
     events = [TokenEvent("r", token, None) for token in ids[:-1]]
     events.append(TokenEvent("r", ids[-1], "length"))
-    assert answer.push(events) == "almost EN"
+    assert answer.push(events).text == "almost EN"
     assert answer.finish_reason == "length"
 
 
 def test_incomplete_character_is_replaced_at_the_end(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("é€")
     answer = AnswerText(tokenizer, [])
-    text = answer.push([TokenEvent("r", token, None) for token in ids[:-1]])
+    text = answer.push([TokenEvent("r", token, None) for token in ids[:-1]]).text
     assert text == "é"
-    text += answer.push([TokenEvent("r", None, "stop")])
+    text += answer.push([TokenEvent("r", None, "stop")]).text
     assert text == "é\N{REPLACEMENT CHARACTER}"
     assert answer.num_tokens == len(ids) - 1
 
@@ -84,6 +85,23 @@ def test_incomplete_character_is_replaced_at_the_end(tokenizer: Tokenizer) -> No
 @given(st.lists(st.integers(0, 299).filter(lambda token: token != EOS_ID), max_size=40))
 def test_pieces_add_up_to_the_decoded_whole(tokenizer: Tokenizer, ids: list[int]) -> None:
     answer = AnswerText(tokenizer, [])
-    text = "".join(answer.push([TokenEvent("r", token, None)]) for token in ids)
-    text += answer.push([TokenEvent("r", None, "stop")])
+    text = "".join(answer.push([TokenEvent("r", token, None)]).text for token in ids)
+    text += answer.push([TokenEvent("r", None, "stop")]).text
     assert text == tokenizer.decode(ids)
+
+
+def test_log_probabilities_come_with_their_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("ab END")
+    events = [
+        TokenEvent("r", token, None, SampledToken(token, -0.5, ((token, -0.5), (ids[0], -2.0))))
+        for token in ids
+    ]
+    answer = AnswerText(tokenizer, ["END"])
+    pieces = [answer.push([event]) for event in events]
+    whole = join_pieces(pieces)
+    assert whole.text == "ab "
+    assert [token.text for token in whole.tokens] == [tokenizer.decode([token]) for token in ids]
+    assert [token.offset for token in whole.tokens][:2] == [0, len(whole.tokens[0].text)]
+    first = whole.tokens[0].text
+    assert whole.tokens[1].top == ((whole.tokens[1].text, -0.5), (first, -2.0))
+    assert all(piece.has_content for piece in pieces)  # also where a token's text is held back

@@ -1,11 +1,13 @@
 """Which request bodies are accepted, and how the others are refused."""
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 
 from r1ray.errors import ServingError
+from r1ray.models.sampling import SamplingParams
 from r1ray.serving.openai_schema import ChatRequest, CompletionRequest
 from r1ray.serving.parsing import error_body, parse_request
 
@@ -45,12 +47,12 @@ def test_all_supported_fields_are_read() -> None:
         stream_options={"include_usage": True},
     )
     assert (request.max_tokens, request.stop, request.include_usage) == (5, ["END"], True)
-    sampling = request.sampling
+    sampling = request.sampling(0)
     assert (sampling.temperature, sampling.top_p, sampling.seed) == (0.0, 0.5, -3)
 
 
 def test_values_that_float32_rounds_to_zero_still_leave_something_to_sample() -> None:
-    sampling = chat(temperature=1e-300, top_p=1e-300).sampling
+    sampling = chat(temperature=1e-300, top_p=1e-300).sampling(0)
     assert sampling.temperature == 0.0
     assert sampling.top_p == 1e-6
 
@@ -117,15 +119,28 @@ def test_labels_and_neutral_values_are_accepted(fields: dict[str, Any]) -> None:
             "messages[0].name",
             "unknown_parameter",
         ),
-        ({"n": 2}, "n", "unsupported_value"),
-        ({"n": True}, "n", "unsupported_value"),
-        ({"logprobs": True}, "logprobs", "unsupported_value"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_value"),
+        ({"n": 17}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_type"),
+        ({"best_of": 2}, "best_of", "unsupported_value"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls", "unsupported_value"),
+        ({"logprobs": 5}, "logprobs", "invalid_type"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+        ({"frequency_penalty": "x"}, "frequency_penalty", "invalid_type"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"min_p": 1.1}, "min_p", "invalid_value"),
+        ({"top_k": -2}, "top_k", "invalid_value"),
+        ({"top_k": 1.5}, "top_k", "invalid_type"),
+        ({"logit_bias": [1]}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": True}}, "logit_bias", "invalid_value"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_value"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
         ({"prompt": "hi"}, "prompt", "unknown_parameter"),
-        ({"top_k": 5}, "top_k", "unknown_parameter"),
-        ({"top_k": None}, "top_k", "unknown_parameter"),
+        ({"typical_p": 0.5}, "typical_p", "unknown_parameter"),
+        ({"typical_p": None}, "typical_p", "unknown_parameter"),
     ],
 )
 def test_wrong_fields_are_refused_by_name(fields: dict[str, Any], param: str, code: str) -> None:
@@ -138,7 +153,7 @@ def test_refusals_say_the_fix() -> None:
     def message(**fields: Any) -> str:
         return str(refusal(json.dumps(CHAT | fields).encode()))
 
-    assert message(n=2) == "n is not supported; leave n out or send 1"
+    assert message(best_of=2) == "best_of is not supported; leave best_of out or send 1"
     assert message(temprature=0) == "unknown field temprature: did you mean temperature?"
     assert message(temperature=3) == ("temperature: input should be less than or equal to 2, got 3")
 
@@ -186,3 +201,28 @@ def test_error_bodies_have_the_four_fields_of_openai(status: int, kind: str) -> 
     error = ServingError("why", status=status, code="c", param="p")
     details = {"message": "why", "type": kind, "param": "p", "code": "c"}
     assert error_body(error) == {"error": details}
+
+
+def test_sampling_fields_reach_the_sampler() -> None:
+    fields = {
+        "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "presence_penalty": 1,
+        "frequency_penalty": -0.5, "repetition_penalty": 1.1, "logit_bias": {"7": -100},
+        "logprobs": True, "top_logprobs": 3, "seed": 2**63 - 1, "n": 2,
+    }  # fmt: skip
+    first, second = (chat(**fields).sampling(index) for index in range(2))
+    assert first == SamplingParams(
+        temperature=0.7,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        presence_penalty=1.0,
+        frequency_penalty=-0.5,
+        logit_bias={7: -100.0},
+        num_logprobs=3,
+        seed=2**63 - 1,
+    )
+    assert second == dataclasses.replace(first, seed=-(2**63))
+    assert chat(top_k=-1).sampling(0).top_k == 0
+    assert chat(logprobs=True).sampling(0).num_logprobs == 0
+    assert chat().sampling(0).num_logprobs is None

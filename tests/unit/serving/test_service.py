@@ -1,6 +1,7 @@
 """Answers and streams from scripted token events, without a model or a server."""
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from r1ray.errors import ServingError
 from r1ray.models.generation import GenerationRequest, TokenEvent
+from r1ray.models.sampling import SampledToken
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.serving.service import CompletionService, ServedModel
 from tests.fakes import EOS_ID, VOCAB_SIZE, write_tiny_model
@@ -223,3 +225,97 @@ def test_unknown_model_is_404(tokenizer: Tokenizer) -> None:
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
     with pytest.raises(ServingError, match="there is no model 'other'"):
         asyncio.run(service.chat(chat_body(model="other")))
+
+
+def test_several_answers_have_their_own_numbers_and_seeds(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "two")
+        service = service_over(tokenizer, model)
+        answer = await whole(await service.chat(chat_body(n=3, seed=5)))
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        assert [choice["message"]["content"] for choice in answer["choices"]] == ["two"] * 3
+        assert answer["usage"]["completion_tokens"] == 3 * len(model.ids)
+        assert [request.sampling.seed for request in model.requests] == [5, 6, 7]
+        assert len({request.request_id for request in model.requests}) == 3
+
+        parts = await chunks(await service.chat(chat_body(n=2, stream=True)))
+        for index in range(2):
+            mine = [part["choices"][0] for part in parts if part["choices"][0]["index"] == index]
+            assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+            assert "".join(choice["delta"].get("content", "") for choice in mine) == "two"
+            assert [choice["finish_reason"] for choice in mine].count("stop") == 1
+            assert mine[-1]["finish_reason"] == "stop"
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_fails_ends_the_others(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "one two three")
+        service = service_over(tokenizer, model)
+        first = model.generate
+
+        async def generate(request: GenerationRequest) -> AsyncGenerator[Sequence[TokenEvent]]:
+            if request.request_id.endswith("-1"):
+                raise ServingError("full", status=429)
+            async for events in first(request):
+                await asyncio.sleep(0.001)
+                yield events
+
+        service._generate = generate
+        with pytest.raises(ServingError, match="full"):
+            await service.chat(chat_body(n=2))
+        assert model.num_left_early == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_told_as_openai_does(tokenizer: Tokenizer, stream: bool) -> None:
+    class Telling(ScriptedModel):
+        async def generate(
+            self, request: GenerationRequest
+        ) -> AsyncGenerator[Sequence[TokenEvent]]:
+            assert request.sampling.num_logprobs == 1
+            async for [event] in super().generate(request):
+                if event.token_id is not None:
+                    sampled = SampledToken(event.token_id, -0.25, ((event.token_id, -0.25),))
+                    event = dataclasses.replace(event, sampled=sampled)
+                yield [event]
+
+    async def main() -> None:
+        model = Telling(tokenizer, "ab c")
+        service = service_over(tokenizer, model)
+        answer = await service.chat(chat_body(logprobs=True, top_logprobs=1, stream=stream))
+        parts = await chunks(answer) if stream else [await whole(answer)]
+        found = [
+            item
+            for part in parts
+            if (logprobs := part["choices"][0]["logprobs"])
+            for item in logprobs["content"]
+        ]
+        texts = [tokenizer.decode([token]) for token in model.ids]
+        assert [item["token"] for item in found] == texts
+        assert found[0]["bytes"] == list(texts[0].encode())
+        assert found[0]["top_logprobs"] == [
+            {"token": texts[0], "logprob": -0.25, "bytes": list(texts[0].encode())}
+        ]
+        answer = await service.complete(body(prompt="x", logprobs=1, stream=stream))
+        parts = await chunks(answer) if stream else [await whole(answer)]
+        told = [logprobs for part in parts if (logprobs := part["choices"][0]["logprobs"])]
+        assert [text for item in told for text in item["tokens"]] == texts
+        assert [value for item in told for value in item["token_logprobs"]] == [-0.25] * len(texts)
+        assert told[0]["top_logprobs"][0] == {texts[0]: -0.25}
+        offsets = [offset for item in told for offset in item["text_offset"]]
+        assert offsets == [len("".join(texts[:at])) for at in range(len(texts))]
+        plain = await whole(await service.complete(body(prompt="x", logprobs=1)))
+        assert plain["choices"][0]["logprobs"] is not None
+
+    asyncio.run(main())
+
+
+def test_biases_of_tokens_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
+    service = service_over(tokenizer, ScriptedModel(tokenizer, "a"))
+    with pytest.raises(ServingError, match="is not between 0 and 299") as caught:
+        asyncio.run(service.chat(chat_body(logit_bias={"300": 5})))
+    assert (caught.value.status, caught.value.param) == (400, "logit_bias")
