@@ -43,10 +43,6 @@ class Piece:
     reason: FinishReason | None = None
     tokens: tuple[AnswerToken, ...] = ()
 
-    @property
-    def has_content(self) -> bool:
-        return bool(self.text or self.tokens)
-
 
 def join_pieces(pieces: Sequence[Piece]) -> Piece:
     """All of them as one."""

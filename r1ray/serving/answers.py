@@ -2,6 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from r1ray.serving.openai_schema import (
     TopLogprob,
     Usage,
 )
+from r1ray.serving.reasoning import ReasoningSplitter
 
 __all__ = ["AnswerFormat", "ChatFormat", "CompletionFormat"]
 
@@ -51,12 +53,8 @@ class AnswerFormat(ABC):
         """The chunks before the first text of answer `index`."""
 
     @abstractmethod
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A chunk that adds `piece` to answer `index`."""
-
-    @abstractmethod
-    def closing(self, index: int, reason: FinishReason) -> dict[str, Any]:
-        """The chunk that ends answer `index`."""
+    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """Those that add `piece` to answer `index`, and end it where it ends."""
 
     @abstractmethod
     def usage(self, usage: Usage) -> dict[str, Any]:
@@ -64,12 +62,24 @@ class AnswerFormat(ABC):
 
 
 class ChatFormat(AnswerFormat):
-    """`chat.completion` and `chat.completion.chunk`."""
+    """`chat.completion` and `chat.completion.chunk`; reasoning is told apart.
+
+    Args:
+        is_open: answers begin inside `<think>`.
+    """
+
+    def __init__(
+        self, answer_id: str, model_name: str, *, has_logprobs: bool, is_open: bool
+    ) -> None:
+        super().__init__(answer_id, model_name, has_logprobs=has_logprobs)
+        self._splitters = defaultdict[int, ReasoningSplitter](
+            lambda: ReasoningSplitter(is_open=is_open)
+        )
 
     def whole(self, answers: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         choices = [
             ChatChoice(
-                message=AnswerMessage(content=answer.text),
+                message=AnswerMessage(**self._split(index, answer)),
                 finish_reason=_reason(answer),
                 index=index,
                 logprobs=self._logprobs(answer),
@@ -81,12 +91,15 @@ class ChatFormat(AnswerFormat):
     def opening(self, index: int) -> list[dict[str, Any]]:
         return [self._chunk(Delta(role="assistant", content=""), index=index)]
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        logprobs = self._logprobs(piece)
-        return self._chunk(Delta(content=piece.text), index=index, logprobs=logprobs)
-
-    def closing(self, index: int, reason: FinishReason) -> dict[str, Any]:
-        return self._chunk(Delta(), index=index, finish_reason=reason)
+    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        parts = {name: text for name, text in self._split(index, piece).items() if text}
+        found = []
+        if parts or piece.tokens:
+            logprobs = self._logprobs(piece)
+            found.append(self._chunk(Delta(**parts), index=index, logprobs=logprobs))
+        if piece.reason is not None:
+            found.append(self._chunk(Delta(), index=index, finish_reason=piece.reason))
+        return found
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return ChatChunk(**self._header, choices=[], usage=usage).model_dump()
@@ -96,6 +109,16 @@ class ChatFormat(AnswerFormat):
         chunk = ChatChunk(**self._header, choices=[choice]).model_dump(exclude={"usage"})
         chunk["choices"][0]["delta"] = delta.model_dump(exclude_none=True)
         return chunk
+
+    def _split(self, index: int, piece: Piece) -> dict[str, Any]:
+        """The fields of a message or delta that hold text."""
+        splitter = self._splitters[index]
+        parts = [splitter.push(piece.text)]
+        if piece.reason is not None:
+            parts.append(splitter.finish())
+        reasoning = "".join([part.reasoning for part in parts]) or None
+        content = "".join([part.content for part in parts])
+        return {"content": content, "reasoning_content": reasoning, "reasoning": reasoning}
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
         if not self._has_logprobs:
@@ -129,11 +152,14 @@ class CompletionFormat(AnswerFormat):
     def opening(self, index: int) -> list[dict[str, Any]]:  # noqa: ARG002
         return []
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        return self._chunk(text=piece.text, index=index, logprobs=self._logprobs(piece))
-
-    def closing(self, index: int, reason: FinishReason) -> dict[str, Any]:
-        return self._chunk(text="", index=index, finish_reason=reason)
+    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        found = []
+        if piece.text or piece.tokens:
+            logprobs = self._logprobs(piece)
+            found.append(self._chunk(text=piece.text, index=index, logprobs=logprobs))
+        if piece.reason is not None:
+            found.append(self._chunk(text="", index=index, finish_reason=piece.reason))
+        return found
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return Completion(**self._header, choices=[], usage=usage).model_dump()

@@ -143,6 +143,9 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(flatten_content)]
+    # Of an earlier answer: accepted and ignored, as reasoning models are trained.
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -261,9 +264,11 @@ class CompletionLogprobs(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """The message of a chat answer."""
+    """The message of a chat answer; what it reasoned, under both names that servers have for it."""
 
     content: str
+    reasoning_content: str | None
+    reasoning: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
 
@@ -293,6 +298,8 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChatChunkChoice(BaseModel):

@@ -43,7 +43,6 @@ NEUTRAL_IN_MESSAGES = (
     "audio",
     "function_call",
     "name",
-    "reasoning_content",
     "refusal",
     "tool_calls",
 )

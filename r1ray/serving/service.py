@@ -15,7 +15,6 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Iterable,
-    Iterator,
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from r1ray.serving.openai_schema import (
     Usage,
 )
 from r1ray.serving.parsing import error_body, parse_request
+from r1ray.serving.reasoning import opens_reasoning
 
 __all__ = ["CompletionService", "Generate", "ServedModel"]
 
@@ -107,12 +107,13 @@ class CompletionService:
         """Answer a chat request; ServingError says what is wrong with it."""
         request = parse_request(body, ChatRequest)
         self._check_model(request.model, param="model")
-        prompt_ids = await self._in_thread(lambda: self._encode_chat(request))
+        prompt_ids, is_open = await self._in_thread(lambda: self._encode_chat(request))
         limit = self._limit(len(prompt_ids), request.max_tokens, default=None, param="messages")
         answer_format = ChatFormat(
             f"chatcmpl-{uuid.uuid4().hex}",
             self._model.name,
             has_logprobs=request.num_logprobs is not None,
+            is_open=is_open,
         )
         return await self._answer(_Exchange(request, prompt_ids, limit, answer_format))
 
@@ -146,7 +147,8 @@ class CompletionService:
     async def _in_thread(self, compute: Callable[[], Value]) -> Value:
         return await asyncio.get_running_loop().run_in_executor(self._encoder, compute)
 
-    def _encode_chat(self, request: ChatRequest) -> list[int]:
+    def _encode_chat(self, request: ChatRequest) -> tuple[list[int], bool]:
+        """(token ids, whether the answer begins inside `<think>`)."""
         messages = [
             {
                 "role": "system" if message.role == "developer" else message.role,
@@ -163,7 +165,7 @@ class CompletionService:
                 code="invalid_value",
                 param="messages",
             ) from error
-        return self._model.tokenizer.encode(text)
+        return self._model.tokenizer.encode(text), opens_reasoning(text)
 
     def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -241,22 +243,16 @@ class CompletionService:
                 chunk.setdefault("usage", None)
             return _sse(chunk)
 
-        def events(index: int, piece: Piece) -> Iterator[str]:
-            if piece.has_content:
-                yield event(answer_format.piece(index, piece))
-            if piece.reason is not None:
-                yield event(answer_format.closing(index, piece.reason))
-
         try:
             async with aclosing(rest):
                 for index in range(len(exchange.texts)):
                     for chunk in answer_format.opening(index):
                         yield event(chunk)
-                for text in events(*first):
-                    yield text
+                for chunk in answer_format.chunks(*first):
+                    yield event(chunk)
                 async for item in rest:
-                    for text in events(*item):
-                        yield text
+                    for chunk in answer_format.chunks(*item):
+                        yield event(chunk)
             if include_usage:
                 yield _sse(answer_format.usage(exchange.usage))
         except ServingError as error:

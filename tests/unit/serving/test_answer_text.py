@@ -104,4 +104,4 @@ def test_log_probabilities_come_with_their_tokens(tokenizer: Tokenizer) -> None:
     assert [token.offset for token in whole.tokens][:2] == [0, len(whole.tokens[0].text)]
     first = whole.tokens[0].text
     assert whole.tokens[1].top == ((whole.tokens[1].text, -0.5), (first, -2.0))
-    assert all(piece.has_content for piece in pieces)  # also where a token's text is held back
+    assert all(piece.tokens for piece in pieces)  # also where a token's text is held back

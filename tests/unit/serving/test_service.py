@@ -319,3 +319,27 @@ def test_biases_of_tokens_outside_the_vocabulary_are_refused(tokenizer: Tokenize
     with pytest.raises(ServingError, match="is not between 0 and 299") as caught:
         asyncio.run(service.chat(chat_body(logit_bias={"300": 5})))
     assert (caught.value.status, caught.value.param) == (400, "logit_bias")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_is_told_apart_in_chats(tokenizer: Tokenizer, stream: bool) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "<think>\n1 + 1\n</think>\ntwo")
+        service = service_over(tokenizer, model)
+        history = [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "ho", "reasoning_content": "hm", "reasoning": "hm"},
+            {"role": "user", "content": "1 + 1?"},
+        ]
+        answer = await service.chat(body(messages=history, stream=stream))
+        prompt = tokenizer.decode(model.requests[0].prompt_ids)
+        assert prompt == "user\nhi\nassistant\nho\nuser\n1 + 1?\nassistant\n"
+        parts = await chunks(answer) if stream else [await whole(answer)]
+        messages = [part["choices"][0]["delta" if stream else "message"] for part in parts]
+        for name in ("reasoning_content", "reasoning"):
+            assert "".join(message.get(name) or "" for message in messages) == "1 + 1\n"
+        assert "".join(message.get("content") or "" for message in messages) == "two"
+        plain = await whole(await service.complete(body(prompt="x")))
+        assert plain["choices"][0]["text"].startswith("<think>")
+
+    asyncio.run(main())
