@@ -8,7 +8,7 @@ from typing import Any
 
 from r1ray.models.generation import FinishReason
 from r1ray.serving.answer_text import AnswerToken, Piece
-from r1ray.serving.openai_schema import (
+from r1ray.serving.openai_answers import (
     AnswerMessage,
     ChatChoice,
     ChatChunk,

@@ -123,6 +123,14 @@ class OpenAIIngress:
     async def show_model(self, name: str) -> Response:
         return json_response(self._service.show_model(name))
 
+    @app.post("/tokenize")
+    async def tokenize(self, request: Request) -> Response:
+        return json_response(await self._service.tokenize(await read_body(request)))
+
+    @app.post("/detokenize")
+    async def detokenize(self, request: Request) -> Response:
+        return json_response(await self._service.detokenize(await read_body(request)))
+
     @app.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
         return respond(await self._service.chat(await read_body(request)))

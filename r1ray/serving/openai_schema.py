@@ -1,4 +1,4 @@
-"""The wire format: OpenAI's requests, answers, chunks and errors, as far as r1ray speaks them.
+"""The wire format of requests: OpenAI's, as far as r1ray speaks them.
 
 1. A request field that r1ray acts on is declared below, with its type and bounds.
 2. A known field that it cannot act on is accepted with the values that change nothing
@@ -24,31 +24,17 @@ from r1ray.serving.request_rules import (
 )
 
 __all__ = [
-    "AnswerMessage",
-    "ChatChoice",
-    "ChatChunk",
-    "ChatChunkChoice",
-    "ChatCompletion",
-    "ChatLogprobs",
     "ChatMessage",
     "ChatRequest",
-    "Completion",
-    "CompletionChoice",
-    "CompletionLogprobs",
     "CompletionRequest",
-    "Delta",
-    "Model",
-    "ModelList",
+    "DetokenizeRequest",
     "RequestBase",
-    "TokenLogprob",
-    "TopLogprob",
-    "Usage",
+    "TokenizeRequest",
 ]
 
 # Divisors and masses below these are zero in float32 and leave nothing to sample from.
 _GREEDY_BELOW = 1e-4
 _MIN_TOP_P = 1e-6
-Reason = Literal["stop", "length"]
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _MAX_CHOICES = 16
 
@@ -205,138 +191,29 @@ class CompletionRequest(RequestBase):
         return self.logprobs
 
 
-class Usage(BaseModel):
-    """Token counts; the token that ended an answer is not counted."""
+class TokenizeRequest(BaseModel):
+    """POST /tokenize, as vLLM has it: a text, or a chat as the model would get it."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    model_config = _STRICT
 
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_generation_prompt: bool = True
 
-class Model(BaseModel):
-    """An entry of GET /v1/models."""
-
-    id: str
-    created: int
-    object: Literal["model"] = "model"
-    owned_by: str = "r1ray"
-
-
-class ModelList(BaseModel):
-    """GET /v1/models."""
-
-    data: list[Model]
-    object: Literal["list"] = "list"
+    @model_validator(mode="after")
+    def _one_text(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError(
+                "invalid_value", "exactly one of prompt and messages is needed", {"param": "prompt"}
+            )
+        return self
 
 
-class TopLogprob(BaseModel):
-    """A token that could have been chosen.
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize, as vLLM has it."""
 
-    Attributes:
-        bytes: of the token's text; None where it is a part of a character.
-    """
+    model_config = _STRICT
 
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogprob(TopLogprob):
-    """A token of a chat answer."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    """Log-probabilities of a chat answer, or of a piece of it."""
-
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class CompletionLogprobs(BaseModel):
-    """Log-probabilities of a completion, or of a piece of it; offsets are into its text."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class AnswerMessage(BaseModel):
-    """The message of a chat answer; what it reasoned, under both names that servers have for it."""
-
-    content: str
-    reasoning_content: str | None
-    reasoning: str | None
-    role: Literal["assistant"] = "assistant"
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    """The answer of a chat completion."""
-
-    message: AnswerMessage
-    finish_reason: Reason
-    index: int
-    logprobs: ChatLogprobs | None = None
-
-
-class ChatCompletion(BaseModel):
-    """The whole answer to a chat request."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    object: Literal["chat.completion"] = "chat.completion"
-
-
-class Delta(BaseModel):
-    """What a chunk adds to the answer; absent fields are not sent."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-
-class ChatChunkChoice(BaseModel):
-    """A piece of the answer of a chat completion."""
-
-    delta: Delta
-    finish_reason: Reason | None = None
-    index: int
-    logprobs: ChatLogprobs | None = None
-
-
-class ChatChunk(BaseModel):
-    """One event of a chat stream."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-
-
-class CompletionChoice(BaseModel):
-    """The answer of a completion, or a piece of it."""
-
-    text: str
-    finish_reason: Reason | None = None
-    index: int
-    logprobs: CompletionLogprobs | None = None
-
-
-class Completion(BaseModel):
-    """The answer to a completion request, or one event of its stream."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
-    object: Literal["text_completion"] = "text_completion"
+    model: str | None = None
+    tokens: list[int]

@@ -4,15 +4,14 @@ import difflib
 import json
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from r1ray.errors import ServingError
-from r1ray.serving.openai_schema import RequestBase
 from r1ray.serving.request_rules import NEUTRAL_VALUES
 
 __all__ = ["error_body", "parse_request"]
 
-RequestT = TypeVar("RequestT", bound=RequestBase)
+RequestT = TypeVar("RequestT", bound=BaseModel)
 
 _INVALID_TYPE_SUFFIXES = ("_type", "_parsing", "int_from_float")
 
@@ -63,7 +62,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _explain(error: ValidationError, schema: type[RequestBase]) -> ServingError:
+def _explain(error: ValidationError, schema: type[BaseModel]) -> ServingError:
     """The first problem that pydantic found, in OpenAI's terms."""
     item = error.errors(include_url=False)[0]
     param = item.get("ctx", {}).get("param") or _dotted(item["loc"])

@@ -28,13 +28,20 @@ from r1ray.models.tokenizer import Tokenizer
 from r1ray.serving.answer_text import AnswerText, Piece, join_pieces
 from r1ray.serving.answers import AnswerFormat, ChatFormat, CompletionFormat
 from r1ray.serving.merging import merge_streams
-from r1ray.serving.openai_schema import (
-    ChatRequest,
-    CompletionRequest,
+from r1ray.serving.openai_answers import (
+    Detokenized,
     Model,
     ModelList,
-    RequestBase,
+    Tokenized,
     Usage,
+)
+from r1ray.serving.openai_schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RequestBase,
+    TokenizeRequest,
 )
 from r1ray.serving.parsing import error_body, parse_request
 from r1ray.serving.reasoning import opens_reasoning
@@ -132,11 +139,33 @@ class CompletionService:
         )
         return await self._answer(_Exchange(request, prompt_ids, limit, answer_format))
 
+    async def tokenize(self, body: bytes) -> dict[str, Any]:
+        """The tokens of a text or chat; ServingError says what is wrong with the request."""
+        request = parse_request(body, TokenizeRequest)
+        self._check_model(request.model, param="model")
+        if request.messages is None:
+            prompt = request.prompt or ""
+            tokens = await self._in_thread(lambda: self._model.tokenizer.encode(prompt))
+        else:
+            messages, opens = request.messages, request.add_generation_prompt
+            text = await self._in_thread(lambda: self._render(messages, opens=opens))
+            tokens = await self._in_thread(lambda: self._model.tokenizer.encode(text))
+        context = self._model.max_context_tokens
+        return Tokenized(count=len(tokens), max_model_len=context, tokens=tokens).model_dump()
+
+    async def detokenize(self, body: bytes) -> dict[str, Any]:
+        """The text of tokens; ServingError says what is wrong with the request."""
+        request = parse_request(body, DetokenizeRequest)
+        self._check_model(request.model, param="model")
+        self._check_tokens(request.tokens, param="tokens")
+        text = await self._in_thread(lambda: self._model.tokenizer.decode(request.tokens))
+        return Detokenized(prompt=text).model_dump()
+
     def _describe(self) -> Model:
         return Model(id=self._model.name, created=self._model.created)
 
-    def _check_model(self, name: str, *, param: str | None) -> None:
-        if name != self._model.name:
+    def _check_model(self, name: str | None, *, param: str | None) -> None:
+        if name is not None and name != self._model.name:
             raise ServingError(
                 f"there is no model {name[:80]!r}; this server has {self._model.name!r}",
                 status=404,
@@ -149,15 +178,20 @@ class CompletionService:
 
     def _encode_chat(self, request: ChatRequest) -> tuple[list[int], bool]:
         """(token ids, whether the answer begins inside `<think>`)."""
+        text = self._render(request.messages, opens=True)
+        return self._model.tokenizer.encode(text), opens_reasoning(text)
+
+    def _render(self, chat: Sequence[ChatMessage], *, opens: bool) -> str:
+        """The text of a chat; `opens` adds the header of the next answer."""
         messages = [
             {
                 "role": "system" if message.role == "developer" else message.role,
                 "content": message.content,
             }
-            for message in request.messages
+            for message in chat
         ]
         try:
-            text = self._model.tokenizer.render_chat(messages, add_generation_prompt=True)
+            return self._model.tokenizer.render_chat(messages, add_generation_prompt=opens)
         except Tokenizer.template_errors as error:
             raise ServingError(
                 f"the model's chat template does not accept these messages ({error})",
@@ -165,7 +199,6 @@ class CompletionService:
                 code="invalid_value",
                 param="messages",
             ) from error
-        return self._model.tokenizer.encode(text), opens_reasoning(text)
 
     def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

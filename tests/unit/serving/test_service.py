@@ -343,3 +343,24 @@ def test_reasoning_is_told_apart_in_chats(tokenizer: Tokenizer, stream: bool) ->
         assert plain["choices"][0]["text"].startswith("<think>")
 
     asyncio.run(main())
+
+
+def test_texts_and_chats_are_tokenized_and_tokens_are_read_back(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        service = service_over(tokenizer, ScriptedModel(tokenizer, ""))
+        found = await service.tokenize(body(prompt="két szó"))
+        assert found["tokens"] == tokenizer.encode("két szó")
+        assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), CONTEXT)
+        back = await service.detokenize(json.dumps({"tokens": found["tokens"]}).encode())
+        assert back == {"prompt": "két szó"}
+        chat = await service.tokenize(chat_body("hi"))
+        assert tokenizer.decode(chat["tokens"]) == "user\nhi\nassistant\n"
+        closed = await service.tokenize(chat_body("hi", add_generation_prompt=False))
+        assert tokenizer.decode(closed["tokens"]) == "user\nhi\n"
+        for wrong in (body(), chat_body(prompt="x"), body(prompt="x", model="other")):
+            with pytest.raises(ServingError):
+                await service.tokenize(wrong)
+        with pytest.raises(ServingError, match="is not between 0 and 299"):
+            await service.detokenize(b'{"tokens": [300]}')
+
+    asyncio.run(main())
