@@ -5,11 +5,12 @@ defined: routes and helpers come before it or from other modules, and the class 
 """
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, cast
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -20,6 +21,7 @@ from r1ray.models import ModelConfig
 from r1ray.models.generation import GenerationRequest, TokenEvent
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
+from r1ray.serving.api_keys import ENVIRONMENT_NAME, read_keys, require_key
 from r1ray.serving.replica import Failure
 from r1ray.serving.responses import add_error_handlers, json_response, read_body, respond
 from r1ray.serving.service import CompletionService, ServedModel
@@ -27,6 +29,7 @@ from r1ray.serving.service import CompletionService, ServedModel
 __all__ = ["OpenAIIngress", "RemoteModel", "load_served_model"]
 
 PING_TIMEOUT_S = 5.0
+KEYED = [Depends(require_key)]
 
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 add_error_handlers(app)
@@ -106,6 +109,7 @@ class OpenAIIngress:
         max_context_tokens: int,
     ) -> None:
         setup_logging()
+        read_keys(os.environ.get(ENVIRONMENT_NAME))  # what is wrong with them is said at once
         self._model = RemoteModel(replicas)
         served = load_served_model(model_dir, model_name, max_context_tokens)
         self._service = CompletionService(served, self._model.generate)
@@ -115,26 +119,26 @@ class OpenAIIngress:
         await self._model.ping()
         return json_response({"status": "ok"})
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=KEYED)
     async def list_models(self) -> Response:
         return json_response(self._service.list_models())
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", dependencies=KEYED)
     async def show_model(self, name: str) -> Response:
         return json_response(self._service.show_model(name))
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", dependencies=KEYED)
     async def tokenize(self, request: Request) -> Response:
         return json_response(await self._service.tokenize(await read_body(request)))
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", dependencies=KEYED)
     async def detokenize(self, request: Request) -> Response:
         return json_response(await self._service.detokenize(await read_body(request)))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", dependencies=KEYED)
     async def chat(self, request: Request) -> Response:
         return respond(await self._service.chat(await read_body(request)))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", dependencies=KEYED)
     async def complete(self, request: Request) -> Response:
         return respond(await self._service.complete(await read_body(request)))

@@ -64,8 +64,13 @@ def add_error_handlers(app: FastAPI) -> None:
 
 async def _on_serving_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    headers = {"retry-after": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
-    return json_response(error_body(error), error.status, headers)
+    return json_response(error_body(error), error.status, _headers(error.status))
+
+
+def _headers(status: int) -> dict[str, str] | None:
+    if status == 401:
+        return {"www-authenticate": "Bearer"}
+    return {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else None
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
