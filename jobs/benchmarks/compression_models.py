@@ -84,7 +84,10 @@ def student_config(
         f"train.num_steps={num_steps}",
     ]
     if has_teacher:
-        overrides.append(f"distill={{teacher: {teacher_dir}, ce_share: 0.5}}")
+        resources = f"{{num_teachers: {os.cpu_count()}}}"
+        overrides.append(
+            f"distill={{teacher: {teacher_dir}, ce_share: 0.5, resources: {resources}}}"
+        )
     return _configure(work, "students", *overrides)
 
 
