@@ -14,7 +14,7 @@ Shape legend: B rows, T tokens, D hidden size, V vocabulary.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -23,6 +23,9 @@ from r1ray.models.decoder import Decoder
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.sampling import RowSampler, SampledToken, SamplingParams, sample_tokens
 from r1ray.ops.block_selection import BLOCK
+
+if TYPE_CHECKING:
+    from r1ray.models.grammar import FormCompiler  # its library is there where answers are served
 
 __all__ = ["BatchGenerator", "GenerationRequest", "TokenEvent", "generate_batch"]
 
@@ -37,6 +40,7 @@ class GenerationRequest:
         request_id: chosen by the caller, unique among the requests in flight.
         prompt_ids: at least one token.
         stop_token_ids: any of these ends the sequence; it is not part of the output.
+        form: what the output has to be like (`r1ray.models.grammar`); None for anything.
     """
 
     request_id: str
@@ -44,6 +48,7 @@ class GenerationRequest:
     max_new_tokens: int
     stop_token_ids: frozenset[int]
     sampling: SamplingParams = SamplingParams()
+    form: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class TokenEvent:
     """One step of one sequence.
 
     Attributes:
+        failure: why the sequence cannot go on, as its last event; it has no token and no reason.
         token_id: None where the sequence ended on a stop token.
         sampled: the same token with its log-probabilities, where the request asked for them.
     """
@@ -59,6 +65,7 @@ class TokenEvent:
     token_id: int | None
     finish_reason: FinishReason | None
     sampled: SampledToken | None = None
+    failure: str | None = None
 
 
 @dataclass
@@ -80,6 +87,7 @@ class BatchGenerator:
         prefill_chunk: tokens of a longer prompt that go through one forward; it bounds the memory
             of activations, and where attention is sparse has to be a multiple of 64.
         kv_dtype: of cached keys and values, a floating point one or int8; None for the weights'.
+        forms: for requests that have a form; None where there are none.
     Raises:
         ShapeError: attention is sparse and prefill_chunk cuts a block.
     """
@@ -93,6 +101,7 @@ class BatchGenerator:
         max_prefill_tokens: int = 4096,
         prefill_chunk: int = 1024,
         kv_dtype: torch.dtype | None = None,
+        forms: "FormCompiler | None" = None,
     ) -> None:
         weight = model.model.norm.weight
         self._model = model
@@ -113,7 +122,8 @@ class BatchGenerator:
             device=weight.device,
             summary_size=model.summary_size,
         )
-        self._waiting: deque[GenerationRequest] = deque()
+        self._forms = forms
+        self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
 
     @property
@@ -128,7 +138,8 @@ class BatchGenerator:
         """Queue `request`; its events come from later steps.
 
         Raises:
-            ShapeError: the prompt is empty, or prompt and output exceed max_context_tokens.
+            ShapeError: the prompt is empty, prompt and output exceed max_context_tokens, or the
+                form is none.
         """
         needed = len(request.prompt_ids) + request.max_new_tokens
         if not request.prompt_ids or request.max_new_tokens < 1:
@@ -138,11 +149,16 @@ class BatchGenerator:
                 f"{len(request.prompt_ids)} prompt tokens + {request.max_new_tokens} new tokens "
                 f"exceed the context of {self._cache.max_tokens}; shorten one of them"
             )
-        self._waiting.append(request)
+        form = None
+        if request.form is not None:
+            assert self._forms is not None, "a request has a form"
+            form = self._forms.start(request.form)
+        sampler = RowSampler(request.sampling, request.prompt_ids, form)
+        self._waiting.append(_Row(request, sampler))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, waiting or running; its row is free at once. Unknown ids are fine."""
-        self._waiting = deque(item for item in self._waiting if item.request_id != request_id)
+        self._waiting = deque(row for row in self._waiting if row.request.request_id != request_id)
         for index, row in enumerate(self._rows):
             if row.request.request_id == request_id:
                 self._release(index)
@@ -160,15 +176,14 @@ class BatchGenerator:
         admitted: list[_Row] = []
         longest = 0
         while self._waiting and len(self._rows) + len(admitted) < self._cache.max_rows:
-            length = len(self._waiting[0].prompt_ids)
+            length = len(self._waiting[0].request.prompt_ids)
             if admitted and self._rotates_by_length and length != longest:
                 break  # padding would pass for length
             longest = max(longest, length)
             is_too_much = longest * (len(admitted) + 1) > self._max_prefill_tokens
             if admitted and (is_too_much or longest > self._prefill_chunk):
                 break
-            request = self._waiting.popleft()
-            admitted.append(_Row(request, RowSampler(request.sampling, request.prompt_ids)))
+            admitted.append(self._waiting.popleft())
         return admitted
 
     def _prefill(self, admitted: list[_Row]) -> list[TokenEvent]:
@@ -205,6 +220,11 @@ class BatchGenerator:
         events = []
         for index in reversed(range(len(rows))):  # releasing a row moves only rows behind it
             row, sampled = rows[index], tokens[index]
+            if row.sampler.failure is not None:
+                failure = row.sampler.failure
+                events.append(TokenEvent(row.request.request_id, None, None, failure=failure))
+                self._release(first_row + index)
+                continue
             token = row.last_token = sampled.token_id
             row.sampler.note(token)
             row.num_generated += 1

@@ -1,6 +1,7 @@
 """Choosing the next token from logits, every row of a batch by its own parameters.
 
-1. Logits are adjusted: biases, and penalties for tokens that were there before.
+1. Logits are adjusted: biases, penalties for tokens that were there before, and only tokens that
+   the answer's form allows (`r1ray.models.grammar`).
 2. Greedy rows take the largest. Others are divided by their temperature, and cut to what `top_k`,
    then `top_p` and `min_p` leave.
 3. One uniform number, from the row's own generator, picks among these: what runs beside a row does
@@ -16,11 +17,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from r1ray.errors import ShapeError
+
+if TYPE_CHECKING:
+    from r1ray.models.grammar import FormState  # its library is there where answers are served
 
 __all__ = ["MAX_LOGPROBS", "RowSampler", "SampledToken", "SamplingParams", "sample_tokens"]
 
@@ -110,10 +115,21 @@ class RowSampler:
 
     Args:
         prompt_ids: that repetition counts from.
+        form: what the answer has to be like, if anything.
+
+    Attributes:
+        failure: why no further token can be chosen; None while one can.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        form: "FormState | None" = None,
+    ) -> None:
         self.params = params
+        self.failure: str | None = None
+        self._form = form
         self._generator = (
             None if params.seed is None else torch.Generator().manual_seed(params.seed)
         )
@@ -122,11 +138,18 @@ class RowSampler:
 
     def note(self, token_id: int) -> None:
         """Count a token of the answer."""
+        if self._form is not None:
+            self._form.accept(token_id)
         if self.params.penalizes:
             self._counts[token_id] += 1
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` does anything."""
+        return self._form is not None or self.params.adjusts
+
     def adjust(self, logits_V: Tensor) -> None:
-        """Bias and penalize, in place."""
+        """Bias, penalize, and leave only tokens of the answer's form; in place."""
         params = self.params
         if self._counts or self._prompt:
             repeated = torch.tensor(sorted(self._prompt | self._counts.keys()), dtype=torch.long)
@@ -140,6 +163,11 @@ class RowSampler:
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), dtype=torch.long)
             logits_V[ids] += torch.tensor(list(params.logit_bias.values()), dtype=logits_V.dtype)
+        if self._form is not None:
+            try:
+                self._form.restrict(logits_V)
+            except ShapeError as error:
+                self.failure = str(error)
 
     def draw(self) -> float:
         """A number in [0, 1)."""
@@ -156,11 +184,11 @@ def sample_tokens(logits_BV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled
         FloatingPointError: the logits of a row that is drawn are not finite.
     """
     chosen = logits_BV.argmax(dim=-1).tolist()
-    own = [at for at, row in enumerate(rows) if row.params.adjusts or row.params.temperature > 0]
+    own = [at for at, row in enumerate(rows) if row.adjusts or row.params.temperature > 0]
     if own:
         logits_RV = logits_BV[own].float().cpu()
         for logits_V, at in zip(logits_RV, own, strict=True):
-            if rows[at].params.adjusts:
+            if rows[at].adjusts:
                 rows[at].adjust(logits_V)
         for at, token in zip(own, _choose(logits_RV, [rows[at] for at in own]), strict=True):
             chosen[at] = token

@@ -44,6 +44,11 @@ class Tokenizer:
             )
 
     @property
+    def inner(self) -> Any:
+        """The transformers tokenizer, for libraries that take one."""
+        return self._inner
+
+    @property
     def eos_token_id(self) -> int:
         return int(self._inner.eos_token_id)
 

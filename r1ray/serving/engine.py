@@ -194,7 +194,10 @@ class Engine:
     def _deliver(self, items: Iterable[tuple[str, TokenEvent | ServingError]]) -> None:
         """Pass each item to its caller; an error or a finish reason ends the submission here."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
-        for request_id, item in items:
+        for request_id, found in items:
+            item: TokenEvent | ServingError = found
+            if isinstance(found, TokenEvent) and found.failure is not None:
+                item = ServingError(found.failure, status=500, code="internal_error")
             submission = self._running[request_id]
             if isinstance(item, ServingError) or item.finish_reason is not None:
                 del self._running[request_id]

@@ -22,7 +22,7 @@ from r1ray.models.generation import GenerationRequest, TokenEvent
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
 from r1ray.serving.api_keys import ENVIRONMENT_NAME, read_keys, require_key
-from r1ray.serving.replica import Failure
+from r1ray.serving.replica import Failure, compile_forms
 from r1ray.serving.responses import add_error_handlers, json_response, read_body, respond
 from r1ray.serving.service import CompletionService, ServedModel
 
@@ -85,6 +85,7 @@ def load_served_model(model_dir: str, name: str, max_context_tokens: int) -> Ser
         max_context_tokens=max_context_tokens,
         vocab_size=config.vocab_size,
         created=int(time.time()),
+        forms=compile_forms(model_dir),
     )
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from r1ray.models.sampling import MAX_LOGPROBS, SamplingParams
+from r1ray.serving.request_forms import read_response_format, read_structured_outputs
 from r1ray.serving.request_rules import (
     NEUTRAL_IN_MESSAGES,
     NEUTRAL_VALUES,
@@ -64,6 +65,8 @@ class RequestBase(BaseModel):
     top_k: Annotated[int, Field(ge=-1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    structured_outputs: Annotated[str | None, BeforeValidator(read_structured_outputs)] = None
+    response_format: Annotated[str | None, BeforeValidator(read_response_format)] = None
     stop: Annotated[list[str], BeforeValidator(list_stops)] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
@@ -96,6 +99,21 @@ class RequestBase(BaseModel):
                 {"param": "stream_options"},
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "RequestBase":
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise PydanticCustomError(
+                "invalid_value",
+                "response_format and structured_outputs both say what an answer is like; send one",
+                {"param": "structured_outputs"},
+            )
+        return self
+
+    @property
+    def form(self) -> str | None:
+        """What answers have to be like, for `FormCompiler`."""
+        return self.structured_outputs or self.response_format
 
     @property
     def include_usage(self) -> bool:

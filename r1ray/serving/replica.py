@@ -17,14 +17,16 @@ from r1ray.models import ModelConfig, load_model
 from r1ray.models.decoder import Decoder
 from r1ray.models.gates import set_attention
 from r1ray.models.generation import BatchGenerator, GenerationRequest, TokenEvent
+from r1ray.models.grammar import FormCompiler
 from r1ray.models.kv_cache import cache_bytes
 from r1ray.models.quantization import tie_head
 from r1ray.models.tiered import load_to_serve, move_to_device
+from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
 from r1ray.ops import native
 from r1ray.serving.engine import Engine
 
-__all__ = ["Failure", "ModelReplica", "build_engine", "check_context"]
+__all__ = ["Failure", "ModelReplica", "build_engine", "check_context", "compile_forms"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,13 @@ def check_context(max_context_tokens: int, config: ModelConfig) -> None:
         )
 
 
+def compile_forms(model_dir: str) -> FormCompiler:
+    """For the model in `model_dir` and its end tokens."""
+    config, tokenizer = ModelConfig.load(model_dir), Tokenizer(model_dir)
+    stops = {tokenizer.eos_token_id, *config.eos_token_ids}
+    return FormCompiler(tokenizer, vocab_size=config.vocab_size, stop_token_ids=stops)
+
+
 def build_engine(
     model_dir: str,
     *,
@@ -78,12 +87,14 @@ def build_engine(
     )
     model = _load(model_dir, budget_mib, kv_bytes)
     set_attention(model, attention)
+    forms = compile_forms(model_dir)
     return Engine(
         lambda: BatchGenerator(
             model,
             max_concurrency=max_concurrency,
             max_context_tokens=max_context_tokens,
             kv_dtype=kv_dtype,
+            forms=forms,
         ),
         max_concurrency=max_concurrency,
         max_queued_requests=max_queued_requests,

@@ -22,8 +22,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from r1ray.errors import ServingError
+from r1ray.errors import ServingError, ShapeError
 from r1ray.models.generation import GenerationRequest, TokenEvent
+from r1ray.models.grammar import FormCompiler
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.serving.answer_text import AnswerText, Piece, join_pieces
 from r1ray.serving.answers import AnswerFormat, ChatFormat, CompletionFormat
@@ -63,6 +64,7 @@ class ServedModel:
     Attributes:
         max_context_tokens: prompt and answer of one request together.
         vocab_size: of the model; token ids must be below it.
+        forms: what says whether a form is one.
         created: seconds since the epoch, shown in /v1/models.
     """
 
@@ -72,6 +74,7 @@ class ServedModel:
     max_context_tokens: int
     vocab_size: int
     created: int
+    forms: FormCompiler
 
 
 @dataclass
@@ -115,6 +118,15 @@ class CompletionService:
         request = parse_request(body, ChatRequest)
         self._check_model(request.model, param="model")
         prompt_ids, is_open = await self._in_thread(lambda: self._encode_chat(request))
+        if is_open and request.form is not None:
+            raise ServingError(
+                "this model's chat template opens <think>, and a form would hold for the "
+                "reasoning; use /v1/completions, or leave response_format and structured_outputs "
+                "out",
+                status=400,
+                code="unsupported_value",
+                param="response_format",
+            )
         limit = self._limit(len(prompt_ids), request.max_tokens, default=None, param="messages")
         answer_format = ChatFormat(
             f"chatcmpl-{uuid.uuid4().hex}",
@@ -235,6 +247,8 @@ class CompletionService:
     async def _answer(self, exchange: _Exchange) -> dict[str, Any] | AsyncIterator[str]:
         request = exchange.request
         self._check_tokens(request.logit_bias, param="logit_bias")
+        if request.form is not None:
+            await self._check_form(request.form, request)
         exchange.texts = [AnswerText(self._model.tokenizer, request.stop) for _ in range(request.n)]
         pieces = merge_streams([self._pieces(exchange, index) for index in range(request.n)])
         if request.stream:
@@ -245,6 +259,16 @@ class CompletionService:
                 found[index].append(piece)
         return exchange.format.whole(list(map(join_pieces, found)), exchange.usage)
 
+    async def _check_form(self, form: str, request: RequestBase) -> None:
+        try:
+            await self._in_thread(lambda: self._model.forms.start(form))
+        except ShapeError as error:
+            names = ("structured_outputs", "response_format")
+            param = next(name for name in names if getattr(request, name) is not None)
+            raise ServingError(
+                f"{param}: {error}", status=400, code="invalid_value", param=param
+            ) from error
+
     async def _pieces(self, exchange: _Exchange, index: int) -> AsyncGenerator[Piece]:
         """One answer, piece by piece; pieces may be empty, and there is at least one."""
         text = exchange.texts[index]
@@ -254,6 +278,7 @@ class CompletionService:
             max_new_tokens=exchange.max_new_tokens,
             stop_token_ids=self._model.stop_token_ids,
             sampling=exchange.request.sampling(index),
+            form=exchange.request.form,
         )
         async with aclosing(self._generate(generation)) as batches:
             async for events in batches:

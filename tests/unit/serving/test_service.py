@@ -10,6 +10,7 @@ import pytest
 
 from r1ray.errors import ServingError
 from r1ray.models.generation import GenerationRequest, TokenEvent
+from r1ray.models.grammar import FormCompiler, json_form, regex_form
 from r1ray.models.sampling import SampledToken
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.serving.service import CompletionService, ServedModel
@@ -47,7 +48,10 @@ class ScriptedModel:
 
 
 def service_over(tokenizer: Tokenizer, model: ScriptedModel) -> CompletionService:
-    served = ServedModel("tiny", tokenizer, frozenset({EOS_ID}), CONTEXT, VOCAB_SIZE, created=1)
+    forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
+    served = ServedModel(
+        "tiny", tokenizer, frozenset({EOS_ID}), CONTEXT, VOCAB_SIZE, created=1, forms=forms
+    )
     return CompletionService(served, model.generate)
 
 
@@ -362,5 +366,31 @@ def test_texts_and_chats_are_tokenized_and_tokens_are_read_back(tokenizer: Token
                 await service.tokenize(wrong)
         with pytest.raises(ServingError, match="is not between 0 and 299"):
             await service.detokenize(b'{"tokens": [300]}')
+
+    asyncio.run(main())
+
+
+def test_forms_reach_the_model_and_wrong_ones_are_refused(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "5")
+        service = service_over(tokenizer, model)
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+        json_schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        await service.chat(chat_body(response_format=json_schema))
+        await service.chat(chat_body(structured_outputs={"json": schema}))
+        await service.chat(chat_body(response_format={"type": "json_object"}))
+        await service.complete(body(prompt="x", structured_outputs={"regex": "[0-9]+"}))
+        await service.chat(chat_body(response_format={"type": "text"}))
+        forms = [request.form for request in model.requests]
+        assert forms[0] == forms[1] == json_form(schema)
+        assert forms[2:] == [json_form({"type": "object"}), regex_form("[0-9]+"), None]
+        for name, value in (
+            ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}),
+            ("structured_outputs", {"regex": "[a"}),
+        ):
+            with pytest.raises(ServingError, match="no such form") as caught:
+                await service.chat(chat_body(**{name: value}))
+            assert (caught.value.status, caught.value.param) == (400, name)
+        assert len(model.requests) == 5
 
     asyncio.run(main())

@@ -1,0 +1,67 @@
+"""What form an answer is asked to have: OpenAI's `response_format`, vLLM's `structured_outputs`."""
+
+import json
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from r1ray.models.grammar import choice_form, json_form, regex_form
+
+__all__ = ["read_response_format", "read_structured_outputs"]
+
+_OUTER = {"type", "json_schema"}
+_INNER = {"name", "description", "schema", "strict"}
+_KINDS = ("json", "regex", "choice")
+
+
+def read_response_format(value: Any) -> str | None:
+    """{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": ...}."""
+    if not isinstance(value, dict) or not value.keys() <= _OUTER:
+        raise PydanticCustomError("invalid_type", "must be an object with a type")
+    kind, outer = value.get("type"), value.get("json_schema")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise PydanticCustomError(
+            "invalid_value", "must be of type text, json_object or json_schema"
+        )
+    if kind != "json_schema":
+        if outer is not None:
+            raise PydanticCustomError("invalid_value", "has a json_schema only with that type")
+        return None if kind == "text" else json_form({"type": "object"})
+    if not isinstance(outer, dict) or not outer.keys() <= _INNER:
+        raise PydanticCustomError(
+            "invalid_value", "must have a json_schema of name, description, schema and strict"
+        )
+    return json_form(_read_schema(outer.get("schema", {})))
+
+
+def read_structured_outputs(value: Any) -> str:
+    """{"json": SCHEMA}, {"regex": PATTERN} or {"choice": [TEXT, ...]}."""
+    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in _KINDS:
+        raise PydanticCustomError(
+            "invalid_value", "must be an object with exactly one of json, regex and choice"
+        )
+    [(kind, wanted)] = value.items()
+    if kind == "json":
+        return json_form(_read_schema(wanted))
+    if kind == "regex":
+        if not isinstance(wanted, str):
+            raise PydanticCustomError("invalid_type", "must have a string as its regex")
+        return regex_form(wanted)
+    if not isinstance(wanted, list) or not wanted or not all(map(_is_text, wanted)):
+        raise PydanticCustomError("invalid_type", "must have a list of strings as its choice")
+    return choice_form(wanted)
+
+
+def _read_schema(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise PydanticCustomError("invalid_value", "must have valid JSON as schema") from error
+    if not isinstance(value, dict):
+        raise PydanticCustomError("invalid_type", "must have an object as its schema")
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
