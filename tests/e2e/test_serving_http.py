@@ -1,5 +1,6 @@
 """The served tiny model over HTTP, through the openai client and httpx."""
 
+import json
 import socket
 import threading
 import time
@@ -154,6 +155,44 @@ def test_stop_string_ends_the_answer_before_it(client: openai.OpenAI) -> None:
     streamed = ask(client, stop=stop, stream=True)
     pieces = [part.choices[0].delta.content or "" for part in streamed]
     assert "".join(pieces) == text_of(answer)
+
+
+def test_several_answers_with_log_probabilities(client: openai.OpenAI) -> None:
+    answer = ask(client, n=2, temperature=1.0, seed=3, logprobs=True, top_logprobs=2, max_tokens=6)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    for choice in answer.choices:
+        assert len(choice.logprobs.content) == 6
+        assert all(item.logprob <= 0 for item in choice.logprobs.content)
+        assert [len(item.top_logprobs) for item in choice.logprobs.content] == [2] * 6
+    again = ask(client, n=2, temperature=1.0, seed=3, max_tokens=6)
+    assert [choice.message.content for choice in again.choices] == [
+        choice.message.content for choice in answer.choices
+    ]
+    assert again.usage.completion_tokens == 12
+
+
+def test_an_answer_has_the_form_that_was_asked_for(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    answer_format = {"type": "json_schema", "json_schema": {"name": "ok", "schema": schema}}
+    answer = ask(client, response_format=answer_format, max_tokens=60)
+    assert answer.choices[0].finish_reason == "stop"
+    assert json.loads(text_of(answer))["ok"] in (True, False)
+    chosen = ask(client, extra_body={"structured_outputs": {"choice": ["left", "right"]}})
+    assert text_of(chosen) in ("left", "right")
+    with pytest.raises(openai.BadRequestError, match="no such form"):
+        ask(client, extra_body={"structured_outputs": {"regex": "(("}})
+
+
+def test_texts_are_tokenized_and_read_back(http: httpx.Client) -> None:
+    tokens = http.post("/tokenize", json={"prompt": "hello there"}).json()
+    assert tokens["count"] == len(tokens["tokens"]) > 0
+    back = http.post("/detokenize", json={"tokens": tokens["tokens"]})
+    assert back.json() == {"prompt": "hello there"}
 
 
 def test_errors_have_the_shape_of_openai(http: httpx.Client) -> None:
