@@ -21,7 +21,8 @@ from r1ray.compression.export import export_model
 from r1ray.compression.logits import PARTS_DIR, store_logits
 from r1ray.config.checks import check_lengths
 from r1ray.config.distill import DistillConfig, StoredLogitsConfig
-from r1ray.config.schema import ContextConfig, FileSourceConfig, PipelineConfig, identity
+from r1ray.config.prepare import FileSourceConfig
+from r1ray.config.schema import ContextConfig, PipelineConfig, identity
 from r1ray.data.batch_set import BatchSet
 from r1ray.data.pipeline import prepare_batches
 from r1ray.data.reasoning import Problem, draw_heldout

@@ -15,7 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from r1ray.config.schema import BucketsConfig, PackingConfig, PrepareConfig, TaskSourceConfig
+from r1ray.config.prepare import (
+    BucketsConfig,
+    PackingConfig,
+    PrepareConfig,
+    TaskSourceConfig,
+)
 from r1ray.data.batch_writer import WINDOW_SAMPLES, WINDOW_TOKENS
 from r1ray.data.length_sketch import LengthSketch
 from r1ray.data.planners import BatchPlanner, FixedBuckets, PackingPlanner, fit_ceilings

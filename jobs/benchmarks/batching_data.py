@@ -70,7 +70,7 @@ def build_micro_batch(shape: Shape, vocab_size: int, seed: int) -> MicroBatch:
 def _trace_lengths(base_dir: Path) -> NDArray[np.int64]:
     """The rows that the demo's `prepare` makes, tokenized as it does."""
     from r1ray.config import load_config
-    from r1ray.config.schema import TaskSourceConfig
+    from r1ray.config.prepare import TaskSourceConfig
     from r1ray.data.reasoning import build_messages, draw_heldout, draw_training
     from r1ray.data.schemas import Conversation
     from r1ray.data.tokenize import TokenizedRow, tokenize_rows

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r1ray.config import PipelineConfig, load_config
-from r1ray.config.schema import BucketsConfig, PrepareConfig
+from r1ray.config.prepare import BucketsConfig, PrepareConfig
 from r1ray.data.batch_set import SUMMARY_NAME, BatchSet, MicroBatch
 from r1ray.data.batch_writer import BatchWriter
 from r1ray.data.bucketing import fit_bucket_ceilings

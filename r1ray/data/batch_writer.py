@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from r1ray.config.schema import BucketsConfig, PackingConfig, PrepareConfig
+from r1ray.config.prepare import BucketsConfig, PackingConfig, PrepareConfig
 from r1ray.data.batch_set import BATCH_SCHEMA, BATCHES_NAME
 from r1ray.data.bucketing import PlannedBatch
 from r1ray.data.planners import BatchPlanner

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from r1ray.config.schema import BucketsConfig, PrepareConfig
+from r1ray.config.prepare import BucketsConfig, PrepareConfig
 from r1ray.data.length_sketch import LengthSketch
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 from r1ray.errors import ArtifactError

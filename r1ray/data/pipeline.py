@@ -25,7 +25,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from r1ray.config.schema import (
+from r1ray.config.prepare import (
     BucketsConfig,
     LongContextSourceConfig,
     PackingConfig,

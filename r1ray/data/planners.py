@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from r1ray.config.schema import BucketsConfig, PrepareConfig
+from r1ray.config.prepare import BucketsConfig, PrepareConfig
 from r1ray.data.bucketing import PlannedBatch, fit_histogram_ceilings, plan_batches
 from r1ray.data.length_sketch import LengthSketch
 from r1ray.data.packing import plan_packs

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1ray.config.schema import FamilyConfig, TasksConfig
+from r1ray.config.prepare import FamilyConfig, TasksConfig
 from r1ray.errors import ConfigError
 
 __all__ = ["Problem", "build_messages", "draw_heldout", "draw_training", "supported_families"]

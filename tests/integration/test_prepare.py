@@ -13,7 +13,7 @@ import ray
 
 from r1ray.artifacts import Artifact
 from r1ray.config import PipelineConfig, load_config
-from r1ray.config.schema import BucketsConfig, LongContextSourceConfig, PackingConfig
+from r1ray.config.prepare import BucketsConfig, LongContextSourceConfig, PackingConfig
 from r1ray.data import batch_writer, pipeline, planners
 from r1ray.data.batch_set import IGNORED, BatchSet
 from r1ray.data.reasoning import draw_heldout

@@ -22,7 +22,7 @@ from jobs.benchmarks.exchange_data import (
 )
 from jobs.benchmarks.exchange_worker import SNAPSHOTS_NAME, plan_steps, run_worker
 from jobs.benchmarks.links import LinkBytes
-from r1ray.config.schema import BucketsConfig, PrepareConfig, TaskSourceConfig
+from r1ray.config.prepare import BucketsConfig, PrepareConfig, TaskSourceConfig
 from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.data.tokenize import Sample

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from r1ray.config import PipelineConfig, load_config
 from r1ray.config.exchange import DenseExchangeConfig
 from r1ray.config.loader import describe_fields, parse_config
-from r1ray.config.schema import (
+from r1ray.config.prepare import (
     BucketsConfig,
     FileSourceConfig,
     PackingConfig,
     TaskSourceConfig,
-    identity,
 )
+from r1ray.config.schema import identity
 from r1ray.errors import ConfigError
 
 DEMO = Path(__file__).parents[3] / "jobs" / "configs" / "demo.yaml"

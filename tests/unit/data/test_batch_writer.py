@@ -10,7 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from r1ray.config.schema import BucketsConfig, FileSourceConfig, PackingConfig, PrepareConfig
+from r1ray.config.prepare import (
+    BucketsConfig,
+    FileSourceConfig,
+    PackingConfig,
+    PrepareConfig,
+)
 from r1ray.data import batch_writer
 from r1ray.data.batch_set import BATCHES_NAME, IGNORED, SUMMARY_NAME, BatchSet, MicroBatch
 from r1ray.data.batch_writer import BatchWriter

@@ -8,7 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from r1ray.config.schema import BucketsConfig, FileSourceConfig, PackingConfig, PrepareConfig
+from r1ray.config.prepare import (
+    BucketsConfig,
+    FileSourceConfig,
+    PackingConfig,
+    PrepareConfig,
+)
 from r1ray.data.collector import QUARANTINE_NAME, SampleCollector
 from r1ray.data.length_sketch import LengthSketch
 from r1ray.data.sources import rows_to_table

@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from r1ray.config.schema import BucketsConfig, FileSourceConfig, PackingConfig, PrepareConfig
+from r1ray.config.prepare import (
+    BucketsConfig,
+    FileSourceConfig,
+    PackingConfig,
+    PrepareConfig,
+)
 from r1ray.data.bucketing import cost_of_length
 from r1ray.data.planners import (
     DRIFT_LIMIT,

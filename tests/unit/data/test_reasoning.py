@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from r1ray.config.schema import FamilyConfig, TasksConfig
+from r1ray.config.prepare import FamilyConfig, TasksConfig
 from r1ray.data.reasoning import (
     Problem,
     build_messages,

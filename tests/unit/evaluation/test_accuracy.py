@@ -2,7 +2,7 @@
 
 import pytest
 
-from r1ray.config.schema import FamilyConfig, TasksConfig
+from r1ray.config.prepare import FamilyConfig, TasksConfig
 from r1ray.data.reasoning import Problem, draw_heldout
 from r1ray.evaluation.accuracy import _judge, extract_answer, paired_difference, proportion
 

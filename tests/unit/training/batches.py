@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from r1ray.config.schema import FileSourceConfig, PackingConfig, PrepareConfig
+from r1ray.config.prepare import FileSourceConfig, PackingConfig, PrepareConfig
 from r1ray.data.batch_set import IGNORED, SUMMARY_NAME, BatchSet, MicroBatch
 from r1ray.data.batch_writer import BatchWriter
 from r1ray.data.planners import PackingPlanner

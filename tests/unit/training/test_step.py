@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from r1ray.config.exchange import AutoExchangeConfig
-from r1ray.config.schema import BucketsConfig, FileSourceConfig, PackingConfig, PrepareConfig
+from r1ray.config.prepare import (
+    BucketsConfig,
+    FileSourceConfig,
+    PackingConfig,
+    PrepareConfig,
+)
 from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import SUMMARY_NAME, BatchSet, MicroBatch
 from r1ray.data.batch_writer import BatchWriter
