@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1ray.models.kv_cache import CacheBuffers, CacheSlice
-from r1ray.models.sparse import SparseForward, cut_units
+from r1ray.models.kv_cache import CacheSlice
+from r1ray.models.native_plan import list_completed, list_strides, plan_pieces
+from r1ray.models.sparse import SparseForward
 from r1ray.ops import native
 from r1ray.ops.block_gate import BlockGate
-from r1ray.ops.block_selection import BLOCK, count_chosen, count_exact
 from r1ray.ops.int8 import Int8Linear
 
 if TYPE_CHECKING:
@@ -180,8 +180,8 @@ class NativeLayers:
         cos, sin = (table.contiguous() for table in rotary)
         is_dense = sparse is None or sparse.is_dense
         has_marks = not is_dense and bool(torch.cat(self._marks).any())  # type: ignore[arg-type]
-        pieces, numbers = _plan(cache.starts, tokens, is_dense=is_dense, has_marks=has_marks)
-        completed = [] if sparse is None else _list_completed(sparse)
+        pieces, numbers = plan_pieces(cache.starts, tokens, is_dense=is_dense, has_marks=has_marks)
+        completed = [] if sparse is None else list_completed(sparse)
         padded = self._pad_gates() if not is_dense else []
         key_scale, value_scale = map(Tensor.data_ptr, buffers.scales or (_NONE, _NONE))
         arguments = native.LayersArguments(
@@ -194,7 +194,7 @@ class NativeLayers:
             values=buffers.values.data_ptr(),
             key_scale=key_scale,
             value_scale=value_scale,
-            **_strides(buffers),
+            **list_strides(buffers),
             numbers=ctypes.addressof(numbers),
             pieces=ctypes.addressof(pieces),
             num_pieces=len(pieces),
@@ -305,72 +305,3 @@ def _is_laid_out(
         and tensor.is_contiguous()
         and not (dtype == torch.int8 and shape[1] > native.MAX_INPUTS)
     )
-
-
-def _strides(buffers: CacheBuffers) -> dict[str, Any]:
-    """The fields that tell how a cache lies in memory."""
-    layer, row, _, head_dim, _ = buffers.keys.stride()
-    summary_layer, summary_row, _, _, _ = buffers.block_keys.stride()
-    has_blocks = buffers.block_keys.numel() > 0
-    return {
-        "layer_stride": layer // head_dim,
-        "row_stride": row // head_dim,
-        "S": buffers.keys.shape[3],
-        "C": buffers.block_keys.shape[3],
-        "summaries": buffers.block_keys.data_ptr() if has_blocks else None,
-        "summary_layer": summary_layer,
-        "summary_row": summary_row,
-    }
-
-
-def _plan(starts: list[int], tokens: int, *, is_dense: bool, has_marks: bool) -> tuple[Any, Any]:
-    """(pieces, numbers): which new tokens are attended together, and blocks each unit keeps.
-
-    All rows go together where they have one token each, or attend densely in whole blocks; else
-    each by itself, cut at the bounds of blocks.
-
-    Args:
-        has_marks: some heads choose by the keys themselves; not where attention is dense.
-    """
-    rows = range(len(starts))
-    if tokens == 1:
-        cuts = [(rows, slice(0, 1), 1)]
-    elif is_dense and not any(start % BLOCK for start in starts):
-        cuts = [(rows, slice(0, tokens), BLOCK)]
-    else:
-        cuts = [
-            (range(row, row + 1), part, unit)
-            for row in rows
-            for part, unit in cut_units(starts[row], tokens)
-        ]
-    numbers, pieces = list(starts), []
-    for of_rows, part, unit in cuts:
-        firsts = [starts[row] + part.start for row in of_rows]
-        owns = [
-            (first + at) // BLOCK
-            for first in firsts
-            for at in range(0, part.stop - part.start, unit)
-        ]
-        counts = [max(0, own - 1) if is_dense else count_chosen(own) for own in owns]
-        marked = [count_exact(own, unit) for own in owns] if has_marks else []
-        at = len(numbers)
-        numbers += [*firsts, *counts, *marked]
-        pieces.append(
-            native.QueryPiece(
-                *(of_rows.start, len(of_rows), part.start, part.stop - part.start, unit),
-                *(max(counts + marked), at, at + len(firsts)),
-                at + len(firsts) + len(counts) if has_marks else -1,
-            )
-        )
-    array = (ctypes.c_int64 * len(numbers))(*numbers)
-    return (native.QueryPiece * len(pieces))(*pieces), array
-
-
-def _list_completed(sparse: SparseForward) -> list[native.CompletedBlocks]:
-    """As the kernel takes them; `sparse` keeps their tables."""
-    return [
-        native.CompletedBlocks(
-            *(row, blocks.start, blocks.stop - blocks.start), cos.data_ptr(), sin.data_ptr()
-        )
-        for row, blocks, _, (cos, sin) in sparse.completed
-    ]

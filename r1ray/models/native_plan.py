@@ -1,0 +1,86 @@
+"""What one forward of `NativeLayers` is asked to do, as its kernel takes it.
+
+Which queries are attended together, how many blocks each unit keeps, which blocks are complete now,
+and how the cache lies in memory.
+"""
+
+import ctypes
+from typing import Any
+
+from r1ray.models.kv_cache import CacheBuffers
+from r1ray.models.sparse import SparseForward, cut_units
+from r1ray.ops import native
+from r1ray.ops.block_selection import BLOCK, count_chosen, count_exact
+
+__all__ = ["list_completed", "list_strides", "plan_pieces"]
+
+
+def list_strides(buffers: CacheBuffers) -> dict[str, Any]:
+    """The fields that tell how a cache lies in memory."""
+    layer, row, _, head_dim, _ = buffers.keys.stride()
+    summary_layer, summary_row, _, _, _ = buffers.block_keys.stride()
+    has_blocks = buffers.block_keys.numel() > 0
+    return {
+        "layer_stride": layer // head_dim,
+        "row_stride": row // head_dim,
+        "S": buffers.keys.shape[3],
+        "C": buffers.block_keys.shape[3],
+        "summaries": buffers.block_keys.data_ptr() if has_blocks else None,
+        "summary_layer": summary_layer,
+        "summary_row": summary_row,
+    }
+
+
+def plan_pieces(
+    starts: list[int], tokens: int, *, is_dense: bool, has_marks: bool
+) -> tuple[Any, Any]:
+    """(pieces, numbers): which new tokens are attended together, and blocks each unit keeps.
+
+    All rows go together where they have one token each, or attend densely in whole blocks; else
+    each by itself, cut at the bounds of blocks.
+
+    Args:
+        has_marks: some heads choose by the keys themselves; not where attention is dense.
+    """
+    rows = range(len(starts))
+    if tokens == 1:
+        cuts = [(rows, slice(0, 1), 1)]
+    elif is_dense and not any(start % BLOCK for start in starts):
+        cuts = [(rows, slice(0, tokens), BLOCK)]
+    else:
+        cuts = [
+            (range(row, row + 1), part, unit)
+            for row in rows
+            for part, unit in cut_units(starts[row], tokens)
+        ]
+    numbers, pieces = list(starts), []
+    for of_rows, part, unit in cuts:
+        firsts = [starts[row] + part.start for row in of_rows]
+        owns = [
+            (first + at) // BLOCK
+            for first in firsts
+            for at in range(0, part.stop - part.start, unit)
+        ]
+        counts = [max(0, own - 1) if is_dense else count_chosen(own) for own in owns]
+        marked = [count_exact(own, unit) for own in owns] if has_marks else []
+        at = len(numbers)
+        numbers += [*firsts, *counts, *marked]
+        pieces.append(
+            native.QueryPiece(
+                *(of_rows.start, len(of_rows), part.start, part.stop - part.start, unit),
+                *(max(counts + marked), at, at + len(firsts)),
+                at + len(firsts) + len(counts) if has_marks else -1,
+            )
+        )
+    array = (ctypes.c_int64 * len(numbers))(*numbers)
+    return (native.QueryPiece * len(pieces))(*pieces), array
+
+
+def list_completed(sparse: SparseForward) -> list[native.CompletedBlocks]:
+    """As the kernel takes them; `sparse` keeps their tables."""
+    return [
+        native.CompletedBlocks(
+            *(row, blocks.start, blocks.stop - blocks.start), cos.data_ptr(), sin.data_ptr()
+        )
+        for row, blocks, _, (cos, sin) in sparse.completed
+    ]
