@@ -3,8 +3,7 @@
 1. A table of addresses is made once of a model's layers: weights, scales, biases, norms, gates.
 2. Every forward asks whether the table still says what the model is, and whether the kernel can do
    what is asked (`find_native_layers`); else torch runs the layers, one operator after the other.
-3. What depends on a forward alone is planned here: which queries are attended together, how many
-   blocks each unit keeps, which blocks are complete now.
+3. What depends on a forward alone is planned (`r1ray.models.native_plan`).
 
 Price: 0.1 ms a forward for the checks and the plan (30 layers); torch takes more than that for the
 operators of each layer. A few KiB for the table.
