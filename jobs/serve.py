@@ -1,6 +1,7 @@
 """Serve the INT8 model over HTTP until Ctrl-C; whatever is missing before it is made first."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -36,7 +37,7 @@ def serving(pipeline: "Pipeline") -> Iterator[str]:
 def ask_heldout_questions(pipeline: "Pipeline", url: str) -> None:
     """Send the first held-out problem of each family through the `openai` client.
 
-    Prints each answer as it streams, and the expected one behind it, right or wrong.
+    Prints what each thinks and answers as it streams, and the expected answer behind it.
     """
     from openai import OpenAI
 
@@ -44,7 +45,8 @@ def ask_heldout_questions(pipeline: "Pipeline", url: str) -> None:
 
     config = pipeline.config
     first = {problem.family: problem for problem in reversed(pipeline.heldout_problems())}
-    client = OpenAI(base_url=url, api_key="not-needed", timeout=120, max_retries=0)
+    key = os.environ.get("R1RAY_API_KEYS", "not-needed").split(",")[0].strip()
+    client = OpenAI(base_url=url, api_key=key, timeout=120, max_retries=0)
     print(f"\nasking {config.serve.model_name} at {url}")
     for family in (item.name for item in config.tasks.families if item.name in first):
         print(f"\n{family}: {first[family].question.strip()}\n")
@@ -55,8 +57,15 @@ def ask_heldout_questions(pipeline: "Pipeline", url: str) -> None:
             temperature=0,
             stream=True,
         )
+        label = None
         for chunk in stream:
-            print(chunk.choices[0].delta.content or "", end="", flush=True)
+            delta = chunk.choices[0].delta
+            thought = getattr(delta, "reasoning_content", None)  # not a field of OpenAI's own
+            for name, text in (("thinks", thought), ("answers", delta.content)):
+                if text and name != label:
+                    print(f"\n{name}:" if label else f"{name}:")
+                    label = name
+                print(text or "", end="", flush=True)
         print(f"\n(expected: {first[family].answer})\n")
 
 
