@@ -1,4 +1,4 @@
-"""Which pages of a pool of keys and values hold what: numbers alone, the pool itself is elsewhere.
+"""Which pages of a pool of keys and values hold what: numbers alone; tensors are elsewhere.
 
 A page has the keys and values of 64 tokens in all layers. It is free, held by one or several
 sequences, or kept: held by none, but known by the tokens that it and all pages before it have, for

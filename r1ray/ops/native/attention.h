@@ -9,11 +9,29 @@ namespace r1ray {
 
 constexpr int64_t kBlock = 64;  // tokens of a block of keys, as in ops/block_sparse.py
 
+// Where the blocks of a row lie: one behind the other, or each in a page of its own. With pages, keys
+// and values are [pages, K, 64, H] and their scales [pages, K, 64]: what is said of a row's stride is
+// a page's.
+struct Pages {
+  const int32_t* table;  // [B, blocks]; null without
+  int64_t row;           // entries of a row
+};
+
+// A block's first token: in which row or page, and behind how many tokens of it.
+struct BlockPlace {
+  int64_t row, token;
+};
+
+inline BlockPlace place_block(const Pages& pages, int64_t row, int64_t block) {
+  if (pages.table) return {pages.table[row * pages.row + block], 0};
+  return {row, block * kBlock};
+}
+
 // The caller's fields, in the order of the Python structure of the same name.
 struct AttentionArguments {
   const float* q;  // [B, N, T, H], strides in elements
   int64_t q_row, q_head, q_token;
-  const void* keys;  // [B, K, S, H] float, or int8 where there are scales
+  const void* keys;  // [B, K, S, H] float, or int8 where there are scales; or pages (Pages)
   int64_t key_row, key_head;
   const void* values;
   int64_t value_row, value_head;
@@ -21,6 +39,7 @@ struct AttentionArguments {
   int64_t key_scale_row, key_scale_head;
   const float* value_scale;
   int64_t value_scale_row, value_scale_head;
+  Pages pages;
   const int64_t* chosen;  // [B, K, U, M] contiguous
   const int64_t* starts;  // [B]
   float* out;             // [B, T, N, H] contiguous

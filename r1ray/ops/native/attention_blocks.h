@@ -238,28 +238,30 @@ TARGET inline void attend_unit(const AttentionJob& job, const AttentionTask& tas
   for (int64_t i = 0; i < heads * kBlock; ++i) scratch.peaks[i] = kHidden, scratch.totals[i] = 0.0f;
   std::memset(scratch.sums, 0, sizeof(float) * static_cast<size_t>(heads * kBlock * scratch.width));
 
-  const Value* keys = static_cast<const Value*>(job.keys) + task.row * job.key_row +
-                      task.group * job.key_head;
-  const Value* values = static_cast<const Value*>(job.values) + task.row * job.value_row +
-                        task.group * job.value_head;
+  const Value* keys = static_cast<const Value*>(job.keys) + task.group * job.key_head;
+  const Value* values = static_cast<const Value*>(job.values) + task.group * job.value_head;
   alignas(64) float own_scales[2][kBlock] = {};
   for (int64_t i = 0; i < task.count + 2; ++i) {
     const int64_t block = kept_block(task, i);
     if (block < 0) continue;  // there is none before the first
-    const int64_t at = block * kBlock, count = i ? kBlock : task.tokens;
+    const BlockPlace at = place_block(job.pages, task.row, block);
+    const int64_t count = i ? kBlock : task.tokens;
     const float *key_scale = nullptr, *value_scale = nullptr;
     if (job.key_scale) {
-      key_scale = job.key_scale + task.row * job.key_scale_row + task.group * job.key_scale_head + at;
-      value_scale =
-          job.value_scale + task.row * job.value_scale_row + task.group * job.value_scale_head + at;
+      key_scale = job.key_scale + at.row * job.key_scale_row + task.group * job.key_scale_head +
+                  at.token;
+      value_scale = job.value_scale + at.row * job.value_scale_row +
+                    task.group * job.value_scale_head + at.token;
       if (count < kBlock) {  // beyond may be the end of memory
         std::memcpy(own_scales[0], key_scale, sizeof(float) * static_cast<size_t>(count));
         std::memcpy(own_scales[1], value_scale, sizeof(float) * static_cast<size_t>(count));
         key_scale = own_scales[0], value_scale = own_scales[1];
       }
     }
-    pack_keys(keys + at * job.H, key_scale, count, job.H, scratch.keys, scratch.steps);
-    pack_values(values + at * job.H, value_scale, count, job.H, scratch.values, scratch.width);
+    pack_keys(keys + at.row * job.key_row + at.token * job.H, key_scale, count, job.H, scratch.keys,
+              scratch.steps);
+    pack_values(values + at.row * job.value_row + at.token * job.H, value_scale, count, job.H,
+                scratch.values, scratch.width);
     for (int64_t head = 0; head < heads; ++head)
       if (i == 0)
         attend_head<true>(scratch, head, task.tokens, key_scale, value_scale);

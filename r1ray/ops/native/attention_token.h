@@ -79,18 +79,19 @@ template <class Value>
 TARGET inline TokenBlock<Value> find_block(const AttentionJob& job, const AttentionTask& task,
                                            int64_t i) {
   const bool is_own = i == task.count + 1;
-  const int64_t block = kept_block(task, is_own ? 0 : i + 1), at = block * kBlock;
+  const int64_t block = kept_block(task, is_own ? 0 : i + 1);
   if (block < 0) return {};
-  const Value* keys = static_cast<const Value*>(job.keys) + task.row * job.key_row;
-  const Value* values = static_cast<const Value*>(job.values) + task.row * job.value_row;
-  TokenBlock<Value> found = {keys + task.group * job.key_head + at * job.H,
-                             values + task.group * job.value_head + at * job.H, nullptr, nullptr,
-                             is_own ? task.first - at + 1 : kBlock};
+  const BlockPlace at = place_block(job.pages, task.row, block);
+  const Value* keys = static_cast<const Value*>(job.keys) + at.row * job.key_row;
+  const Value* values = static_cast<const Value*>(job.values) + at.row * job.value_row;
+  TokenBlock<Value> found = {keys + task.group * job.key_head + at.token * job.H,
+                             values + task.group * job.value_head + at.token * job.H, nullptr,
+                             nullptr, is_own ? task.first - block * kBlock + 1 : kBlock};
   if (job.key_scale) {
-    found.key_scale =
-        job.key_scale + task.row * job.key_scale_row + task.group * job.key_scale_head + at;
-    found.value_scale =
-        job.value_scale + task.row * job.value_scale_row + task.group * job.value_scale_head + at;
+    found.key_scale = job.key_scale + at.row * job.key_scale_row +
+                      task.group * job.key_scale_head + at.token;
+    found.value_scale = job.value_scale + at.row * job.value_scale_row +
+                        task.group * job.value_scale_head + at.token;
   }
   return found;
 }

@@ -5,7 +5,7 @@
 // 2. Tiles of 4 blocks by the unit's queries: only the largest over the queries leaves the registers.
 // 3. The first block, and the best of the others by score; of equal ones the earlier.
 //
-// A unit that keeps all earlier blocks scores none.
+// A unit that keeps all earlier blocks scores none. Summaries in pages are gathered first.
 //
 // Price: 2·N·H² FLOP a token and 2·C·H a token and group, C the blocks earlier than its own.
 //
@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstring>
 
 #include "attention.h"
 #include "block_choice.h"
@@ -40,6 +41,7 @@ struct ChoiceScratch {
   int64_t width;   // of a query, padded to whole vectors
   float* queries;  // [unit][width]
   float* panel;    // [H][64]
+  float* keys;     // [C][H] of pages
   float* scores;   // [C], and room for three more
   uint64_t* ranks;  // [C]
 };
@@ -48,9 +50,11 @@ int64_t lay_out(const ChoiceArguments& job, float* memory, ChoiceScratch& scratc
   scratch.width = round_up(job.H, 16);
   scratch.queries = memory;
   scratch.panel = scratch.queries + job.unit * scratch.width;
-  scratch.scores = scratch.panel + job.H * kBlock;
-  scratch.ranks = reinterpret_cast<uint64_t*>(scratch.scores + round_up(job.C + 3, 16));
-  return job.unit * scratch.width + job.H * kBlock + round_up(job.C + 3, 16) + 2 * job.C;
+  scratch.keys = scratch.panel + job.H * kBlock;
+  scratch.scores = scratch.keys + (job.pages.table ? round_up(job.C * job.H, 16) : 0);
+  float* const end = scratch.scores + round_up(job.C + 3, 16);
+  scratch.ranks = reinterpret_cast<uint64_t*>(end);
+  return end - memory + 2 * job.C;
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <functional>
 
+#include "attention.h"
+
 namespace r1ray {
 
 // The caller's fields, in the order of the Python structure of the same name.
@@ -18,8 +20,9 @@ struct ChoiceArguments {
   const float* norm;    // [H]
   const float *cos, *sin;  // [B, T, H]
   int64_t rotary_row, rotary_token;
-  const float* keys;  // [B, K, C, H]
+  const float* keys;  // [B, K, C, H]; with pages [pages, K, H], `key_row` being a page's stride
   int64_t key_row, key_head;
+  Pages pages;
   const int64_t* counts;  // [B, U]: blocks to choose, each at most M
   const int64_t* starts;  // [B]
   int64_t* out;           // [B, K, U, M] contiguous

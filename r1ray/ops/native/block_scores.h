@@ -73,6 +73,14 @@ TARGET inline void score_blocks(const ChoiceJob& job, const ChoiceTask& task,
   for (token = 0; token < task.tokens; ++token)
     norm_and_rotate(job, task, token, width, scratch.queries + token * width);
   const float* keys = job.keys + task.row * job.key_row + task.group * job.key_head;
+  if (job.pages.table) {
+    for (int64_t block = 0; block < task.early; ++block)
+      std::memcpy(scratch.keys + block * job.H,
+                  job.keys + place_block(job.pages, task.row, block).row * job.key_row +
+                      task.group * job.key_head,
+                  sizeof(float) * static_cast<size_t>(job.H));
+    keys = scratch.keys;
+  }
   if (task.tokens == 1)
     return dot_rows<1>(keys, task.early, job.H, scratch.queries, width, scratch.scores, 0);
   for (token = 0; token < kBlock; ++token) {  // behind the last, the first once more

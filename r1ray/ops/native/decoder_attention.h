@@ -24,11 +24,11 @@ int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
   if (forward.chooses) {
     job.weight = forward.weights->query_weight;
     job.norm = forward.weights->query_norm;
-    job.keys = forward.summaries + forward.layer * forward.summary_layer +
-               piece.row * forward.summary_row;
-    job.key_row = forward.summary_row;
-    job.key_head = forward.C * forward.H;
-    job.C = forward.C;
+    job.keys = forward.summaries + forward.layer * forward.layer_pages * forward.K * forward.H;
+    job.key_row = forward.K * forward.H;
+    job.key_head = forward.H;
+    job.C = forward.row_pages;
+    job.pages = forward.pages_of(piece.row);
   }
   job.counts = forward.numbers + piece.counts;
   job.starts = forward.numbers + piece.starts;
@@ -56,15 +56,16 @@ int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chos
   job.q_row = forward.T * forward.N * forward.H;
   job.q_token = forward.N * forward.H;
   job.q_head = forward.H;
-  const int64_t at = forward.token_at(piece.row, 0);
+  const int64_t at = forward.layer * forward.layer_pages * forward.K * kBlock;
   job.keys = state_at(forward, forward.keys, at);
-  job.key_row = forward.row_stride * forward.H;
-  job.key_head = forward.S * forward.H;
+  job.key_row = forward.K * kBlock * forward.H;
+  job.key_head = kBlock * forward.H;
   if (forward.key_scale) {
     job.key_scale = forward.key_scale + at;
-    job.key_scale_row = forward.row_stride;
-    job.key_scale_head = forward.S;
+    job.key_scale_row = forward.K * kBlock;
+    job.key_scale_head = kBlock;
   }
+  job.pages = forward.pages_of(piece.row);
   job.is_marked = marks;
   job.counts = forward.numbers + piece.marked;
   job.starts = forward.numbers + piece.starts;
@@ -89,17 +90,18 @@ int32_t attend(const Forward& forward, const Piece& piece, const int64_t* chosen
   job.q_row = forward.T * forward.N * forward.H;
   job.q_token = forward.N * forward.H;
   job.q_head = forward.H;
-  const int64_t at = forward.token_at(piece.row, 0);
+  const int64_t at = forward.layer * forward.layer_pages * forward.K * kBlock;
   job.keys = state_at(forward, forward.keys, at);
   job.values = state_at(forward, forward.values, at);
-  job.key_row = job.value_row = forward.row_stride * forward.H;
-  job.key_head = job.value_head = forward.S * forward.H;
+  job.key_row = job.value_row = forward.K * kBlock * forward.H;
+  job.key_head = job.value_head = kBlock * forward.H;
   if (forward.key_scale) {
     job.key_scale = forward.key_scale + at;
     job.value_scale = forward.value_scale + at;
-    job.key_scale_row = job.value_scale_row = forward.row_stride;
-    job.key_scale_head = job.value_scale_head = forward.S;
+    job.key_scale_row = job.value_scale_row = forward.K * kBlock;
+    job.key_scale_head = job.value_scale_head = kBlock;
   }
+  job.pages = forward.pages_of(piece.row);
   job.chosen = chosen;
   job.starts = forward.numbers + piece.starts;
   job.out = forward.attended + first;  // a piece of several rows has all their tokens
@@ -107,7 +109,7 @@ int32_t attend(const Forward& forward, const Piece& piece, const int64_t* chosen
   job.N = forward.N;
   job.K = forward.K;
   job.T = piece.tokens;
-  job.S = forward.S;
+  job.S = forward.row_pages * kBlock;
   job.H = forward.H;
   job.U = count_units(piece);
   job.M = piece.most;

@@ -18,7 +18,7 @@
 // kept for the thread's next call.
 //
 // Names: B rows, T new tokens, M = B·T, D hidden size, F width of the MLP, N query heads, K groups,
-// H head dimension, S tokens that a row of the cache has room for, C blocks of it.
+// H head dimension.
 
 #include "decoder_layers.h"
 
@@ -108,9 +108,11 @@ struct Forward : LayersArguments {
   std::atomic<int64_t> next{0};
   std::atomic<bool> has_failed{false};
 
-  int64_t token_at(int64_t row, int64_t group) const {  // in the cache, of this layer
-    return layer * layer_stride + row * row_stride + group * S;
+  // Of this layer, in the pool: the block's place among all groups' blocks.
+  int64_t block_at(int64_t row, int64_t block, int64_t group) const {
+    return (layer * layer_pages + pages[row * row_pages + block]) * K + group;
   }
+  Pages pages_of(int64_t row) const { return {pages + row * row_pages, row_pages}; }
 };
 
 struct Norm {
@@ -167,14 +169,16 @@ void place_token(const Forward& forward, int64_t m, float* room) {
     forward.rows.rotate(x, cos, sin, H, forward.rotated + (m * forward.N + head) * H);
   }
   const int64_t slot = forward.numbers[row] + t;
+  const int64_t block = slot / kBlock, within = slot % kBlock;
   for (int64_t group = 0; group < forward.K; ++group, x += H) {
     if (forward.weights->k_norm) forward.rows.norm(x, forward.weights->k_norm, eps, H, x);
     forward.rows.rotate(x, cos, sin, H, room);
-    store_state(forward, forward.keys, forward.key_scale, forward.token_at(row, group) + slot, room);
+    store_state(forward, forward.keys, forward.key_scale,
+                forward.block_at(row, block, group) * kBlock + within, room);
   }
   for (int64_t group = 0; group < forward.K; ++group, x += H)
-    store_state(forward, forward.values, forward.value_scale, forward.token_at(row, group) + slot,
-                x);
+    store_state(forward, forward.values, forward.value_scale,
+                forward.block_at(row, block, group) * kBlock + within, x);
 }
 
 void place_tokens(void* data) {
@@ -193,11 +197,11 @@ void place_tokens(void* data) {
 void summarize(const Forward& forward, const Completed& done, int64_t block, int64_t group,
                float* room) {
   const LayerWeights& weights = *forward.weights;
-  const int64_t H = forward.H, at = forward.token_at(done.row, group) + block * kBlock;
+  const int64_t H = forward.H, place = forward.block_at(done.row, block, group);
+  const int64_t at = place * kBlock;
   const int64_t table = (block - done.first) * kBlock * H;
   const float* key_weight = weights.key_weight + group * 3 * H * H;
-  float* to = forward.summaries + forward.layer * forward.summary_layer +
-              done.row * forward.summary_row + (group * forward.C + block) * H;
+  float* to = forward.summaries + place * H;
   if (forward.key_scale)
     forward.rows.summarize_int8(static_cast<const int8_t*>(forward.keys) + at * H,
                                 forward.key_scale + at, done.cos + table, done.sin + table,

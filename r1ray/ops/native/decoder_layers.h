@@ -45,16 +45,17 @@ struct LayersArguments {
   float* x;                // [B, T, D]: hidden states, replaced
   const float *cos, *sin;  // [B or 1, T, H]
   int64_t rotary_row;
-  void *keys, *values;  // [L, B, K, S, H] float, or int8 where there are scales
-  float *key_scale, *value_scale;  // [L, B, K, S], or null
-  int64_t layer_stride, row_stride;  // tokens of a group (S) times groups, times rows
-  float* summaries;                  // [L, B, K, C, H]; null where no blocks are kept
-  int64_t summary_layer, summary_row;  // floats
+  void *keys, *values;  // [L, pages, K, 64, H] float, or int8 where there are scales
+  float *key_scale, *value_scale;  // [L, pages, K, 64], or null
+  float* summaries;                // [L, pages, K, H]; null where no blocks are kept
+  const int32_t* pages;            // [B, row_pages]: where the blocks of each row lie
+  int64_t row_pages;
+  int64_t layer_pages;  // of a layer
   const int64_t* numbers;  // the rows' starts, and what pieces refer to
   const Piece* pieces;
   const Completed* completed;
   int64_t num_pieces, num_completed, num_layers;
-  int64_t B, T, D, F, N, K, H, S, C;
+  int64_t B, T, D, F, N, K, H;
   int64_t chooses;  // whether by score; else every earlier block
   double eps;
   int32_t isa, num_threads;

@@ -4,16 +4,19 @@
 
 #include <cstdint>
 
+#include "attention.h"
+
 namespace r1ray {
 
 // The caller's fields, in the order of the Python structure of the same name.
 struct ExactArguments {
   const float* q;  // [B, N, T, H], with rotary positions; strides in elements
   int64_t q_row, q_head, q_token;
-  const void* keys;  // [B, K, S, H] float, or int8 where there are scales
+  const void* keys;  // [B, K, S, H] float, or int8 where there are scales; or pages
   int64_t key_row, key_head;
   const float* key_scale;  // [B, K, S]; null with float keys
   int64_t key_scale_row, key_scale_head;
+  Pages pages;
   const bool* is_marked;  // [N]: the heads to choose for
   const int64_t* counts;  // [B, U]: blocks to choose, each at most M
   const int64_t* starts;  // [B]

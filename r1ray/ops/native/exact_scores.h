@@ -117,16 +117,16 @@ TARGET inline void score_exactly(const ExactJob& job, const ExactTask& task,
                scratch.offsets + at * kBlock);
     ++at;
   }
-  const Key* keys = static_cast<const Key*>(job.keys) + task.row * job.key_row +
-                    task.group * job.key_head;
+  const Key* keys = static_cast<const Key*>(job.keys) + task.group * job.key_head;
   const float* key_scale =
-      job.key_scale ? job.key_scale + task.row * job.key_scale_row + task.group * job.key_scale_head
-                    : nullptr;
+      job.key_scale ? job.key_scale + task.group * job.key_scale_head : nullptr;
   float* const most = scratch.most;
   for (int64_t i = 0; i < queries; i += kLanes) store(most + i, broadcast(kHidden));
   for (int64_t block = 0; block < blocks; ++block) {
-    const float* const scale = key_scale ? key_scale + block * kBlock : nullptr;
-    pack_keys(keys + block * kBlock * job.H, scale, job.H, words);
+    const BlockPlace at = place_block(job.pages, task.row, block);
+    const float* const scale =
+        key_scale ? key_scale + at.row * job.key_scale_row + at.token : nullptr;
+    pack_keys(keys + at.row * job.key_row + at.token * job.H, scale, job.H, words);
     float* const peaks = scratch.peaks + block * queries;
     for (int64_t head = 0; head < heads; ++head)
       find_peaks(words, scale, panels + head * steps * kBlock, scratch.offsets + head * kBlock,
