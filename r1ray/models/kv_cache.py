@@ -1,13 +1,22 @@
-"""Keys and values of the sequences being decoded, in rows of one preallocated buffer per layer.
+"""Keys and values of the sequences being decoded, in pages of one pool.
 
-Rows [0, num_active) are in use: removing one moves the last active row into its place, so that a
-decode step always works on a contiguous slice. A row costs 2·layers·K·max_tokens·H elements; in
-int8, each token and group has a float32 scale beside its H bytes.
+1. `KVPool` is the memory: pages of 64 tokens, each with the keys and values of all layers and, for
+   sparse models, a summary of its keys.
+2. A `CacheSlice` is what one forward reads and extends: for every row its stored tokens, and the
+   pages that they are in.
+3. `KVCache` hands a pool's pages out by rows of equal size, for whoever decodes without a
+   scheduler. Rows [0, num_active) are in use; the last takes the place of one that is removed.
 
-Shape legend: R rows, K key/value heads, S cached tokens, T new tokens, H head dimension, C blocks,
-X size of a block's summary.
+Native kernels find a row's blocks through its pages. Torch's operators get a copy of them.
+
+Price: a page costs 2·layers·K·64·H elements; in int8, each token and group has a float32 scale
+beside its H bytes. With torch, a copy of all cached tokens a layer and forward.
+
+Shape legend: P pages, R rows, K key/value heads, S cached tokens, T new tokens, H head dimension,
+C blocks of a row, X size of a block's summary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +27,7 @@ from r1ray.models.config import ModelConfig
 from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.cached_states import CachedStates, quantize_states
 
-__all__ = ["CacheBuffers", "CacheSlice", "KVCache", "cache_bytes"]
+__all__ = ["CacheBuffers", "CacheSlice", "KVCache", "KVPool", "cache_bytes"]
 
 
 def cache_bytes(
@@ -29,18 +38,65 @@ def cache_bytes(
     dtype: torch.dtype = torch.float32,
 ) -> int:
     """Size of a `KVCache` of this shape."""
-    states = 2 * config.num_layers * config.num_kv_heads * max_rows * max_tokens
+    slots = max_rows * _count_pages(max_tokens) * BLOCK
+    states = 2 * config.num_layers * config.num_kv_heads * slots
     scale_bytes = torch.float32.itemsize if dtype == torch.int8 else 0
     return states * (config.head_dim * dtype.itemsize + scale_bytes)
 
 
-class KVCache:
-    """Buffers for `max_rows` sequences of up to `max_tokens` tokens.
+class CacheBuffers(NamedTuple):
+    """A pool's memory, and where rows lie in it, for kernels that read and write it in place.
+
+    Attributes:
+        keys, values: [layers, P, K, 64, H].
+        scales: those of int8 keys and of values, each [layers, P, K, 64]; else none.
+        block_keys: summaries [layers, P, K, X]; X is 0 where none are kept.
+        pages_RC: int32, on the CPU.
+    """
+
+    keys: Tensor
+    values: Tensor
+    scales: tuple[Tensor, ...]
+    block_keys: Tensor
+    pages_RC: Tensor
+
+
+class KVPool:
+    """Memory for `num_pages` pages.
 
     Args:
         dtype: a floating point one, or int8.
-        summary_size: floats of each summary of a block of keys (`r1ray.models.sparse`), if any are
-            kept.
+        summary_size: floats of each page's summary (`r1ray.models.sparse`); 0 for none.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        summary_size: int = 0,
+    ) -> None:
+        shape = (config.num_layers, num_pages, config.num_kv_heads, BLOCK, config.head_dim)
+        # Zeros, not empty: masked positions are multiplied by 0 and must not hold NaN.
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        scales = shape[:-1] if dtype == torch.int8 else (0,)
+        self._key_scales = torch.zeros(scales, dtype=torch.float32, device=device)
+        self._value_scales = torch.zeros(scales, dtype=torch.float32, device=device)
+        summaries = (*shape[:3], summary_size)
+        self._block_keys = torch.zeros(summaries, dtype=torch.float32, device=device)
+        self.is_int8, self.keeps_blocks = dtype == torch.int8, summary_size > 0
+        self.device = self._keys.device
+
+    def slice(self, tables: Sequence[Sequence[int]], starts: Sequence[int]) -> "CacheSlice":
+        """Rows whose blocks are in these pages, and that have so many tokens."""
+        return CacheSlice(self, tables, starts)
+
+
+class KVCache:
+    """A pool for `max_rows` sequences of up to `max_tokens` tokens.
 
     Attributes:
         lengths: tokens stored in each active row, in row order; its length is `num_active`.
@@ -56,16 +112,11 @@ class KVCache:
         device: torch.device | str = "cpu",
         summary_size: int = 0,
     ) -> None:
-        shape = (config.num_layers, max_rows, config.num_kv_heads, max_tokens, config.head_dim)
-        # Zeros, not empty: masked positions are multiplied by 0 and must not hold NaN.
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
-        scales = shape[:-1] if dtype == torch.int8 else (0,)
-        self._key_scales = torch.zeros(scales, dtype=torch.float32, device=device)
-        self._value_scales = torch.zeros(scales, dtype=torch.float32, device=device)
-        self.is_int8, self.keeps_blocks = dtype == torch.int8, summary_size > 0
-        blocks = (*shape[:3], max_tokens // BLOCK if summary_size else 0, summary_size)
-        self._block_keys = torch.zeros(blocks, dtype=torch.float32, device=device)
+        pages = _count_pages(max_tokens)
+        self._pool = KVPool(
+            config, max_rows * pages, dtype=dtype, device=device, summary_size=summary_size
+        )
+        self._tables = [list(range(row * pages, (row + 1) * pages)) for row in range(max_rows)]
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.lengths: list[int] = []
@@ -86,125 +137,129 @@ class KVCache:
             )
         first = self.num_active
         self.lengths.extend([0] * count)
-        return CacheSlice(self, first, count)
+        return self.rows(first, count)
 
     def rows(self, first: int, count: int) -> "CacheSlice":
         """A slice over `count` active rows; valid until a row is added or removed."""
-        return CacheSlice(self, first, count)
+        rows = slice(first, first + count)
+        return CacheSlice(
+            self._pool, self._tables[rows], self.lengths[rows], cache=self, first_row=first
+        )
 
     def active(self) -> "CacheSlice":
         """A slice over all active rows; valid until a row is added or removed."""
-        return CacheSlice(self, 0, self.num_active)
+        return self.rows(0, self.num_active)
 
     def remove_row(self, row: int) -> int:
         """Free `row`; the last active row moves there. Returns that row's former index."""
         last = self.num_active - 1
-        if row != last:
-            used = self.lengths[last]
-            for states in (self._keys, self._values):
-                states[:, row, :, :used] = states[:, last, :, :used]
-            if self.is_int8:
-                for scales in (self._key_scales, self._value_scales):
-                    scales[:, row, :, :used] = scales[:, last, :, :used]
-            self._block_keys[:, row] = self._block_keys[:, last]
-            self.lengths[row] = self.lengths[last]
+        tables = self._tables
+        tables[row], tables[last] = tables[last], tables[row]
+        self.lengths[row] = self.lengths[last]
         self.lengths.pop()
         return last
 
 
-class CacheBuffers(NamedTuple):
-    """Views of some rows of a cache's buffers, for kernels that read and write them in place.
-
-    Attributes:
-        keys, values: [layers, R, K, max_tokens, H].
-        scales: those of int8 keys and of values, each [layers, R, K, max_tokens]; else none.
-        block_keys: summaries [layers, R, K, max_tokens // 64, X]; of no blocks where none are kept.
-    """
-
-    keys: Tensor
-    values: Tensor
-    scales: tuple[Tensor, ...]
-    block_keys: Tensor
-
-
 class CacheSlice:
-    """A run of rows that one forward reads and extends.
+    """Rows that one forward reads and extends.
 
     The forward writes the new tokens' keys and values; `advance` then counts them as stored.
+
+    Args:
+        tables: pages of each row.
+        starts: tokens stored in each.
+        cache, first_row: whose rows these are, if any's.
+
+    Attributes:
+        max_start: of the row with the most tokens.
     """
 
-    def __init__(self, cache: KVCache, first: int, count: int) -> None:
-        self._cache = cache
-        self._rows = slice(first, first + count)
-        self.starts = cache.lengths[self._rows]
+    def __init__(
+        self,
+        pool: KVPool,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        *,
+        cache: KVCache | None = None,
+        first_row: int = 0,
+    ) -> None:
+        self._pool, self._cache, self._first_row = pool, cache, first_row
+        self.starts = list(starts)
         self.max_start = max(self.starts, default=0)
-        self.device, self.keeps_blocks = cache._keys.device, cache.keeps_blocks
+        self.device, self.keeps_blocks = pool.device, pool.keeps_blocks
         self.starts_R = torch.tensor(self.starts, dtype=torch.long, device=self.device)
+        longest = max(map(len, tables), default=0)
+        padded = [[*table, *[0] * (longest - len(table))] for table in tables]
+        self._rooms = [len(table) * BLOCK for table in tables]
+        if cache is not None:
+            self._rooms = [min(room, cache.max_tokens) for room in self._rooms]
+        self._host_RC = torch.tensor(padded, dtype=torch.int32).view(len(padded), longest)
+        self._pages_RC = self._host_RC.to(self.device, torch.long)
 
     def check_room(self, tokens: int) -> int:
         """Tokens of the longest row with `tokens` new ones.
 
         Raises:
-            ShapeError: they do not fit into `max_tokens`.
+            ShapeError: they do not fit into a row's pages.
         """
-        num_tokens = self.max_start + tokens
-        if num_tokens > self._cache.max_tokens:
-            raise ShapeError(
-                f"{num_tokens} tokens do not fit into a cache of {self._cache.max_tokens}"
-            )
-        return num_tokens
+        for start, room in zip(self.starts, self._rooms, strict=True):
+            if start + tokens > room:
+                raise ShapeError(f"{start + tokens} tokens do not fit into a cache of {room}")
+        return self.max_start + tokens
 
-    def buffers(self) -> "CacheBuffers":
-        """Where the rows of the slice lie, in every layer."""
-        cache, rows = self._cache, self._rows
-        scales = (cache._key_scales, cache._value_scales) if cache.is_int8 else ()
-        return CacheBuffers(
-            cache._keys[:, rows],
-            cache._values[:, rows],
-            tuple([scale[:, rows] for scale in scales]),
-            cache._block_keys[:, rows],
-        )
+    def buffers(self) -> CacheBuffers:
+        """Where the rows lie, in every layer."""
+        pool = self._pool
+        scales = (pool._key_scales, pool._value_scales) if pool.is_int8 else ()
+        return CacheBuffers(pool._keys, pool._values, scales, pool._block_keys, self._host_RC)
 
     def write(
         self, layer: int, k_RKTH: Tensor, v_RKTH: Tensor, positions_RT: Tensor
     ) -> tuple[CachedStates, CachedStates]:
-        """Store new keys and values at `positions`; returns views [R, K, S, H] of all up to them.
+        """Store new keys and values at `positions`; returns copies [R, K, S, H] of all up to them.
 
         Raises:
-            ShapeError: the new tokens do not fit into `max_tokens`.
+            ShapeError: the new tokens do not fit.
         """
-        cache = self._cache
+        pool = self._pool
         num_tokens = self.check_room(k_RKTH.shape[2])
+        rows_R1 = torch.arange(len(self.starts), device=self.device)[:, None]
+        pages_RT = self._pages_RC[rows_R1, positions_RT // BLOCK]
+        within_RT = positions_RT % BLOCK
+        used_RC = self._pages_RC[:, : _count_pages(num_tokens)]
 
         def store(buffer: Tensor, new_RKT_: Tensor) -> Tensor:
             """Keys or values, or their scales."""
-            view = buffer[layer, self._rows, :, :num_tokens]
-            if self.max_start == 0:
-                view.copy_(new_RKT_)
-            else:
-                rows_R1 = torch.arange(len(positions_RT), device=view.device)[:, None]
-                view[rows_R1, :, positions_RT] = new_RKT_.transpose(1, 2).to(view.dtype)
-            return view
+            of_layer = buffer[layer]
+            of_layer[pages_RT, :, within_RT] = new_RKT_.transpose(1, 2).to(buffer.dtype)
+            blocks_RKC_ = of_layer[used_RC].transpose(1, 2)
+            return blocks_RKC_.flatten(2, 3)[:, :, :num_tokens]
 
-        if not cache.is_int8:
-            return CachedStates(store(cache._keys, k_RKTH)), CachedStates(
-                store(cache._values, v_RKTH)
+        if not pool.is_int8:
+            return CachedStates(store(pool._keys, k_RKTH)), CachedStates(
+                store(pool._values, v_RKTH)
             )
         (k, k_scale), (v, v_scale) = quantize_states(k_RKTH), quantize_states(v_RKTH)
         return (
-            CachedStates(store(cache._keys, k), store(cache._key_scales, k_scale)),
-            CachedStates(store(cache._values, v), store(cache._value_scales, v_scale)),
+            CachedStates(store(pool._keys, k), store(pool._key_scales, k_scale)),
+            CachedStates(store(pool._values, v), store(pool._value_scales, v_scale)),
         )
 
     def advance(self, counts: list[int]) -> None:
         """Count the first `counts[r]` of the tokens just written as stored in row r."""
+        assert self._cache is not None, "rows of a cache advance; who has pages counts itself"
         for offset, count in enumerate(counts):
-            self._cache.lengths[self._rows.start + offset] += count
+            self._cache.lengths[self._first_row + offset] += count
 
     def write_blocks(self, layer: int, row: int, blocks: slice, summaries_KCX: Tensor) -> None:
         """Keep the summaries of some blocks of row `row` of the slice."""
-        self._cache._block_keys[layer, self._rows.start + row, :, blocks] = summaries_KCX
+        pages_C = self._pages_RC[row, blocks]
+        self._pool._block_keys[layer, pages_C] = summaries_KCX.transpose(0, 1)
 
     def read_blocks(self, layer: int, count: int) -> Tensor:
-        """Summaries of the first `count` blocks, if a row has as many: a view [R, K, C, X]."""
-        return self._cache._block_keys[layer, self._rows, :, :count]
+        """Summaries of the first `count` blocks, if a row has as many: [R, K, C, X]."""
+        return self._pool._block_keys[layer, self._pages_RC[:, :count]].transpose(1, 2)
+
+
+def _count_pages(tokens: int) -> int:
+    return -(-tokens // BLOCK)

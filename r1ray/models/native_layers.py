@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1ray.models.kv_cache import CacheSlice
-from r1ray.models.native_plan import list_completed, list_strides, plan_pieces
+from r1ray.models.native_plan import list_completed, list_places, plan_pieces
 from r1ray.models.sparse import SparseForward
 from r1ray.ops import native
 from r1ray.ops.block_gate import BlockGate
@@ -189,11 +189,9 @@ class NativeLayers:
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             rotary_row=tokens * config.head_dim if len(cos) > 1 else 0,
-            keys=buffers.keys.data_ptr(),
-            values=buffers.values.data_ptr(),
             key_scale=key_scale,
             value_scale=value_scale,
-            **list_strides(buffers),
+            **list_places(buffers),
             numbers=ctypes.addressof(numbers),
             pieces=ctypes.addressof(pieces),
             num_pieces=len(pieces),

@@ -12,22 +12,19 @@ from r1ray.models.sparse import SparseForward, cut_units
 from r1ray.ops import native
 from r1ray.ops.block_selection import BLOCK, count_chosen, count_exact
 
-__all__ = ["list_completed", "list_strides", "plan_pieces"]
+__all__ = ["list_completed", "list_places", "plan_pieces"]
 
 
-def list_strides(buffers: CacheBuffers) -> dict[str, Any]:
-    """The fields that tell how a cache lies in memory."""
-    layer, row, _, head_dim, _ = buffers.keys.stride()
-    summary_layer, summary_row, _, _, _ = buffers.block_keys.stride()
+def list_places(buffers: CacheBuffers) -> dict[str, Any]:
+    """The fields that tell where rows lie; what they are of has to stay until the call."""
     has_blocks = buffers.block_keys.numel() > 0
     return {
-        "layer_stride": layer // head_dim,
-        "row_stride": row // head_dim,
-        "S": buffers.keys.shape[3],
-        "C": buffers.block_keys.shape[3],
+        "keys": buffers.keys.data_ptr(),
+        "values": buffers.values.data_ptr(),
         "summaries": buffers.block_keys.data_ptr() if has_blocks else None,
-        "summary_layer": summary_layer,
-        "summary_row": summary_row,
+        "pages": buffers.pages_RC.data_ptr(),
+        "row_pages": buffers.pages_RC.shape[1],
+        "layer_pages": buffers.keys.shape[1],
     }
 
 

@@ -41,9 +41,9 @@ class LayersArguments(ctypes.Structure):
     _fields_ = [
         *_fields(
             "*layers *x *cos *sin rotary_row *keys *values *key_scale *value_scale"
-            " layer_stride row_stride *summaries summary_layer summary_row"
+            " *summaries *pages row_pages layer_pages"
             " *numbers *pieces *completed num_pieces num_completed num_layers"
-            " B T D F N K H S C chooses"
+            " B T D F N K H chooses"
         ),
         ("eps", ctypes.c_double),
         ("isa", ctypes.c_int32),

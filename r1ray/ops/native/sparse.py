@@ -38,7 +38,7 @@ class _AttentionArguments(ctypes.Structure):
     _fields_ = _fields(
         "*q q_row q_head q_token *keys key_row key_head *values value_row value_head"
         " *key_scale key_scale_row key_scale_head *value_scale value_scale_row value_scale_head"
-        " *chosen *starts *out B N K T S H U M unit"
+        " *pages pages_row *chosen *starts *out B N K T S H U M unit"
     )
 
 
@@ -47,7 +47,7 @@ class _ChoiceArguments(ctypes.Structure):
 
     _fields_ = _fields(
         "*q q_row q_token q_head *weight *norm *cos *sin rotary_row rotary_token"
-        " *keys key_row key_head *counts *starts *out B T N K H C U M unit"
+        " *keys key_row key_head *pages pages_row *counts *starts *out B T N K H C U M unit"
     )
 
 
@@ -56,7 +56,7 @@ class _ExactArguments(ctypes.Structure):
 
     _fields_ = _fields(
         "*q q_row q_head q_token *keys key_row key_head *key_scale key_scale_row key_scale_head"
-        " *is_marked *counts *starts *out B N K T H U M unit"
+        " *pages pages_row *is_marked *counts *starts *out B N K T H U M unit"
     )
 
 
@@ -111,7 +111,7 @@ def sparse_attention(
     arguments = _AttentionArguments(
         *(q, *strides[0], k, *strides[1], v, *strides[2]),
         *(key_scale, *strides[3], value_scale, *strides[4]),
-        *(chosen, plan.numbers, out_BTNH.data_ptr(), *plan.sizes),
+        *(None, 0, chosen, plan.numbers, out_BTNH.data_ptr(), *plan.sizes),
         *(_known(isa), torch.get_num_threads()),
     )
     _raise(library().r1ray_sparse_attention(ctypes.byref(arguments)), "sparse_attention")
@@ -160,7 +160,7 @@ def choose_blocks(
     strides = plan.strides
     arguments = _ChoiceArguments(
         *(q, *strides[0], weight, norm, cos, sin, *strides[1], keys, *strides[2]),
-        *(plan.numbers + 8 * batch, plan.numbers, chosen.data_ptr(), *plan.sizes),
+        *(None, 0, plan.numbers + 8 * batch, plan.numbers, chosen.data_ptr(), *plan.sizes),
         *(_known(isa), torch.get_num_threads()),
     )
     _raise(library().r1ray_choose_blocks(ctypes.byref(arguments)), "choose_blocks")
@@ -205,7 +205,7 @@ def choose_exact(
     strides = plan.strides
     arguments = _ExactArguments(
         *(q, *strides[0], k, *strides[1], scale[0] if scale else None, *strides[2]),
-        *(is_marked, plan.numbers + 8 * len(starts), plan.numbers, chosen, *plan.sizes),
+        *(None, 0, is_marked, plan.numbers + 8 * len(starts), plan.numbers, chosen, *plan.sizes),
         *(_known(isa), torch.get_num_threads()),
     )
     _raise(library().r1ray_choose_exact(ctypes.byref(arguments)), "choose_exact")

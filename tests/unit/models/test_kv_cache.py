@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from r1ray.errors import ShapeError
-from r1ray.models.kv_cache import KVCache
+from r1ray.models.kv_cache import KVCache, KVPool
 from tests.fakes import tiny_config, tiny_model
 from tests.unit.oracle import random_ids
 
@@ -101,3 +101,33 @@ def test_rows_of_different_lengths_decode_as_if_alone() -> None:
         for row, prompt in enumerate((first, second)):
             alone = model(torch.cat([prompt, following[row : row + 1]], dim=1))[:, -3:]
             torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_rows_may_share_the_pages_of_their_beginning(dtype: torch.dtype) -> None:
+    config = tiny_config(max_positions=512)
+    model = tiny_model(max_positions=512)
+    pool = KVPool(config, 6, dtype=dtype)
+    beginning, first, second = (
+        random_ids(1, 64),
+        random_ids(1, 9, seed=1),
+        random_ids(1, 80, seed=2),
+    )
+    with torch.inference_mode():
+        model(torch.cat([beginning, first], dim=1), pool.slice([[4, 1]], [0]))
+        found = model(second, pool.slice([[4, 0, 5]], [64]))
+        again = model(first, pool.slice([[4, 1]], [64]))
+        alone = KVPool(config, 3, dtype=dtype)
+        model(beginning, alone.slice([[0, 1, 2]], [0]))
+        expected = model(second, alone.slice([[0, 1, 2]], [64]))
+        whole = model(torch.cat([beginning, first], dim=1), alone.slice([[0, 1, 2]], [0]))
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(again, whole[:, 64:], atol=1e-4, rtol=0)
+
+
+def test_tokens_beyond_a_rows_own_pages_are_a_shape_error() -> None:
+    pool = KVPool(CONFIG, 4, dtype=torch.float32)
+    rows = pool.slice([[0, 1], [2]], [64, 60])
+    assert rows.check_room(4) == 68
+    with pytest.raises(ShapeError, match="65 tokens do not fit into a cache of 64"):
+        rows.check_room(5)

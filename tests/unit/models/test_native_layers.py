@@ -72,26 +72,30 @@ def _cache(model: Decoder, starts: list[int], room: int, dtype: torch.dtype) -> 
     cache = KVCache(model.config, dtype=dtype, summary_size=size, **shape)
     cache.add_rows(len(starts) + 2)
     cache.lengths[:] = [0, *starts, 0]
-    generator = torch.Generator().manual_seed(5)
-    for states in (cache._keys, cache._values):
+    generator, pool = torch.Generator().manual_seed(5), cache._pool
+    per_row = len(cache._tables[0])
+    pages = torch.randperm(per_row * len(cache._tables), generator=generator).tolist()
+    cache._tables = [pages[at : at + per_row] for at in range(0, len(pages), per_row)]
+    for states in (pool._keys, pool._values):
         if dtype == torch.int8:
             states.random_(-127, 128, generator=generator)
         else:
             states.normal_(generator=generator)
-    for scales in (cache._key_scales, cache._value_scales):
+    for scales in (pool._key_scales, pool._value_scales):
         scales.uniform_(0.005, 0.02, generator=generator)
-    cache._block_keys.normal_(generator=generator)
+    pool._block_keys.normal_(generator=generator)
     return cache
 
 
 def _states(cache: KVCache) -> list[Tensor]:
     """All that a cache holds, as floats."""
-    if not cache.is_int8:
-        return [cache._keys, cache._values, cache._block_keys]
+    pool = cache._pool
+    if not pool.is_int8:
+        return [pool._keys, pool._values, pool._block_keys]
     return [
-        cache._keys * cache._key_scales[..., None],
-        cache._values * cache._value_scales[..., None],
-        cache._block_keys,
+        pool._keys * pool._key_scales[..., None],
+        pool._values * pool._value_scales[..., None],
+        pool._block_keys,
     ]
 
 
