@@ -1,28 +1,30 @@
-"""Batched decoding with a KV cache, shared by evaluation, serving and on-policy training.
+"""Batched decoding, shared by evaluation, serving and on-policy training.
 
-1. Waiting requests are admitted while rows are free: their prompts, padded on the right, go through
-   one forward that fills their rows of the cache.
-2. Every step runs one token of every active row; a row leaves as soon as it stops, and the next
-   waiting request takes its place (continuous batching).
+1. The scheduler says what a step computes (`r1ray.models.scheduler`): one token of every sequence
+   that is being answered, and pieces of prompts. Sequences come and go at any step.
+2. Single tokens go through the model together; so do short prompts, padded on the right; a piece of
+   a longer one goes alone.
+3. Where a sequence's last token went through, the next one is chosen.
 
-Price: the cache holds max_concurrency rows of max_context_tokens; a prompt stalls the running rows
-for the time of its prefill.
+Price: `num_pages` pages of keys and values; two or more forwards for a step that reads prompts too.
 
 Shape legend: B rows, T tokens, D hidden size, V vocabulary.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.models.decoder import Decoder
-from r1ray.models.kv_cache import KVCache
+from r1ray.models.kv_cache import KVPool
+from r1ray.models.pages import PagePool
 from r1ray.models.sampling import RowSampler, SampledToken, SamplingParams, sample_tokens
-from r1ray.ops.block_selection import BLOCK
+from r1ray.models.scheduler import Piece, Scheduler
+from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
 
 if TYPE_CHECKING:
     from r1ray.models.grammar import FormCompiler  # its library is there where answers are served
@@ -57,6 +59,7 @@ class TokenEvent:
 
     Attributes:
         failure: why the sequence cannot go on, as its last event; it has no token and no reason.
+        num_cached: tokens of the prompt that were known when the sequence was admitted.
         token_id: None where the sequence ended on a stop token.
         sampled: the same token with its log-probabilities, where the request asked for them.
     """
@@ -66,13 +69,13 @@ class TokenEvent:
     finish_reason: FinishReason | None
     sampled: SampledToken | None = None
     failure: str | None = None
+    num_cached: int = 0
 
 
 @dataclass
 class _Row:
     request: GenerationRequest
     sampler: RowSampler
-    last_token: int = -1
     num_generated: int = 0
 
 
@@ -82,10 +85,10 @@ class BatchGenerator:
     Args:
         max_concurrency: sequences decoded together.
         max_context_tokens: prompt and output of one sequence together.
-        max_prefill_tokens: padded prompt tokens in one prefill forward (a single longer prompt
-            still runs, alone).
+        max_step_tokens: of one step, as `Scheduler` has it, and of one forward, padding included.
         prefill_chunk: tokens of a longer prompt that go through one forward; it bounds the memory
             of activations, and where attention is sparse has to be a multiple of 64.
+        num_pages: of 64 tokens, for all sequences; None for as many as they can need.
         kv_dtype: of cached keys and values, a floating point one or int8; None for the weights'.
         forms: for requests that have a form; None where there are none.
     Raises:
@@ -98,41 +101,52 @@ class BatchGenerator:
         *,
         max_concurrency: int,
         max_context_tokens: int,
-        max_prefill_tokens: int = 4096,
+        max_step_tokens: int = 4096,
         prefill_chunk: int = 1024,
+        num_pages: int | None = None,
         kv_dtype: torch.dtype | None = None,
         forms: "FormCompiler | None" = None,
     ) -> None:
         weight = model.model.norm.weight
         self._model = model
         self._device = weight.device
-        self._max_prefill_tokens = max_prefill_tokens
+        self._max_context_tokens = max_context_tokens
         self._prefill_chunk = prefill_chunk
         if model.is_sparse and prefill_chunk % BLOCK:
             raise ShapeError(
                 f"prefill_chunk ({prefill_chunk}) is not a multiple of {BLOCK}, the tokens "
                 "of a block of sparse attention; round it"
             )
-        self._rotates_by_length = model.config.rope.depends_on_length
-        self._cache = KVCache(
+        # Rotary positions that turn with a sequence's length: prompts are read whole, and what is
+        # known of another is of no use.
+        self._is_whole = model.config.rope.depends_on_length
+        if self._is_whole:
+            max_step_tokens = max_concurrency * (max_context_tokens + 1)
+        self._max_step_tokens = max_step_tokens
+        count = num_pages or max_concurrency * -(-max_context_tokens // BLOCK)
+        self._pool = KVPool(
             model.config,
-            max_rows=max_concurrency,
-            max_tokens=max_context_tokens,
+            count,
             dtype=kv_dtype or weight.dtype,
             device=weight.device,
             summary_size=model.summary_size,
         )
+        self._scheduler = Scheduler(
+            PagePool(count),
+            max_sequences=max_concurrency,
+            max_step_tokens=max(max_step_tokens, BLOCK),
+            shares_beginnings=not self._is_whole,
+        )
         self._forms = forms
-        self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []
+        self._rows: dict[str, _Row] = {}
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._scheduler.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._rows)
+        return len(self._scheduler.running)
 
     def add(self, request: GenerationRequest) -> None:
         """Queue `request`; its events come from later steps.
@@ -142,110 +156,93 @@ class BatchGenerator:
                 form is none.
         """
         needed = len(request.prompt_ids) + request.max_new_tokens
-        if not request.prompt_ids or request.max_new_tokens < 1:
-            raise ShapeError("a request needs at least one prompt token and one new token")
-        if needed > self._cache.max_tokens:
+        if needed > self._max_context_tokens:
             raise ShapeError(
                 f"{len(request.prompt_ids)} prompt tokens + {request.max_new_tokens} new tokens "
-                f"exceed the context of {self._cache.max_tokens}; shorten one of them"
+                f"exceed the context of {self._max_context_tokens}; shorten one of them"
             )
         form = None
         if request.form is not None:
             assert self._forms is not None, "a request has a form"
             form = self._forms.start(request.form)
+        self._scheduler.add(request.request_id, request.prompt_ids, request.max_new_tokens)
         sampler = RowSampler(request.sampling, request.prompt_ids, form)
-        self._waiting.append(_Row(request, sampler))
+        self._rows[request.request_id] = _Row(request, sampler)
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request, waiting or running; its row is free at once. Unknown ids are fine."""
-        self._waiting = deque(row for row in self._waiting if row.request.request_id != request_id)
-        for index, row in enumerate(self._rows):
-            if row.request.request_id == request_id:
-                self._release(index)
-                return
+        """Forget a request, waiting or running; its pages are free at once. Others are fine."""
+        self._scheduler.remove(request_id)
+        self._rows.pop(request_id, None)
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Admit what fits, or else run one token of every active row. Empty when idle."""
-        admitted = self._admit()
-        if admitted:
-            return self._prefill(admitted)
-        return self._decode() if self._rows else []
+        """Compute what the scheduler plans: a token of every answer, and of prompts what is due."""
+        step = self._scheduler.plan()
+        groups = [step.single] if step.single else []
+        groups += self._group(step.longer)
+        found = [(group, self._run(group)) for group in groups]
+        last = [
+            (piece, hidden_D)
+            for group, hidden_BD in found
+            for piece, hidden_D in zip(group, hidden_BD, strict=True)
+            if piece.is_last
+        ]
+        events: list[TokenEvent] = []
+        chosen: dict[str, int] = {}
+        if last:
+            sequences = [piece.sequence for piece, _ in last]
+            rows = [self._rows[sequence.request_id] for sequence in sequences]
+            logits_BV = self._model.lm_head(torch.stack([hidden_D for _, hidden_D in last]))
+            tokens = sample_tokens(logits_BV, [row.sampler for row in rows])
+            for sequence, row, sampled in zip(sequences, rows, tokens, strict=True):
+                event = replace(_note(row, sampled), num_cached=sequence.num_cached or 0)
+                events.append(event)
+                if event.finish_reason is None and event.failure is None:
+                    chosen[row.request.request_id] = sampled.token_id
+        self._scheduler.report(step, chosen)
+        for event in events:
+            if event.request_id not in chosen:
+                self.cancel(event.request_id)
+        return events
 
-    def _admit(self) -> list[_Row]:
-        admitted: list[_Row] = []
-        longest = 0
-        while self._waiting and len(self._rows) + len(admitted) < self._cache.max_rows:
-            length = len(self._waiting[0].request.prompt_ids)
-            if admitted and self._rotates_by_length and length != longest:
-                break  # padding would pass for length
-            longest = max(longest, length)
-            is_too_much = longest * (len(admitted) + 1) > self._max_prefill_tokens
-            if admitted and (is_too_much or longest > self._prefill_chunk):
-                break
-            admitted.append(self._waiting.popleft())
-        return admitted
+    def _group(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
+        """Pieces that go through one forward, padded to the longest: short ones of prompts."""
+        groups: list[list[Piece]] = []
+        for piece in pieces:
+            if groups and self._may_join(groups[-1], piece):
+                groups[-1].append(piece)
+            else:
+                groups.append([piece])
+        return groups
 
-    def _prefill(self, admitted: list[_Row]) -> list[TokenEvent]:
-        lengths = [len(row.request.prompt_ids) for row in admitted]
-        input_ids_BT = torch.zeros(len(admitted), max(lengths), dtype=torch.long)
-        for index, row in enumerate(admitted):
-            input_ids_BT[index, : lengths[index]] = torch.tensor(row.request.prompt_ids)
-        input_ids_BT = input_ids_BT.to(self._device)
-        cache = self._cache.add_rows(len(admitted))
-        if len(admitted) == 1 and not self._rotates_by_length:
-            for ids_1T in input_ids_BT.split(self._prefill_chunk, dim=1):
-                cache = self._cache.rows(len(self._rows), 1)
-                hidden_BD = self._model.hidden(ids_1T, cache)[:, -1]
-                cache.advance([ids_1T.shape[1]])
-        else:
-            hidden_BTD = self._model.hidden(input_ids_BT, cache)
-            cache.advance(lengths)
-            last_B = torch.tensor(lengths, device=self._device) - 1
-            hidden_BD = hidden_BTD[torch.arange(len(admitted), device=self._device), last_B]
-        first_row = len(self._rows)
-        self._rows.extend(admitted)
-        return self._emit(hidden_BD, first_row)
+    def _may_join(self, group: Sequence[Piece], piece: Piece) -> bool:
+        both = [*group, piece]
+        longest = max(item.count for item in both)
+        if self._is_whole and any(item.count != longest for item in both):
+            return False  # padding would pass for length
+        most = min(self._prefill_chunk, DENSE_BLOCKS * BLOCK)
+        return longest * len(both) <= self._max_step_tokens and all(
+            item.is_prompt and item.start + item.count <= most for item in both
+        )
 
-    def _decode(self) -> list[TokenEvent]:
-        input_ids_B1 = torch.tensor([[row.last_token] for row in self._rows], device=self._device)
-        cache = self._cache.active()
-        hidden_BTD = self._model.hidden(input_ids_B1, cache)
-        cache.advance([1] * len(self._rows))
-        return self._emit(hidden_BTD[:, 0], 0)
-
-    def _emit(self, hidden_BD: torch.Tensor, first_row: int) -> list[TokenEvent]:
-        rows = self._rows[first_row:]
-        tokens = sample_tokens(self._model.lm_head(hidden_BD), [row.sampler for row in rows])
-        events = []
-        for index in reversed(range(len(rows))):  # releasing a row moves only rows behind it
-            row, sampled = rows[index], tokens[index]
-            if row.sampler.failure is not None:
-                failure = row.sampler.failure
-                events.append(TokenEvent(row.request.request_id, None, None, failure=failure))
-                self._release(first_row + index)
-                continue
-            token = row.last_token = sampled.token_id
-            row.sampler.note(token)
-            row.num_generated += 1
-            reason: FinishReason | None = None
-            if token in row.request.stop_token_ids:
-                reason = "stop"
-            elif row.num_generated == row.request.max_new_tokens:
-                reason = "length"
-            event = TokenEvent(row.request.request_id, None, reason)
-            if reason != "stop":
-                asked = row.request.sampling.num_logprobs is not None
-                event = replace(event, token_id=token, sampled=sampled if asked else None)
-            events.append(event)
-            if reason is not None:
-                self._release(first_row + index)
-        return events[::-1]
-
-    def _release(self, index: int) -> None:
-        moved = self._cache.remove_row(index)
-        self._rows[index] = self._rows[moved]
-        self._rows.pop()
+    def _run(self, group: Sequence[Piece]) -> Tensor:
+        """Hidden states behind the last token of each piece: [B, D]."""
+        longest = max(piece.count for piece in group)
+        size = longest if len(group) > 1 or self._is_whole else self._prefill_chunk
+        ids_BT = torch.zeros(len(group), longest, dtype=torch.long)
+        for index, piece in enumerate(group):
+            tokens = piece.sequence.tokens(piece.start, piece.start + piece.count)
+            ids_BT[index, : piece.count] = torch.tensor(tokens)
+        tables = [piece.sequence.pages for piece in group]
+        is_written = not group[0].is_prompt and longest > 1
+        done, hidden_BTD = 0, torch.empty(0)
+        for ids in ids_BT.to(self._device).split(size, dim=1):
+            starts = [piece.start + done for piece in group]
+            rows = self._pool.slice(tables, starts, one_by_one=is_written)
+            hidden_BTD = self._model.hidden(ids, rows)
+            done += ids.shape[1]
+        behind = [piece.count - 1 - (done - hidden_BTD.shape[1]) for piece in group]
+        return hidden_BTD[torch.arange(len(group)), torch.tensor(behind)]
 
 
 def generate_batch(
@@ -271,6 +268,7 @@ def generate_batch(
         model,
         max_concurrency=min(max_concurrency, max(1, len(prompts))),
         max_context_tokens=max(map(len, prompts), default=0) + max_new_tokens,
+        max_step_tokens=max(4096, prefill_chunk),
         prefill_chunk=prefill_chunk,
         kv_dtype=kv_dtype,
     )
@@ -294,3 +292,18 @@ def generate_batch(
                 if on_finish is not None:
                     on_finish(num_finished)
     return [outputs[str(index)] for index in range(len(prompts))]
+
+
+def _note(row: _Row, sampled: SampledToken) -> TokenEvent:
+    """What a token is for its request."""
+    event = TokenEvent(row.request.request_id, None, None)
+    if row.sampler.failure is not None:
+        return replace(event, failure=row.sampler.failure)
+    row.sampler.note(sampled.token_id)
+    row.num_generated += 1
+    if sampled.token_id in row.request.stop_token_ids:
+        return replace(event, finish_reason="stop")
+    if row.num_generated == row.request.max_new_tokens:
+        event = replace(event, finish_reason="length")
+    asked = row.request.sampling.num_logprobs is not None
+    return replace(event, token_id=sampled.token_id, sampled=sampled if asked else None)

@@ -78,7 +78,8 @@ class KVPool:
         device: torch.device | str = "cpu",
         summary_size: int = 0,
     ) -> None:
-        shape = (config.num_layers, num_pages, config.num_kv_heads, BLOCK, config.head_dim)
+        # One more: padding behind a row's own pages goes there.
+        shape = (config.num_layers, num_pages + 1, config.num_kv_heads, BLOCK, config.head_dim)
         # Zeros, not empty: masked positions are multiplied by 0 and must not hold NaN.
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
@@ -88,11 +89,17 @@ class KVPool:
         summaries = (*shape[:3], summary_size)
         self._block_keys = torch.zeros(summaries, dtype=torch.float32, device=device)
         self.is_int8, self.keeps_blocks = dtype == torch.int8, summary_size > 0
-        self.device = self._keys.device
+        self.num_pages, self.device = num_pages, self._keys.device
 
-    def slice(self, tables: Sequence[Sequence[int]], starts: Sequence[int]) -> "CacheSlice":
-        """Rows whose blocks are in these pages, and that have so many tokens."""
-        return CacheSlice(self, tables, starts)
+    def slice(
+        self, tables: Sequence[Sequence[int]], starts: Sequence[int], *, one_by_one: bool = False
+    ) -> "CacheSlice":
+        """Rows whose blocks are in these pages, and that have so many tokens.
+
+        Args:
+            one_by_one: new tokens attend as if each had come by itself.
+        """
+        return CacheSlice(self, tables, starts, one_by_one=one_by_one)
 
 
 class KVCache:
@@ -169,6 +176,7 @@ class CacheSlice:
         tables: pages of each row.
         starts: tokens stored in each.
         cache, first_row: whose rows these are, if any's.
+        one_by_one: new tokens attend as if each had come by itself.
 
     Attributes:
         max_start: of the row with the most tokens.
@@ -182,17 +190,17 @@ class CacheSlice:
         *,
         cache: KVCache | None = None,
         first_row: int = 0,
+        one_by_one: bool = False,
     ) -> None:
         self._pool, self._cache, self._first_row = pool, cache, first_row
+        self.one_by_one = one_by_one
         self.starts = list(starts)
         self.max_start = max(self.starts, default=0)
         self.device, self.keeps_blocks = pool.device, pool.keeps_blocks
         self.starts_R = torch.tensor(self.starts, dtype=torch.long, device=self.device)
         longest = max(map(len, tables), default=0)
-        padded = [[*table, *[0] * (longest - len(table))] for table in tables]
-        self._rooms = [len(table) * BLOCK for table in tables]
-        if cache is not None:
-            self._rooms = [min(room, cache.max_tokens) for room in self._rooms]
+        padded = [[*table, *[pool.num_pages] * (longest - len(table))] for table in tables]
+        self._room = longest * BLOCK if cache is None else cache.max_tokens
         self._host_RC = torch.tensor(padded, dtype=torch.int32).view(len(padded), longest)
         self._pages_RC = self._host_RC.to(self.device, torch.long)
 
@@ -200,12 +208,12 @@ class CacheSlice:
         """Tokens of the longest row with `tokens` new ones.
 
         Raises:
-            ShapeError: they do not fit into a row's pages.
+            ShapeError: they do not fit into its pages; other rows may be padded beyond theirs.
         """
-        for start, room in zip(self.starts, self._rooms, strict=True):
-            if start + tokens > room:
-                raise ShapeError(f"{start + tokens} tokens do not fit into a cache of {room}")
-        return self.max_start + tokens
+        num_tokens = self.max_start + tokens
+        if num_tokens > self._room:
+            raise ShapeError(f"{num_tokens} tokens do not fit into a cache of {self._room}")
+        return num_tokens
 
     def buffers(self) -> CacheBuffers:
         """Where the rows lie, in every layer."""

@@ -179,7 +179,7 @@ class NativeLayers:
         cos, sin = (table.contiguous() for table in rotary)
         is_dense = sparse is None or sparse.is_dense
         has_marks = not is_dense and bool(torch.cat(self._marks).any())  # type: ignore[arg-type]
-        pieces, numbers = plan_pieces(cache.starts, tokens, is_dense=is_dense, has_marks=has_marks)
+        pieces, numbers = plan_pieces(cache, tokens, is_dense=is_dense, has_marks=has_marks)
         completed = [] if sparse is None else list_completed(sparse)
         padded = self._pad_gates() if not is_dense else []
         key_scale, value_scale = map(Tensor.data_ptr, buffers.scales or (_NONE, _NONE))

@@ -7,7 +7,7 @@ and how the cache lies in memory.
 import ctypes
 from typing import Any
 
-from r1ray.models.kv_cache import CacheBuffers
+from r1ray.models.kv_cache import CacheBuffers, CacheSlice
 from r1ray.models.sparse import SparseForward, cut_units
 from r1ray.ops import native
 from r1ray.ops.block_selection import BLOCK, count_chosen, count_exact
@@ -29,7 +29,7 @@ def list_places(buffers: CacheBuffers) -> dict[str, Any]:
 
 
 def plan_pieces(
-    starts: list[int], tokens: int, *, is_dense: bool, has_marks: bool
+    cache: CacheSlice, tokens: int, *, is_dense: bool, has_marks: bool
 ) -> tuple[Any, Any]:
     """(pieces, numbers): which new tokens are attended together, and blocks each unit keeps.
 
@@ -39,16 +39,17 @@ def plan_pieces(
     Args:
         has_marks: some heads choose by the keys themselves; not where attention is dense.
     """
+    starts, one_by_one = cache.starts, cache.one_by_one
     rows = range(len(starts))
     if tokens == 1:
         cuts = [(rows, slice(0, 1), 1)]
-    elif is_dense and not any(start % BLOCK for start in starts):
+    elif is_dense and not one_by_one and not any(start % BLOCK for start in starts):
         cuts = [(rows, slice(0, tokens), BLOCK)]
     else:
         cuts = [
             (range(row, row + 1), part, unit)
             for row in rows
-            for part, unit in cut_units(starts[row], tokens)
+            for part, unit in cut_units(starts[row], tokens, one_by_one=one_by_one)
         ]
     numbers, pieces = list(starts), []
     for of_rows, part, unit in cuts:

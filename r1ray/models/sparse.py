@@ -41,6 +41,7 @@ class SparseForward:
     def __init__(self, config: ModelConfig, cache: CacheSlice, tokens: int) -> None:
         self._cache = cache
         self._starts, self._tokens = cache.starts, tokens
+        self._one_by_one = cache.one_by_one
         self.completed: list[tuple[int, slice, slice, tuple[Tensor, Tensor]]] = []
         for row, start in enumerate(self._starts):
             blocks = slice(start // BLOCK, (start + tokens) // BLOCK)
@@ -81,7 +82,7 @@ class SparseForward:
             one = slice(row, row + 1)
             cos_and_sin = [table[one] if len(table) > 1 else table for table in rotary]
             parts = []
-            for part, unit in cut_units(start, self._tokens):
+            for part, unit in cut_units(start, self._tokens, one_by_one=self._one_by_one):
                 cos, sin = (table[:, :, part] for table in cos_and_sin)
                 q, first = q_BNTH[one, :, part], [start + part.start]
                 chosen = gate.choose(
@@ -92,8 +93,10 @@ class SparseForward:
         return torch.cat(rows)
 
 
-def cut_units(start: int, tokens: int) -> list[tuple[slice, int]]:
+def cut_units(start: int, tokens: int, *, one_by_one: bool = False) -> list[tuple[slice, int]]:
     """(new tokens, tokens of a unit): up to the next block, whole blocks, and what is left."""
+    if one_by_one:
+        return [(slice(0, tokens), 1)]
     head = min(tokens, -start % BLOCK)
     body = head + (tokens - head) // BLOCK * BLOCK
     pieces = [(slice(0, head), 1), (slice(head, body), BLOCK), (slice(body, tokens), 1)]

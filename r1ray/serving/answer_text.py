@@ -105,6 +105,7 @@ class AnswerText:
 
     Attributes:
         num_tokens: tokens read so far, the one that ended the sequence not counted.
+        num_cached: tokens of the prompt that the model knew.
         finish_reason: why the answer ended, or None while it goes on.
     """
 
@@ -114,6 +115,7 @@ class AnswerText:
         self._stops = StopStrings(stops)
         self._length = 0  # of the text, that held back included
         self.num_tokens = 0
+        self.num_cached = 0
         self.finish_reason: FinishReason | None = None
 
     def push(self, events: Sequence[TokenEvent]) -> Piece:
@@ -126,6 +128,7 @@ class AnswerText:
         if self.finish_reason is not None:
             return ""
         fresh = ""
+        self.num_cached = event.num_cached
         if event.token_id is not None:
             self.num_tokens += 1
             if event.sampled is not None:

@@ -50,6 +50,7 @@ class ServeArgs(BaseModel):
     max_concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
     """Requests decoded together in one replica."""
     max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
+    max_step_tokens: Annotated[int, Field(ge=64, le=1_048_576)] = 256
     """Requests waiting in one replica before further ones are answered 429."""
     max_context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Prompt and answer of one request together."""
@@ -81,6 +82,7 @@ def build_app(args: ServeArgs) -> Application:
         max_concurrency=args.max_concurrency,
         max_queued_requests=args.max_queued_requests,
         max_context_tokens=args.max_context_tokens,
+        max_step_tokens=args.max_step_tokens,
         attention=args.attention,
         kv_cache=args.kv_cache,
         budget_mib=args.budget_mib,
@@ -114,6 +116,7 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 120.
         max_concurrency=config.max_concurrency,
         max_queued_requests=config.max_queued_requests,
         max_context_tokens=config.max_context_tokens,
+        max_step_tokens=config.max_step_tokens,
         attention=config.attention,
         kv_cache=config.kv_cache,
         budget_mib=config.budget_mib,

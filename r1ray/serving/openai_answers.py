@@ -18,6 +18,7 @@ __all__ = [
     "Detokenized",
     "Model",
     "ModelList",
+    "PromptTokensDetails",
     "TokenLogprob",
     "Tokenized",
     "TopLogprob",
@@ -41,12 +42,19 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class PromptTokensDetails(BaseModel):
+    """Tokens of the prompt whose keys and values were there from an earlier request."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Token counts; the token that ended an answer is not counted."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Model(BaseModel):

@@ -33,6 +33,7 @@ from r1ray.serving.openai_answers import (
     Detokenized,
     Model,
     ModelList,
+    PromptTokensDetails,
     Tokenized,
     Usage,
 )
@@ -90,8 +91,12 @@ class _Exchange:
     @property
     def usage(self) -> Usage:
         num_prompt, num_new = len(self.prompt_ids), sum(text.num_tokens for text in self.texts)
+        num_cached = self.texts[0].num_cached if self.texts else 0
         return Usage(
-            prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new
+            prompt_tokens=num_prompt,
+            completion_tokens=num_new,
+            total_tokens=num_prompt + num_new,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
         )
 
 

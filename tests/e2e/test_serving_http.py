@@ -157,6 +157,15 @@ def test_stop_string_ends_the_answer_before_it(client: openai.OpenAI) -> None:
     assert "".join(pieces) == text_of(answer)
 
 
+def test_a_beginning_that_was_read_before_is_not_read_again(client: openai.OpenAI) -> None:
+    text = "the quick brown fox jumps over the lazy dog. " * 30
+    first, again = ask(client, text, max_tokens=8), ask(client, text, max_tokens=8)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    cached = again.usage.prompt_tokens_details.cached_tokens
+    assert first.usage.prompt_tokens - 128 < cached < first.usage.prompt_tokens
+    assert text_of(first) == text_of(again)
+
+
 def test_several_answers_with_log_probabilities(client: openai.OpenAI) -> None:
     answer = ask(client, n=2, temperature=1.0, seed=3, logprobs=True, top_logprobs=2, max_tokens=6)
     assert [choice.index for choice in answer.choices] == [0, 1]

@@ -89,6 +89,7 @@ def test_chat_answer_has_text_reason_and_usage(tokenizer: Tokenizer) -> None:
             "prompt_tokens": num_prompt,
             "completion_tokens": len(model.ids),
             "total_tokens": num_prompt + len(model.ids),
+            "prompt_tokens_details": {"cached_tokens": 0},
         }
         rendered = tokenizer.decode(model.requests[0].prompt_ids)
         assert rendered == "user\nhi\nassistant\n"

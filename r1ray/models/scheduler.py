@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from r1ray.errors import ShapeError
+from r1ray.models.pages import PagePool, chain_digests
 from r1ray.ops.block_selection import BLOCK
-from r1ray.serving.pages import PagePool, chain_digests
 
 __all__ = ["Piece", "Scheduled", "Scheduler", "Step"]
 
@@ -108,9 +108,17 @@ class Scheduler:
     Args:
         max_sequences: that have pages at once.
         max_step_tokens: of one step; at least one block of a prompt is read in each.
+        shares_beginnings: whether what is known of one prompt may serve another.
     """
 
-    def __init__(self, pool: PagePool, *, max_sequences: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        max_sequences: int,
+        max_step_tokens: int,
+        shares_beginnings: bool = True,
+    ) -> None:
         if max_sequences < 1 or max_step_tokens < BLOCK:
             raise ShapeError(
                 f"{max_sequences} sequences and {max_step_tokens} tokens a step are too few; at "
@@ -118,6 +126,7 @@ class Scheduler:
             )
         self._pool = pool
         self._max_sequences, self._max_step_tokens = max_sequences, max_step_tokens
+        self._shares_beginnings = shares_beginnings
         self._waiting: list[Scheduled] = []  # by arrival
         self._running: list[Scheduled] = []  # by arrival
         self._num_arrived = 0
@@ -161,7 +170,7 @@ class Scheduler:
             max_new_tokens,
             max(1, min(predicted, max_new_tokens)),
             self._num_arrived,
-            chain_digests(prompt_ids),
+            chain_digests(prompt_ids) if self._shares_beginnings else [],
         )
         self._num_arrived += 1
         self._waiting.append(sequence)

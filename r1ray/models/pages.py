@@ -10,7 +10,8 @@ is written token by token chooses its attention token by token, and is not quite
 
 Price: 32 bytes of digest a page of a prompt, made once a request; everything else is O(1) a page.
 
-Source: hash chains over full blocks, as vLLM's automatic prefix caching has them (arXiv:2309.06180).
+Source: hash chains over full blocks, as vLLM's automatic prefix caching has them
+(arXiv:2309.06180).
 """
 
 import hashlib

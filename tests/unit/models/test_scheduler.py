@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1ray.errors import ShapeError
+from r1ray.models.pages import PagePool, chain_digests
+from r1ray.models.scheduler import Scheduler, Step
 from r1ray.ops.block_selection import BLOCK
-from r1ray.serving.pages import PagePool, chain_digests
-from r1ray.serving.scheduler import Scheduler, Step
 
 VOCABULARY = 50
 
