@@ -48,9 +48,9 @@ class CacheBuffers(NamedTuple):
     """A pool's memory, and where rows lie in it, for kernels that read and write it in place.
 
     Attributes:
-        keys, values: [layers, P, K, 64, H].
-        scales: those of int8 keys and of values, each [layers, P, K, 64]; else none.
-        block_keys: summaries [layers, P, K, X]; X is 0 where none are kept.
+        keys, values: [layers, K, P, 64, H].
+        scales: those of int8 keys and of values, each [layers, K, P, 64]; else none.
+        block_keys: summaries [layers, K, P, X]; X is 0 where none are kept.
         pages_RC: int32, on the CPU.
     """
 
@@ -79,7 +79,7 @@ class KVPool:
         summary_size: int = 0,
     ) -> None:
         # One more: padding behind a row's own pages goes there.
-        shape = (config.num_layers, num_pages + 1, config.num_kv_heads, BLOCK, config.head_dim)
+        shape = (config.num_layers, config.num_kv_heads, num_pages + 1, BLOCK, config.head_dim)
         # Zeros, not empty: masked positions are multiplied by 0 and must not hold NaN.
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
@@ -239,9 +239,9 @@ class CacheSlice:
         def store(buffer: Tensor, new_RKT_: Tensor) -> Tensor:
             """Keys or values, or their scales."""
             of_layer = buffer[layer]
-            of_layer[pages_RT, :, within_RT] = new_RKT_.transpose(1, 2).to(buffer.dtype)
-            blocks_RKC_ = of_layer[used_RC].transpose(1, 2)
-            return blocks_RKC_.flatten(2, 3)[:, :, :num_tokens]
+            of_layer[:, pages_RT, within_RT] = new_RKT_.transpose(0, 1).to(buffer.dtype)
+            blocks_KRC_ = of_layer[:, used_RC]
+            return blocks_KRC_.transpose(0, 1).flatten(2, 3)[:, :, :num_tokens]
 
         if not pool.is_int8:
             return CachedStates(store(pool._keys, k_RKTH)), CachedStates(
@@ -262,11 +262,11 @@ class CacheSlice:
     def write_blocks(self, layer: int, row: int, blocks: slice, summaries_KCX: Tensor) -> None:
         """Keep the summaries of some blocks of row `row` of the slice."""
         pages_C = self._pages_RC[row, blocks]
-        self._pool._block_keys[layer, pages_C] = summaries_KCX.transpose(0, 1)
+        self._pool._block_keys[layer][:, pages_C] = summaries_KCX
 
     def read_blocks(self, layer: int, count: int) -> Tensor:
         """Summaries of the first `count` blocks, if a row has as many: [R, K, C, X]."""
-        return self._pool._block_keys[layer, self._pages_RC[:, :count]].transpose(1, 2)
+        return self._pool._block_keys[layer][:, self._pages_RC[:, :count]].transpose(0, 1)
 
 
 def _count_pages(tokens: int) -> int:

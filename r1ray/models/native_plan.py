@@ -24,7 +24,7 @@ def list_places(buffers: CacheBuffers) -> dict[str, Any]:
         "summaries": buffers.block_keys.data_ptr() if has_blocks else None,
         "pages": buffers.pages_RC.data_ptr(),
         "row_pages": buffers.pages_RC.shape[1],
-        "layer_pages": buffers.keys.shape[1],
+        "layer_pages": buffers.keys.shape[2],
     }
 
 

@@ -10,8 +10,8 @@ namespace r1ray {
 constexpr int64_t kBlock = 64;  // tokens of a block of keys, as in ops/block_sparse.py
 
 // Where the blocks of a row lie: one behind the other, or each in a page of its own. With pages, keys
-// and values are [pages, K, 64, H] and their scales [pages, K, 64]: what is said of a row's stride is
-// a page's.
+// and values are [K, pages, 64, H] and their scales [K, pages, 64]: what is said of a row's stride is
+// a page's. Groups come first, so that pages in a row are read as one run.
 struct Pages {
   const int32_t* table;  // [B, blocks]; null without
   int64_t row;           // entries of a row
@@ -52,7 +52,7 @@ enum Failure : int32_t { kNone = 0, kNoMemory = 1, kBadBlock = 2 };
 
 struct AttentionJob : AttentionArguments {
   float q_scale;   // log2(e) / sqrt(H): scores are powers of two
-  int64_t parts;   // that the blocks of a unit are split into
+  int64_t parts;   // that the blocks of a unit are split into at most
   float* partial;  // where there are several: [B, T, part, N, H + 2], the sums not yet divided,
                    // the total of the shares, and the score that these are relative to
   std::atomic<int64_t> next{0};
@@ -61,6 +61,7 @@ struct AttentionJob : AttentionArguments {
 
 struct AttentionTask {
   int64_t row, unit, group, part;
+  int64_t parts;          // of this unit: later ones are empty
   int64_t tokens;         // queries of each head
   int64_t first;          // position of the first
   int64_t own;            // block it is in

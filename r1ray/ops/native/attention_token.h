@@ -106,8 +106,9 @@ TARGET inline void attend_heads(const AttentionJob& job, const AttentionTask& ta
       scratch.queries[g * width + h] = h < job.H ? q[h] * job.q_scale : 0.0f;
   }
   std::memset(scratch.sums, 0, sizeof(float) * static_cast<size_t>(kHeads * width));
-  const int64_t blocks = task.count + 2, begin = blocks * task.part / job.parts;
-  const int64_t end = blocks * (task.part + 1) / job.parts;
+  const int64_t blocks = task.part < task.parts ? task.count + 2 : 0;
+  const int64_t begin = blocks * task.part / task.parts;
+  const int64_t end = blocks * (task.part + 1) / task.parts;
   int64_t keys = 0;
   for (int64_t i = begin; i < end; ++i) {
     const TokenBlock<Value> block = find_block<Value>(job, task, i);

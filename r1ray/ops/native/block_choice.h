@@ -20,7 +20,7 @@ struct ChoiceArguments {
   const float* norm;    // [H]
   const float *cos, *sin;  // [B, T, H]
   int64_t rotary_row, rotary_token;
-  const float* keys;  // [B, K, C, H]; with pages [pages, K, H], `key_row` being a page's stride
+  const float* keys;  // [B, K, C, H]; with pages [K, pages, H], `key_row` being a page's stride
   int64_t key_row, key_head;
   Pages pages;
   const int64_t* counts;  // [B, U]: blocks to choose, each at most M

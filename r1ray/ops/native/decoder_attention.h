@@ -25,8 +25,8 @@ int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
     job.weight = forward.weights->query_weight;
     job.norm = forward.weights->query_norm;
     job.keys = forward.summaries + forward.layer * forward.layer_pages * forward.K * forward.H;
-    job.key_row = forward.K * forward.H;
-    job.key_head = forward.H;
+    job.key_row = forward.H;
+    job.key_head = forward.layer_pages * forward.H;
     job.C = forward.row_pages;
     job.pages = forward.pages_of(piece.row);
   }
@@ -58,12 +58,12 @@ int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chos
   job.q_head = forward.H;
   const int64_t at = forward.layer * forward.layer_pages * forward.K * kBlock;
   job.keys = state_at(forward, forward.keys, at);
-  job.key_row = forward.K * kBlock * forward.H;
-  job.key_head = kBlock * forward.H;
+  job.key_row = kBlock * forward.H;
+  job.key_head = forward.layer_pages * kBlock * forward.H;
   if (forward.key_scale) {
     job.key_scale = forward.key_scale + at;
-    job.key_scale_row = forward.K * kBlock;
-    job.key_scale_head = kBlock;
+    job.key_scale_row = kBlock;
+    job.key_scale_head = forward.layer_pages * kBlock;
   }
   job.pages = forward.pages_of(piece.row);
   job.is_marked = marks;
@@ -93,13 +93,13 @@ int32_t attend(const Forward& forward, const Piece& piece, const int64_t* chosen
   const int64_t at = forward.layer * forward.layer_pages * forward.K * kBlock;
   job.keys = state_at(forward, forward.keys, at);
   job.values = state_at(forward, forward.values, at);
-  job.key_row = job.value_row = forward.K * kBlock * forward.H;
-  job.key_head = job.value_head = kBlock * forward.H;
+  job.key_row = job.value_row = kBlock * forward.H;
+  job.key_head = job.value_head = forward.layer_pages * kBlock * forward.H;
   if (forward.key_scale) {
     job.key_scale = forward.key_scale + at;
     job.value_scale = forward.value_scale + at;
-    job.key_scale_row = job.value_scale_row = forward.K * kBlock;
-    job.key_scale_head = job.value_scale_head = kBlock;
+    job.key_scale_row = job.value_scale_row = kBlock;
+    job.key_scale_head = job.value_scale_head = forward.layer_pages * kBlock;
   }
   job.pages = forward.pages_of(piece.row);
   job.chosen = chosen;

@@ -108,9 +108,9 @@ struct Forward : LayersArguments {
   std::atomic<int64_t> next{0};
   std::atomic<bool> has_failed{false};
 
-  // Of this layer, in the pool: the block's place among all groups' blocks.
+  // In the pool: the block's place among those of all layers and groups.
   int64_t block_at(int64_t row, int64_t block, int64_t group) const {
-    return (layer * layer_pages + pages[row * row_pages + block]) * K + group;
+    return (layer * K + group) * layer_pages + pages[row * row_pages + block];
   }
   Pages pages_of(int64_t row) const { return {pages + row * row_pages, row_pages}; }
 };

@@ -45,9 +45,9 @@ struct LayersArguments {
   float* x;                // [B, T, D]: hidden states, replaced
   const float *cos, *sin;  // [B or 1, T, H]
   int64_t rotary_row;
-  void *keys, *values;  // [L, pages, K, 64, H] float, or int8 where there are scales
-  float *key_scale, *value_scale;  // [L, pages, K, 64], or null
-  float* summaries;                // [L, pages, K, H]; null where no blocks are kept
+  void *keys, *values;  // [L, K, pages, 64, H] float, or int8 where there are scales
+  float *key_scale, *value_scale;  // [L, K, pages, 64], or null
+  float* summaries;                // [L, K, pages, H]; null where no blocks are kept
   const int32_t* pages;            // [B, row_pages]: where the blocks of each row lie
   int64_t row_pages;
   int64_t layer_pages;  // of a layer

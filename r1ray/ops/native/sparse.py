@@ -85,8 +85,8 @@ def sparse_attention(
     """As `r1ray.ops.block_sparse.block_sparse_attention`, on the CPU: float32 [B, N, T, H].
 
     Float keys and values, or units of one token: float32 throughout. INT8 ones in units of a block
-    are multiplied in bfloat16 where the processor has it. The last bits of a few single tokens
-    depend on the number of threads, which share their blocks.
+    are multiplied in bfloat16 where the processor has it. What a query gets depends on nothing but
+    itself and what it keeps: not on other rows, nor on the number of threads.
 
     Args:
         q_BNTH: float32.

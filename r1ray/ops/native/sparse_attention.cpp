@@ -4,8 +4,8 @@
 //    chosen. Tasks are handed out to the threads one by one.
 // 2. Units of a block of queries go by tiles (attention_blocks.h): in bfloat16 products with float32
 //    sums where keys and values are int8 and the processor has such, else in float32.
-// 3. Units of one query are read once, in float32 (attention_token.h). Where there are few of them,
-//    their blocks are split among the threads, and the parts merged by their highest scores.
+// 3. Units of one query are read once, in float32 (attention_token.h). Their blocks are split, for the
+//    threads to share, and the parts merged by their highest scores.
 //
 // Keys and values are read where they lie in the cache; no copy of more than a block is made.
 //
@@ -62,8 +62,16 @@ namespace avx512_bf16 {
 
 namespace {
 
-constexpr int64_t kLeastBlocks = 4;  // of a part
+// Of single queries, so that few of them keep all threads busy. It depends on how many blocks a query
+// keeps and on nothing else: its sums are the same in any company and on any number of threads.
+constexpr int64_t kPartBlocks = 6, kMostParts = 8;
 constexpr int64_t kSerialProducts = 1 << 18;  // below, waking threads costs more than it saves
+
+int64_t count_parts(int64_t chosen, int64_t unit) {
+  if (unit != 1) return 1;
+  const int64_t parts = (chosen + 2) / kPartBlocks;
+  return parts < 1 ? 1 : parts > kMostParts ? kMostParts : parts;
+}
 
 // Blocks before the first -1, or -1 where one is out of range.
 int64_t count_blocks(const AttentionArguments& job, const int64_t* chosen, int64_t own) {
@@ -92,6 +100,7 @@ void run_tasks(void* data, Function attend) {
     task.tokens = left < job.unit ? left : job.unit;
     task.chosen = job.chosen + ((task.row * job.K + task.group) * job.U + task.unit) * job.M;
     task.count = count_blocks(job, task.chosen, task.own);
+    task.parts = count_parts(task.count, job.unit);
     float* const at = task.count < 0 ? nullptr : memory.reserve(size);
     if (!at) {
       job.failure = task.count < 0 ? kBadBlock : kNoMemory;
@@ -134,13 +143,6 @@ void run(AttentionJob& job, int32_t num_threads) {
     R1RAY_RUN(generic)
 }
 
-// How many parts make the tasks of single queries as many as threads can share evenly.
-int64_t count_parts(const AttentionArguments& job, int32_t num_threads) {
-  const int64_t tasks = job.B * job.U * job.K, most = (job.M + 2) / kLeastBlocks;
-  if (job.unit != 1 || num_threads == 1 || tasks >= 4 * int64_t{num_threads} || most < 2) return 1;
-  return num_threads < most ? num_threads : most;
-}
-
 void merge(const AttentionJob& job) {
   const int64_t stride = job.N * (job.H + 2);
   for (int64_t i = 0; i < job.B * job.T * job.N; ++i) {
@@ -155,7 +157,8 @@ void merge(const AttentionJob& job) {
       total += weight * part[job.H];
       for (int64_t h = 0; h < job.H; ++h) out[h] += weight * part[h];
     }
-    for (int64_t h = 0; h < job.H; ++h) out[h] /= total;
+    total = 1.0f / total;
+    for (int64_t h = 0; h < job.H; ++h) out[h] *= total;
   }
 }
 
@@ -170,7 +173,7 @@ int32_t r1ray_sparse_attention(const r1ray::AttentionArguments* arguments) {
   job.q_scale = 1.44269504f / std::sqrt(static_cast<float>(job.H));
   const int64_t products = job.B * job.T * job.N * job.H * (job.M + 2) * r1ray::kBlock;
   const int32_t num_threads = products < r1ray::kSerialProducts ? 1 : job.num_threads;
-  job.parts = r1ray::count_parts(job, num_threads);
+  job.parts = r1ray::count_parts(job.M, job.unit);
   if (job.parts > 1) {
     thread_local r1ray::Scratch partial;
     job.partial = partial.reserve(job.B * job.T * job.parts * job.N * (job.H + 2));

@@ -10,7 +10,7 @@ from r1ray.errors import ShapeError
 from r1ray.ops import native
 from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.block_sparse import reference_attention
-from r1ray.ops.cached_states import CachedStates
+from r1ray.ops.cached_states import CachedStates, quantize_states
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason=native.describe())
 ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
@@ -253,3 +253,47 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
         native.sparse_attention(q, k, k, chosen, [3])
     with pytest.raises(ShapeError, match="units"):
         native.sparse_attention(q, k, k, chosen.repeat(1, 1, 2, 1), [0])
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_query_gets_the_same_in_any_company_and_on_any_number_of_threads(
+    isa: int, is_int8: bool
+) -> None:
+    starts, room = [3000, 5, 900, 6400], 6500
+    q = _random(4, 6, 1, 64, seed=0)
+    k, v = (CachedStates(_random(4, 2, room, 64, seed=seed)) for seed in (1, 2))
+    if is_int8:
+        k, v = (CachedStates(*quantize_states(item.data_BKSH)) for item in (k, v))
+    counts = [max(0, min(start // BLOCK - 1, 1 + 12 * row)) for row, start in enumerate(starts)]
+    chosen = torch.full((4, 2, 1, max(counts)), -1)
+    for row, count in enumerate(counts):
+        order = torch.randperm(max(1, starts[row] // BLOCK - 1))[:count]
+        chosen[row, :, 0, :count] = order
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(_attend(isa, q, k, v, chosen, starts))
+            for row, count in enumerate(counts):
+                alone = _attend(
+                    *(isa, q[row : row + 1], k.row(row), v.row(row)),
+                    *(chosen[row : row + 1, ..., :count].contiguous(), [starts[row]]),
+                )
+                assert torch.equal(alone[0], found[-1][row])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+def _attend(
+    isa: int, q: Tensor, k: CachedStates, v: CachedStates, chosen: Tensor, starts: list[int]
+) -> Tensor:
+    return native.sparse_attention(
+        *(q, k.data_BKSH, v.data_BKSH, chosen, starts),
+        key_scale_BKS=k.scale_BKS,
+        value_scale_BKS=v.scale_BKS,
+        isa=isa,
+    )
