@@ -2,8 +2,8 @@
 
 1. The scheduler says what a step computes (`r1ray.models.scheduler`): one token of every sequence
    that is being answered, and pieces of prompts. Sequences come and go at any step.
-2. Single tokens go through the model together; so do short prompts, padded on the right; a piece of
-   a longer one goes alone.
+2. Single tokens go through the model together; so do short prompts, of float models padded on the
+   right; a piece of a longer one goes alone.
 3. Where a sequence's last token went through, the next one is chosen.
 
 Price: `num_pages` pages of keys and values; two or more forwards for a step that reads prompts too.
@@ -25,6 +25,7 @@ from r1ray.models.pages import PagePool
 from r1ray.models.sampling import RowSampler, SampledToken, SamplingParams, sample_tokens
 from r1ray.models.scheduler import Piece, Scheduler
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
+from r1ray.ops.int8 import Int8Linear
 
 if TYPE_CHECKING:
     from r1ray.models.grammar import FormCompiler  # its library is there where answers are served
@@ -123,6 +124,9 @@ class BatchGenerator:
         if self._is_whole:
             max_step_tokens = max_concurrency * (max_context_tokens + 1)
         self._max_step_tokens = max_step_tokens
+        # Padding would pass for length there. And INT8 models say the same in any company: what of
+        # a prompt is a whole block would depend on the padding.
+        self._may_pad = not self._is_whole and not isinstance(model.lm_head, Int8Linear)
         count = num_pages or max_concurrency * -(-max_context_tokens // BLOCK)
         self._pool = KVPool(
             model.config,
@@ -218,23 +222,29 @@ class BatchGenerator:
     def _may_join(self, group: Sequence[Piece], piece: Piece) -> bool:
         both = [*group, piece]
         longest = max(item.count for item in both)
-        if self._is_whole and any(item.count != longest for item in both):
-            return False  # padding would pass for length
-        most = min(self._prefill_chunk, DENSE_BLOCKS * BLOCK)
-        return longest * len(both) <= self._max_step_tokens and all(
-            item.is_prompt and item.start + item.count <= most for item in both
+        end = max(item.start for item in both) + longest
+        most = min(
+            self._prefill_chunk,
+            DENSE_BLOCKS * BLOCK,
+            BLOCK * max(len(item.sequence.pages) for item in both),
         )
+        if end > most or longest * len(both) > self._max_step_tokens:
+            return False
+        is_equal = len({(item.start, item.count) for item in both}) == 1
+        return all(item.is_prompt for item in both) and (is_equal or self._may_pad)
 
     def _run(self, group: Sequence[Piece]) -> Tensor:
         """Hidden states behind the last token of each piece: [B, D]."""
         longest = max(piece.count for piece in group)
+        is_written = not group[0].is_prompt and longest > 1
         size = longest if len(group) > 1 or self._is_whole else self._prefill_chunk
+        if is_written and self._is_whole:
+            size = 1  # each has the positions of its own time
         ids_BT = torch.zeros(len(group), longest, dtype=torch.long)
         for index, piece in enumerate(group):
             tokens = piece.sequence.tokens(piece.start, piece.start + piece.count)
             ids_BT[index, : piece.count] = torch.tensor(tokens)
         tables = [piece.sequence.pages for piece in group]
-        is_written = not group[0].is_prompt and longest > 1
         done, hidden_BTD = 0, torch.empty(0)
         for ids in ids_BT.to(self._device).split(size, dim=1):
             starts = [piece.start + done for piece in group]

@@ -43,8 +43,6 @@ def plan_pieces(
     rows = range(len(starts))
     if tokens == 1:
         cuts = [(rows, slice(0, 1), 1)]
-    elif is_dense and not one_by_one and not any(start % BLOCK for start in starts):
-        cuts = [(rows, slice(0, tokens), BLOCK)]
     else:
         cuts = [
             (range(row, row + 1), part, unit)

@@ -58,6 +58,12 @@ class Scheduled:
         """Tokens without keys and values."""
         return self.num_tokens - self.num_stored
 
+    @property
+    def num_expected_pages(self) -> int:
+        """That it will take in all, as far as is known."""
+        expected = len(self.prompt_ids) + self.predicted_new
+        return _count_pages(max(self.num_tokens, expected))
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """Those at positions `start` to `stop` - 1."""
         num_prompt = len(self.prompt_ids)
@@ -187,17 +193,20 @@ class Scheduler:
             if is_due and self._make_room(sequence, 1, preempted):
                 single.append(_piece(sequence, 1))
                 budget -= 1
-        single = [piece for piece in single if piece.sequence not in preempted]
         longer: list[Piece] = []
-        for sequence in self._running:
+        for sequence in list(self._running):
             count = _fit(sequence, max(budget, 0 if longer else BLOCK))
-            if sequence.num_left > 1 and count:
+            if sequence.num_left > 1 and count and sequence not in preempted:
                 # Pages of prompts are there since admission, but for tokens that were predicted.
                 if not self._make_room(sequence, count, preempted):
                     break
                 longer.append(_piece(sequence, count))
                 budget -= count
-        longer = [piece for piece in longer if piece.sequence not in preempted]
+        # A later piece may have taken the pages of one that was planned already.
+        single, longer = (
+            [piece for piece in pieces if piece.sequence not in preempted]
+            for pieces in (single, longer)
+        )
         return Step(single, longer, preempted)
 
     def report(self, step: Step, chosen: Mapping[str, int]) -> None:
@@ -232,8 +241,7 @@ class Scheduler:
             # The last token is always computed: what follows it is to be chosen.
             known = sequence.digests[: (len(sequence.prompt_ids) - 1) // BLOCK]
             pages = self._pool.match(known)
-            expected = max(sequence.num_tokens, len(sequence.prompt_ids) + sequence.predicted_new)
-            needed = _count_pages(expected) - len(pages)
+            needed = sequence.num_expected_pages - len(pages)
             if needed > self._pool.num_available - self._count_reserved():
                 self._pool.release(pages)
                 return
@@ -246,10 +254,7 @@ class Scheduler:
             self._insert(self._running, sequence)
 
     def _count_reserved(self) -> int:
-        return sum(
-            max(0, _count_pages(len(item.prompt_ids) + item.predicted_new) - len(item.pages))
-            for item in self._running
-        )
+        return sum(max(0, item.num_expected_pages - len(item.pages)) for item in self._running)
 
     def _make_room(self, sequence: Scheduled, count: int, preempted: list[Scheduled]) -> bool:
         """Give `sequence` the pages of its next tokens; False where it had to give up its own."""

@@ -51,12 +51,22 @@ def cached_attention(q_BNTH: Tensor, k: CachedStates, v: CachedStates, starts: l
     tokens, dtype = q_BNTH.shape[2], q_BNTH.dtype
     is_in_blocks = tokens == 1 or not any(start % BLOCK for start in starts)
     if is_in_blocks and native.can_attend(q_BNTH, k.data_BKSH):
-        return native.sparse_attention(
-            *(q_BNTH, k.data_BKSH, v.data_BKSH, _every_block(tuple(starts), tokens, k.shape[1])),
-            starts,
-            key_scale_BKS=k.scale_BKS,
-            value_scale_BKS=v.scale_BKS,
-        )
+        # Whole blocks of queries, and what is left one by one: as a decoder's native layers do.
+        body = tokens // BLOCK * BLOCK
+        parts = []
+        for part, unit in ((slice(0, body), BLOCK), (slice(body, tokens), 1)):
+            if part.start == part.stop:
+                continue
+            q, firsts = q_BNTH[:, :, part], [start + part.start for start in starts]
+            chosen = _every_block(tuple(firsts), part.stop - part.start, unit, k.shape[1])
+            parts.append(
+                native.sparse_attention(
+                    *(q, k.data_BKSH, v.data_BKSH, chosen, firsts),
+                    key_scale_BKS=k.scale_BKS,
+                    value_scale_BKS=v.scale_BKS,
+                )
+            )
+        return torch.cat(parts, dim=2)
     if tokens == 1:
         return _attend_last(q_BNTH, k, v, starts)
     rows = []
@@ -80,9 +90,8 @@ def cached_attention(q_BNTH: Tensor, k: CachedStates, v: CachedStates, starts: l
 
 
 @functools.lru_cache(maxsize=8)
-def _every_block(starts: tuple[int, ...], tokens: int, kv_heads: int) -> Tensor:
+def _every_block(starts: tuple[int, ...], tokens: int, unit: int, kv_heads: int) -> Tensor:
     """All blocks that a unit may choose, for the kernel of block-sparse attention."""
-    unit = 1 if tokens == 1 else BLOCK
     units_U = torch.arange(-(-tokens // unit))
     own_BU1 = ((torch.tensor(starts)[:, None] + units_U * unit) // BLOCK)[..., None]
     blocks_M = torch.arange(max(0, int(own_BU1.max()) - 1))

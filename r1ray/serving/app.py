@@ -50,10 +50,11 @@ class ServeArgs(BaseModel):
     max_concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
     """Requests decoded together in one replica."""
     max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
-    max_step_tokens: Annotated[int, Field(ge=64, le=1_048_576)] = 256
     """Requests waiting in one replica before further ones are answered 429."""
     max_context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Prompt and answer of one request together."""
+    max_step_tokens: Annotated[int, Field(ge=64, le=1_048_576)] = 256
+    """Tokens that one step computes: how long a prompt being read delays the others' tokens."""
     attention: AttentionKind = "auto"
     """auto: block-sparse beyond 2,048 tokens if the model has gates; sparse: without them, too."""
     kv_cache: Literal["float", "int8"] = "float"

@@ -244,9 +244,9 @@ def test_answers_do_not_depend_on_company_known_beginnings_or_lack_of_pages(
         gate.is_marked[1] = True
     quantize_modules(model)
     shared = random_ids(300).tolist()
-    ends = [random_ids(length, seed=length).tolist() for length in (3, 90, 130, 64, 17)]
+    ends = [random_ids(length, seed=length).tolist() for length in (3, 90, 130, 64, 1)]
     prompts = [
-        shared[:length] + end for length, end in zip((300, 256, 128, 64, 0), ends, strict=True)
+        shared[:length] + end for length, end in zip((300, 256, 128, 64, 64), ends, strict=True)
     ]
 
     def generate(names: Sequence[int], **limits: Any) -> dict[str, list[int | None]]:

@@ -68,6 +68,7 @@ def drive(
             scheduler.add(*request[:3], predicted_new=request[3])
         step = scheduler.plan()
         assert list(step) or not scheduler.waiting, "something always goes on"
+        assert all(len(piece.sequence.pages) * BLOCK >= piece.start + piece.count for piece in step)
         scheduler.report(step, model.run(step))
         steps.append(step)
         for sequence in list(scheduler.running):
@@ -81,7 +82,7 @@ def drive(
 
 REQUESTS = st.lists(
     st.tuples(
-        st.integers(1, 5 * BLOCK),  # prompt tokens
+        st.integers(1, 5 * BLOCK) | st.sampled_from([1, 63, 64, 65, 128]),  # prompt tokens
         st.integers(0, 3),  # which beginning it has
         st.integers(1, 2 * BLOCK),  # the most new tokens
         st.integers(1, 2 * BLOCK),  # predicted
@@ -172,6 +173,31 @@ def test_the_newest_gives_up_its_pages_and_is_answered_all_the_same() -> None:
     answers, steps = drive(scheduler, pool, {"old": 190, "new": 190}, arrivals)
     assert [item.request_id for step in steps for item in step.preempted] == ["new"]
     assert answers == {name: alone(prompt, 190) for name, prompt in prompts.items()}
+
+
+def test_what_gives_its_pages_to_a_later_piece_of_a_step_is_not_in_it() -> None:
+    pool = PagePool(4)
+    scheduler = Scheduler(pool, max_sequences=4, max_step_tokens=64)
+    model = HashModel(pool)
+    wanted = {"old": 140, "a": 200, "c": 9, "d": 9, "e": 9}
+    scheduler.add("old", [1] * 10, 140, predicted_new=1)
+    scheduler.add("a", [2] * 10, 200, predicted_new=1)
+    num_preempted = 0
+    for number in range(1000):
+        if number == 130:
+            for name in "cde":
+                scheduler.add(name, [3] * 5, 20, predicted_new=1)
+        step = scheduler.plan()
+        num_preempted += len(step.preempted)
+        assert all(piece.sequence.pages for piece in step)
+        scheduler.report(step, model.run(step))
+        for sequence in list(scheduler.running):
+            if len(sequence.output_ids) >= wanted[sequence.request_id]:
+                scheduler.remove(sequence.request_id)
+        if not (scheduler.running or scheduler.waiting):
+            break
+    assert num_preempted
+    assert pool.num_available == 4
 
 
 def test_what_can_never_fit_is_refused() -> None:
