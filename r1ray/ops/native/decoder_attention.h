@@ -46,12 +46,10 @@ int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
   return r1ray_choose_blocks(&job);
 }
 
-// For groups with a marked head, besides what was chosen for them.
-int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chosen) {
-  const bool* const marks = forward.weights->is_marked;
-  if (piece.marked < 0 || std::none_of(marks, marks + forward.N, [](bool is_marked) { return is_marked; }))
-    return kNone;
-  ExactArguments job = {};
+// What attention and the choice by keys are both told: queries, keys where they lie, and units.
+template <class Job>
+Job describe(const Forward& forward, const Piece& piece) {
+  Job job = {};
   job.q = forward.rotated + (piece.row * forward.T + piece.token) * forward.N * forward.H;
   job.q_row = forward.T * forward.N * forward.H;
   job.q_token = forward.N * forward.H;
@@ -66,10 +64,7 @@ int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chos
     job.key_scale_head = forward.layer_pages * kBlock;
   }
   job.pages = forward.pages_of(piece.row);
-  job.is_marked = marks;
-  job.counts = forward.numbers + piece.marked;
   job.starts = forward.numbers + piece.starts;
-  job.out = chosen;
   job.B = piece.rows;
   job.N = forward.N;
   job.K = forward.K;
@@ -80,42 +75,33 @@ int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chos
   job.unit = piece.unit;
   job.isa = forward.isa;
   job.num_threads = forward.num_threads;
+  return job;
+}
+
+// For groups with a marked head, besides what was chosen for them.
+int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chosen) {
+  const bool* const marks = forward.weights->is_marked;
+  if (piece.marked < 0 || std::count(marks, marks + forward.N, true) == 0) return kNone;
+  ExactArguments job = describe<ExactArguments>(forward, piece);
+  job.is_marked = marks;
+  job.counts = forward.numbers + piece.marked;
+  job.out = chosen;
   return r1ray_choose_exact(&job);
 }
 
 int32_t attend(const Forward& forward, const Piece& piece, const int64_t* chosen) {
-  AttentionArguments job = {};
-  const int64_t first = (piece.row * forward.T + piece.token) * forward.N * forward.H;
-  job.q = forward.rotated + first;
-  job.q_row = forward.T * forward.N * forward.H;
-  job.q_token = forward.N * forward.H;
-  job.q_head = forward.H;
+  AttentionArguments job = describe<AttentionArguments>(forward, piece);
   const int64_t at = forward.layer * forward.layer_pages * forward.K * kBlock;
-  job.keys = state_at(forward, forward.keys, at);
   job.values = state_at(forward, forward.values, at);
-  job.key_row = job.value_row = kBlock * forward.H;
-  job.key_head = job.value_head = forward.layer_pages * kBlock * forward.H;
-  if (forward.key_scale) {
-    job.key_scale = forward.key_scale + at;
-    job.value_scale = forward.value_scale + at;
-    job.key_scale_row = job.value_scale_row = kBlock;
-    job.key_scale_head = job.value_scale_head = forward.layer_pages * kBlock;
-  }
-  job.pages = forward.pages_of(piece.row);
-  job.chosen = chosen;
-  job.starts = forward.numbers + piece.starts;
-  job.out = forward.attended + first;  // a piece of several rows has all their tokens
-  job.B = piece.rows;
-  job.N = forward.N;
-  job.K = forward.K;
-  job.T = piece.tokens;
+  job.value_row = job.key_row;
+  job.value_head = job.key_head;
+  if (forward.value_scale) job.value_scale = forward.value_scale + at;
+  job.value_scale_row = job.key_scale_row;
+  job.value_scale_head = job.key_scale_head;
   job.S = forward.row_pages * kBlock;
-  job.H = forward.H;
-  job.U = count_units(piece);
-  job.M = piece.most;
-  job.unit = piece.unit;
-  job.isa = forward.isa;
-  job.num_threads = forward.num_threads;
+  job.chosen = chosen;
+  // A piece of several rows has all their tokens.
+  job.out = forward.attended + (piece.row * forward.T + piece.token) * forward.N * forward.H;
   return r1ray_sparse_attention(&job);
 }
 
@@ -125,8 +111,7 @@ void attend_pieces(Forward& forward) {
   for (int64_t i = 0; i < forward.num_pieces && forward.failure == kNone; ++i) {
     const Piece& piece = forward.pieces[i];
     if (is_new) forward.failure = choose(forward, piece, chosen);
-    if (forward.failure == kNone)
-      forward.failure = choose_exactly(forward, piece, chosen);
+    if (forward.failure == kNone) forward.failure = choose_exactly(forward, piece, chosen);
     if (forward.failure == kNone) forward.failure = attend(forward, piece, chosen);
     chosen += piece.rows * forward.K * count_units(piece) * piece.most;
   }
