@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from r1ray.config.schema import AttentionKind
+from r1ray.config.serving import AttentionKind
 from r1ray.config.training import GatesConfig
 from r1ray.models import Decoder, load_model
 from r1ray.models.gates import attach_gates, list_attentions, set_attention
-from r1ray.models.generation import BatchGenerator, GenerationRequest
+from r1ray.models.generation import BatchGenerator
 from r1ray.models.quantization import quantize_modules
+from r1ray.models.requests import GenerationRequest
 from r1ray.ops.block_gate import BlockGate, mark_heads
 
 __all__ = ["LENGTHS", "describe", "measure_reading", "measure_rereading"]

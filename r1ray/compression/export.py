@@ -18,6 +18,7 @@ from r1ray.compression.compressed_tensors import write_compressed_tensors
 from r1ray.compression.gguf import write_gguf
 from r1ray.config.schema import CompressConfig
 from r1ray.data.batch_set import BatchSet, shuffled
+from r1ray.models.answer_lengths import write_answer_lengths
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.decoder import Decoder
 from r1ray.models.quantization import fake_quantize_modules, quantize_modules
@@ -35,7 +36,8 @@ def export_model(
     The copies that `config.exports` asks for go into `out_dir/exports`.
 
     Args:
-        batches: what was trained on; the codebooks are fitted to some of it.
+        batches: what was trained on; the codebooks are fitted to some of it, and servers expect
+            answers as long as its own.
     """
     model = load_model(trained.local_dir, dtype=torch.float32)
     agreement = _quantize(model, config, batches)
@@ -46,6 +48,7 @@ def export_model(
     }
     save_model(model, out_dir, provenance=provenance)
     copy_tokenizer(trained.local_dir, out_dir)
+    write_answer_lengths(out_dir, batches.summary.get("answer_lengths", {}))
     for name in config.exports:
         target = out_dir / EXPORTS_DIR / name
         target.mkdir(parents=True)

@@ -166,14 +166,16 @@ def _shorten(value: Any) -> str:
 
 
 def _walk(cls: type, prefix: str) -> Iterator[tuple[str, str]]:
-    documented = {
-        name: info.description or ""
-        for name, info in typing.cast(Any, cls).__pydantic_fields__.items()
+    documented = {  # pydantic reads the docstrings of a class's own fields only
+        name: info.description
+        for kind in cls.__mro__
+        for name, info in getattr(kind, "__pydantic_fields__", {}).items()
+        if info.description is not None
     }
     for field in fields(cls):
         nested = [kind for kind in _flatten(field.type) if is_dataclass(kind)]
         if not nested:
-            yield prefix + field.name, documented[field.name]
+            yield prefix + field.name, documented.get(field.name, "")
         for kind in nested:
             yield from _walk(typing.cast(type, kind), prefix=f"{prefix}{field.name}.")
 

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from r1ray.config.names import Name
+
 __all__ = [
     "BatchingConfig",
     "BucketsConfig",
@@ -21,14 +23,13 @@ __all__ = [
 ]
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class FamilyConfig:
     """One reasoning-gym task family that r1ray can write traces for."""
 
-    name: _Name
+    name: Name
     """The family's name in reasoning-gym."""
     options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     """Difficulty options, passed to reasoning-gym as they are."""

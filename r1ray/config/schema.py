@@ -11,11 +11,12 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from r1ray.config.distill import DistillConfig
+from r1ray.config.names import Name
 from r1ray.config.prepare import PrepareConfig, TasksConfig
+from r1ray.config.serving import ServeConfig
 from r1ray.config.training import TrainConfig
 
 __all__ = [
-    "AttentionKind",
     "BaseConfig",
     "CompressConfig",
     "ContextConfig",
@@ -23,22 +24,19 @@ __all__ = [
     "PipelineConfig",
     "RunConfig",
     "Scheme",
-    "ServeConfig",
     "StudentConfig",
     "identity",
 ]
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Scheme = Literal["w8a8", "w4a8", "codebook4"]
-AttentionKind = Literal["auto", "dense", "sparse"]
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class RunConfig:
     """Where the artifacts go and what seeds everything random."""
 
-    name: _Name
+    name: Name
     """Directory of the run below `root`."""
     root: Annotated[str, Field(min_length=1)] = "runs"
     """Local directory or URI (such as s3://bucket/runs) of all runs."""
@@ -122,38 +120,6 @@ class EvaluateConfig:
     """Context of the perplexity measurement in tokens."""
     latency_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
     """Tokens decoded one at a time for the latency figures."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
-class ServeConfig:
-    """The OpenAI-compatible endpoint."""
-
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen on; loopback unless the network in front of it is trusted."""
-    port: Annotated[int, Field(ge=1, le=65_535)] = 8000
-    """TCP port."""
-    model_name: _Name
-    """The name that requests carry in `model`."""
-    num_replicas: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Engine replicas."""
-    num_cpus_per_replica: Annotated[float, Field(gt=0, le=256)] = 1
-    """CPUs that Ray reserves for one replica; also its number of torch threads."""
-    num_gpus_per_replica: Annotated[float, Field(ge=0, le=8)] = 0
-    """GPUs that Ray reserves for one replica."""
-    max_concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Requests decoded together in one replica."""
-    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
-    """Requests waiting in one replica before further ones are answered 429."""
-    max_context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
-    """Prompt and answer of one request together."""
-    max_step_tokens: Annotated[int, Field(ge=64, le=1_048_576)] = 256
-    """Tokens that one step computes: how long a prompt being read delays the others' tokens."""
-    attention: AttentionKind = "auto"
-    """auto: block-sparse beyond 2,048 tokens if the model has gates; sparse: without them, too."""
-    kv_cache: Literal["float", "int8"] = "float"
-    """How keys and values are kept: as the weights' floating point, or in a quarter of float32."""
-    budget_mib: Annotated[int, Field(ge=1, le=2**24)] | None = None
-    """What a replica may take of memory (of the GPU's, for its weights); the rest is streamed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

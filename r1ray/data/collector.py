@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from r1ray.config.prepare import BucketsConfig, PrepareConfig
 from r1ray.data.length_sketch import LengthSketch
@@ -29,7 +31,8 @@ class SampleCollector:
         results: tables of `tokenize_table.RESULT_SCHEMA`.
 
     Attributes:
-        counts, ignored, sketch: complete once the iteration is over.
+        counts, ignored, sketch, answers: complete once the iteration is over; `answers` counts
+            samples by their targets.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class SampleCollector:
         batching = config.batching
         is_exact = isinstance(batching, BucketsConfig) and batching.fit_rows is None
         self.sketch = LengthSketch(bits=None if is_exact else 8)
+        self.answers = LengthSketch()
 
     def __iter__(self) -> Iterator[pa.Table]:
         """Tables of SAMPLE_SCHEMA.
@@ -83,6 +87,14 @@ class SampleCollector:
             self.ignored[name if is_known else "others"] += 1
         if good.num_rows:
             self.sketch.add(pc.list_value_length(good["input_ids"]).to_numpy())
+            self.answers.add(_count_targets(good["is_target"].combine_chunks()))
+
+
+def _count_targets(is_target: pa.ListArray) -> NDArray[np.int64]:
+    """Of each sample; every one has some."""
+    flat = is_target.values.to_numpy(zero_copy_only=False)
+    before = np.concatenate([[0], np.cumsum(flat, dtype=np.int64)])
+    return np.diff(before[is_target.offsets.to_numpy()])
 
 
 def _check_counts(counts: Counter[str], max_quarantined_share: float, out_dir: Path) -> None:

@@ -36,6 +36,7 @@ from r1ray.config.prepare import (
 from r1ray.data.batch_set import SUMMARY_NAME
 from r1ray.data.batch_writer import BatchWriter
 from r1ray.data.collector import SampleCollector
+from r1ray.data.length_sketch import LengthSketch
 from r1ray.data.long_context import write_conversation
 from r1ray.data.planners import (
     BatchPlanner,
@@ -109,18 +110,20 @@ def prepare_batches(
         "ignored_fields": dict(sorted(collector.ignored.items())),
         "batching": config.batching.type,
         **written,
-        "lengths": _describe_lengths(collector, config.max_tokens),
+        "lengths": _describe_lengths(collector.sketch, config.max_tokens),
+        "answer_lengths": _describe_lengths(collector.answers, config.max_tokens),
     }
     (out_dir / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (out_dir / "summary.md").write_text(render_summary(summary), encoding="utf-8")
     plot_summary(summary, out_dir / "summary.png")
-    return {name: value for name, value in summary.items() if name != "lengths"}
+    long = ("lengths", "answer_lengths")
+    return {name: value for name, value in summary.items() if name not in long}
 
 
-def _describe_lengths(collector: SampleCollector, max_tokens: int) -> dict[str, int]:
+def _describe_lengths(sketch: LengthSketch, max_tokens: int) -> dict[str, int]:
     """Samples by length; where the sketch rounds up, not beyond the longest there can be."""
     lengths: Counter[int] = Counter()
-    for top, count in collector.sketch.counts.items():
+    for top, count in sketch.counts.items():
         lengths[min(top, max_tokens)] += count
     return {str(top): lengths[top] for top in sorted(lengths)}
 

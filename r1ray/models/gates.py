@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r1ray.config.schema import AttentionKind
+from r1ray.config.serving import AttentionKind
 from r1ray.errors import ArtifactError, ConfigError
 from r1ray.models.decoder import Attention, Decoder
 from r1ray.ops.block_gate import BlockGate, BoundsGate

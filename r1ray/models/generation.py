@@ -13,64 +13,26 @@ Shape legend: B rows, T tokens, D hidden size, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from r1ray.errors import ShapeError
+from r1ray.models.answer_lengths import AnswerLengths
 from r1ray.models.decoder import Decoder
 from r1ray.models.kv_cache import KVPool
 from r1ray.models.pages import PagePool
+from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
 from r1ray.models.sampling import RowSampler, SampledToken, SamplingParams, sample_tokens
 from r1ray.models.scheduler import Piece, Scheduler
-from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
+from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS, count_chosen
 from r1ray.ops.int8 import Int8Linear
 
 if TYPE_CHECKING:
     from r1ray.models.grammar import FormCompiler  # its library is there where answers are served
 
-__all__ = ["BatchGenerator", "GenerationRequest", "TokenEvent", "generate_batch"]
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One sequence to continue.
-
-    Attributes:
-        request_id: chosen by the caller, unique among the requests in flight.
-        prompt_ids: at least one token.
-        stop_token_ids: any of these ends the sequence; it is not part of the output.
-        form: what the output has to be like (`r1ray.models.grammar`); None for anything.
-    """
-
-    request_id: str
-    prompt_ids: Sequence[int]
-    max_new_tokens: int
-    stop_token_ids: frozenset[int]
-    sampling: SamplingParams = SamplingParams()
-    form: str | None = None
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """One step of one sequence.
-
-    Attributes:
-        failure: why the sequence cannot go on, as its last event; it has no token and no reason.
-        num_cached: tokens of the prompt that were known when the sequence was admitted.
-        token_id: None where the sequence ended on a stop token.
-        sampled: the same token with its log-probabilities, where the request asked for them.
-    """
-
-    request_id: str
-    token_id: int | None
-    finish_reason: FinishReason | None
-    sampled: SampledToken | None = None
-    failure: str | None = None
-    num_cached: int = 0
+__all__ = ["BatchGenerator", "generate_batch"]
 
 
 @dataclass
@@ -91,6 +53,7 @@ class BatchGenerator:
             of activations, and where attention is sparse has to be a multiple of 64.
         num_pages: of 64 tokens, for all sequences; None for as many as they can need.
         kv_dtype: of cached keys and values, a floating point one or int8; None for the weights'.
+        lengths: how long answers are, and will learn; None reserves as much as each may have.
         forms: for requests that have a form; None where there are none.
     Raises:
         ShapeError: attention is sparse and prefill_chunk cuts a block.
@@ -106,6 +69,7 @@ class BatchGenerator:
         prefill_chunk: int = 1024,
         num_pages: int | None = None,
         kv_dtype: torch.dtype | None = None,
+        lengths: AnswerLengths | None = None,
         forms: "FormCompiler | None" = None,
     ) -> None:
         weight = model.model.norm.weight
@@ -135,13 +99,17 @@ class BatchGenerator:
             device=weight.device,
             summary_size=model.summary_size,
         )
+        self._pages = PagePool(count)
         self._scheduler = Scheduler(
-            PagePool(count),
+            self._pages,
             max_sequences=max_concurrency,
             max_step_tokens=max(max_step_tokens, BLOCK),
+            lengths=lengths,
             shares_beginnings=not self._is_whole,
         )
-        self._forms = forms
+        self._lengths, self._forms = lengths, forms
+        self._num_new_tokens = 0
+        self._sparse_share = 1.0
         self._rows: dict[str, _Row] = {}
 
     @property
@@ -151,6 +119,30 @@ class BatchGenerator:
     @property
     def num_running(self) -> int:
         return len(self._scheduler.running)
+
+    @property
+    def begun(self) -> set[str]:
+        """Requests that hold pages or have tokens."""
+        sequences = [*self._scheduler.running, *self._scheduler.waiting]
+        return {item.request_id for item in sequences if item.pages or item.output_ids}
+
+    def stats(self) -> GeneratorStats:
+        """What has been done, and what there is to do."""
+        scheduler, pages = self._scheduler, self._pages
+        sequences = [*scheduler.running, *scheduler.waiting]
+        return GeneratorStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_tokens_due=sum(
+                item.num_left + item.predicted_new - len(item.output_ids) for item in sequences
+            ),
+            kv_used_share=1 - pages.num_available / pages.num_pages,
+            sparse_kv_share=self._sparse_share,
+            num_preempted=scheduler.num_preempted,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            num_new_tokens=self._num_new_tokens,
+        )
 
     def add(self, request: GenerationRequest) -> None:
         """Queue `request`; its events come from later steps.
@@ -172,6 +164,18 @@ class BatchGenerator:
         self._scheduler.add(request.request_id, request.prompt_ids, request.max_new_tokens)
         sampler = RowSampler(request.sampling, request.prompt_ids, form)
         self._rows[request.request_id] = _Row(request, sampler)
+
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """Run a forward of one token that belongs to nobody.
+
+        Raises:
+            RuntimeError: the logits are not numbers.
+        """
+        spare = self._pool.slice([[self._pool.num_pages]], [0])
+        hidden_1TD = self._model.hidden(torch.zeros(1, 1, dtype=torch.long).to(self._device), spare)
+        if not self._model.lm_head(hidden_1TD[:, -1]).isfinite().all():
+            raise RuntimeError("the model's logits are not numbers")
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, waiting or running; its pages are free at once. Others are fine."""
@@ -204,8 +208,14 @@ class BatchGenerator:
                 if event.finish_reason is None and event.failure is None:
                     chosen[row.request.request_id] = sampled.token_id
         self._scheduler.report(step, chosen)
+        self._num_new_tokens += sum(event.token_id is not None for event in events)
+        if self._model.is_sparse and step.single:
+            self._sparse_share = _attended_share([piece.start // BLOCK for piece in step.single])
         for event in events:
             if event.request_id not in chosen:
+                if self._lengths is not None and event.finish_reason is not None:
+                    num_written = self._rows[event.request_id].num_generated
+                    self._lengths.observe(num_written, was_cut=event.finish_reason == "length")
                 self.cancel(event.request_id)
         return events
 
@@ -302,6 +312,12 @@ def generate_batch(
                 if on_finish is not None:
                     on_finish(num_finished)
     return [outputs[str(index)] for index in range(len(prompts))]
+
+
+def _attended_share(own: Sequence[int]) -> float:
+    """Of the blocks up to those numbered `own`, the share that tokens in them attend to."""
+    attended = sum(min(block + 1, 2 + count_chosen(block)) for block in own)
+    return attended / sum(block + 1 for block in own)
 
 
 def _note(row: _Row, sampled: SampledToken) -> TokenEvent:

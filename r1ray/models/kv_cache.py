@@ -27,21 +27,19 @@ from r1ray.models.config import ModelConfig
 from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.cached_states import CachedStates, quantize_states
 
-__all__ = ["CacheBuffers", "CacheSlice", "KVCache", "KVPool", "cache_bytes"]
+__all__ = ["CacheBuffers", "CacheSlice", "KVCache", "KVPool", "count_pages", "page_bytes"]
 
 
-def cache_bytes(
-    config: ModelConfig,
-    *,
-    max_rows: int,
-    max_tokens: int,
-    dtype: torch.dtype = torch.float32,
-) -> int:
-    """Size of a `KVCache` of this shape."""
-    slots = max_rows * _count_pages(max_tokens) * BLOCK
-    states = 2 * config.num_layers * config.num_kv_heads * slots
+def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Size of a page of a `KVPool`, without a summary."""
+    states = 2 * config.num_layers * config.num_kv_heads * BLOCK
     scale_bytes = torch.float32.itemsize if dtype == torch.int8 else 0
     return states * (config.head_dim * dtype.itemsize + scale_bytes)
+
+
+def count_pages(tokens: int) -> int:
+    """That `tokens` tokens take."""
+    return -(-tokens // BLOCK)
 
 
 class CacheBuffers(NamedTuple):
@@ -119,7 +117,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         summary_size: int = 0,
     ) -> None:
-        pages = _count_pages(max_tokens)
+        pages = count_pages(max_tokens)
         self._pool = KVPool(
             config, max_rows * pages, dtype=dtype, device=device, summary_size=summary_size
         )
@@ -234,7 +232,7 @@ class CacheSlice:
         rows_R1 = torch.arange(len(self.starts), device=self.device)[:, None]
         pages_RT = self._pages_RC[rows_R1, positions_RT // BLOCK]
         within_RT = positions_RT % BLOCK
-        used_RC = self._pages_RC[:, : _count_pages(num_tokens)]
+        used_RC = self._pages_RC[:, : count_pages(num_tokens)]
 
         def store(buffer: Tensor, new_RKT_: Tensor) -> Tensor:
             """Keys or values, or their scales."""
@@ -267,7 +265,3 @@ class CacheSlice:
     def read_blocks(self, layer: int, count: int) -> Tensor:
         """Summaries of the first `count` blocks, if a row has as many: [R, K, C, X]."""
         return self._pool._block_keys[layer][:, self._pages_RC[:, :count]].transpose(0, 1)
-
-
-def _count_pages(tokens: int) -> int:
-    return -(-tokens // BLOCK)

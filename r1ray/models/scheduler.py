@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from r1ray.errors import ShapeError
+from r1ray.models.answer_lengths import AnswerLengths
 from r1ray.models.pages import PagePool, chain_digests
 from r1ray.ops.block_selection import BLOCK
 
@@ -114,7 +115,12 @@ class Scheduler:
     Args:
         max_sequences: that have pages at once.
         max_step_tokens: of one step; at least one block of a prompt is read in each.
+        lengths: how long answers are; None reserves as much as each may have.
         shares_beginnings: whether what is known of one prompt may serve another.
+
+    Attributes:
+        num_preempted: times that a sequence had to give its pages up.
+        num_prompt_tokens, num_cached_tokens: of the sequences admitted, and known among them.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Scheduler:
         *,
         max_sequences: int,
         max_step_tokens: int,
+        lengths: AnswerLengths | None = None,
         shares_beginnings: bool = True,
     ) -> None:
         if max_sequences < 1 or max_step_tokens < BLOCK:
@@ -132,10 +139,12 @@ class Scheduler:
             )
         self._pool = pool
         self._max_sequences, self._max_step_tokens = max_sequences, max_step_tokens
+        self._lengths = lengths
         self._shares_beginnings = shares_beginnings
         self._waiting: list[Scheduled] = []  # by arrival
         self._running: list[Scheduled] = []  # by arrival
         self._num_arrived = 0
+        self.num_preempted = self.num_prompt_tokens = self.num_cached_tokens = 0
 
     @property
     def waiting(self) -> Sequence[Scheduled]:
@@ -145,18 +154,9 @@ class Scheduler:
     def running(self) -> Sequence[Scheduled]:
         return self._running
 
-    def add(
-        self,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int,
-        *,
-        predicted_new: int | None = None,
-    ) -> Scheduled:
+    def add(self, request_id: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Scheduled:
         """Queue a request.
 
-        Args:
-            predicted_new: tokens to reserve for its answer; None for as many as it may have.
         Raises:
             ShapeError: it is empty, or would not fit into the pool alone.
         """
@@ -169,12 +169,11 @@ class Scheduler:
                 f"pages of {BLOCK} tokens, and the pool has {self._pool.num_pages}; shorten one of "
                 "them"
             )
-        predicted = max_new_tokens if predicted_new is None else predicted_new
         sequence = Scheduled(
             request_id,
             prompt_ids,
             max_new_tokens,
-            max(1, min(predicted, max_new_tokens)),
+            self._predict(0, max_new_tokens),
             self._num_arrived,
             chain_digests(prompt_ids) if self._shares_beginnings else [],
         )
@@ -224,6 +223,9 @@ class Scheduler:
                 self._pool.publish(sequence.pages[index], sequence.digests[index])
             if piece.is_last and sequence.request_id in chosen:
                 sequence.output_ids.append(chosen[sequence.request_id])
+                num_written = len(sequence.output_ids)
+                if num_written % BLOCK == 0 or num_written >= sequence.predicted_new:
+                    sequence.predicted_new = self._predict(num_written, sequence.max_new_tokens)
 
     def remove(self, request_id: str) -> Scheduled | None:
         """Forget a request that has ended or is not wanted any more; its pages are released."""
@@ -234,6 +236,11 @@ class Scheduler:
                     sequence.pages = []
                     return sequences.pop(index)
         return None
+
+    def _predict(self, num_written: int, max_new_tokens: int) -> int:
+        if self._lengths is None:
+            return max_new_tokens
+        return self._lengths.predict(num_written, max_new_tokens)
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_sequences:
@@ -251,6 +258,8 @@ class Scheduler:
             sequence.num_stored = len(pages) * BLOCK
             if sequence.num_cached is None:
                 sequence.num_cached = sequence.num_stored
+                self.num_prompt_tokens += len(sequence.prompt_ids)
+                self.num_cached_tokens += sequence.num_cached
             self._insert(self._running, sequence)
 
     def _count_reserved(self) -> int:
@@ -274,6 +283,7 @@ class Scheduler:
         self._pool.release(sequence.pages)
         sequence.pages, sequence.num_stored = [], 0
         sequence.num_preempted += 1
+        self.num_preempted += 1
         self._insert(self._waiting, sequence)
 
     @staticmethod

@@ -7,7 +7,7 @@ is therefore held back, at most one character less than the longest stop string.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from r1ray.models.generation import FinishReason, TokenEvent
+from r1ray.models.requests import FinishReason, TokenEvent
 from r1ray.models.sampling import SampledToken
 from r1ray.models.tokenizer import StreamDecoder, Tokenizer
 

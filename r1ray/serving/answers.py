@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from r1ray.models.generation import FinishReason
+from r1ray.models.requests import FinishReason
 from r1ray.serving.answer_text import AnswerToken, Piece
 from r1ray.serving.openai_answers import (
     AnswerMessage,

@@ -1,4 +1,4 @@
-"""Building and starting the OpenAI-compatible server: one ingress, `num_replicas` model replicas.
+"""Building and starting the OpenAI-compatible server: one ingress in front of model replicas.
 
 `build_app` is the import path of Serve's YAML; jobs call `start_server` and `stop_server`.
 """
@@ -8,18 +8,23 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from r1ray.config.schema import AttentionKind, ServeConfig
+from r1ray.config.serving import EngineConfig, ModelArgs, ServeConfig
 from r1ray.errors import ConfigError, ServingError
 from r1ray.models import ModelConfig
 from r1ray.serving.ingress import OpenAIIngress
+from r1ray.serving.readiness import deployment_name, explain_waiting, find_failure
 from r1ray.serving.replica import ModelReplica, check_context
+from r1ray.serving.routing import PrefixRouter
+from r1ray.serving.scaling import TokenScaling
 
 __all__ = ["ServeArgs", "build_app", "check_port_is_free", "start_server", "stop_server"]
 
@@ -28,76 +33,87 @@ logger = logging.getLogger(__name__)
 APP_NAME = "r1ray"
 # Refusals and health checks pass while the engines are full, so that a client sees our own 429.
 HEADROOM = 64
+EXPLAIN_EVERY_S = 10.0
 
 
 class ServeArgs(BaseModel):
-    """Arguments of `build_app`, in YAML under `args`; the fields of ServeConfig that it needs."""
+    """Arguments of `build_app`, in YAML under `args`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    model_dir: Annotated[str, Field(min_length=1)]
-    """Model directory, at the same absolute path on every node that runs a replica."""
-    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-    """The name that requests carry in `model`."""
-    num_replicas: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Engine replicas."""
-    num_cpus_per_replica: Annotated[float, Field(gt=0, le=256)] = 1
-    """CPUs that Ray reserves for one replica; also its number of torch threads."""
-    num_gpus_per_replica: Annotated[float, Field(ge=0, le=8)] = 0
-    """GPUs that Ray reserves for one replica."""
+    models: Annotated[list[ModelArgs], Field(min_length=1)]
+    """Each answers the requests that name it."""
     num_cpus_for_ingress: Annotated[float, Field(ge=0, le=64)] = 0
     """CPUs that Ray reserves for the ingress, which tokenizes and speaks HTTP."""
-    max_concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Requests decoded together in one replica."""
-    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
-    """Requests waiting in one replica before further ones are answered 429."""
-    max_context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
-    """Prompt and answer of one request together."""
-    max_step_tokens: Annotated[int, Field(ge=64, le=1_048_576)] = 256
-    """Tokens that one step computes: how long a prompt being read delays the others' tokens."""
-    attention: AttentionKind = "auto"
-    """auto: block-sparse beyond 2,048 tokens if the model has gates; sparse: without them, too."""
-    kv_cache: Literal["float", "int8"] = "float"
-    """How keys and values are kept: as the weights' floating point, or in a quarter of float32."""
-    budget_mib: Annotated[int, Field(ge=1, le=2**24)] | None = None
-    """What a replica may take of memory (of the GPU's, for its weights); the rest is streamed."""
+
+    @field_validator("models")
+    @classmethod
+    def _names_differ(cls, models: list[ModelArgs]) -> list[ModelArgs]:
+        names = [model.model_name for model in models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"models {names} has a name twice; give each its own model_name")
+        return models
 
 
 def build_app(args: ServeArgs) -> Application:
-    """The Serve application: HTTP ingress in front of the model replicas."""
-    per_replica = args.max_concurrency + args.max_queued_requests + HEADROOM
-    replica = serve.deployment(
-        num_replicas=args.num_replicas,
-        max_ongoing_requests=per_replica,
+    """The Serve application: HTTP ingress in front of the replicas of every model."""
+    ingress = serve.deployment(
+        max_ongoing_requests=sum(map(_most_requests, args.models)) + HEADROOM,
+        graceful_shutdown_timeout_s=max(model.drain_s for model in args.models) + 5,
+        graceful_shutdown_wait_loop_s=0.5,
+        ray_actor_options={"num_cpus": args.num_cpus_for_ingress},
+    )(OpenAIIngress)
+    return ingress.bind(
+        {model.model_name: _bind_replicas(model) for model in args.models}, args.models
+    )
+
+
+def _bind_replicas(args: ModelArgs) -> Application:
+    is_fixed = args.max_replicas is None
+    scaling = None if is_fixed else _autoscaling(args, args.max_replicas or 1)
+    return serve.deployment(
+        name=deployment_name(args.model_name),
+        num_replicas=args.num_replicas if is_fixed else None,
+        autoscaling_config=scaling,
+        max_ongoing_requests=_most_at_once(args),
+        graceful_shutdown_timeout_s=args.drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_timeout_s=60,
+        request_router_config=RequestRouterConfig(
+            request_router_class=cast(Any, f"{PrefixRouter.__module__}:{PrefixRouter.__name__}"),
+            request_router_kwargs={"max_concurrency": args.max_concurrency},
+        ),
         ray_actor_options={
             "num_cpus": args.num_cpus_per_replica,
             "num_gpus": args.num_gpus_per_replica,
         },
-    )(ModelReplica)
-    ingress = serve.deployment(
-        max_ongoing_requests=args.num_replicas * per_replica + HEADROOM,
-        ray_actor_options={"num_cpus": args.num_cpus_for_ingress},
-    )(OpenAIIngress)
-    replicas = replica.bind(
-        args.model_dir,
-        max_concurrency=args.max_concurrency,
-        max_queued_requests=args.max_queued_requests,
-        max_context_tokens=args.max_context_tokens,
-        max_step_tokens=args.max_step_tokens,
-        attention=args.attention,
-        kv_cache=args.kv_cache,
-        budget_mib=args.budget_mib,
-        num_threads=max(1, int(args.num_cpus_per_replica)),
-    )
-    return ingress.bind(
-        replicas,
-        model_dir=args.model_dir,
-        model_name=args.model_name,
-        max_context_tokens=args.max_context_tokens,
+    )(ModelReplica).bind(args)
+
+
+def _autoscaling(args: EngineConfig, max_replicas: int) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=args.num_replicas,
+        max_replicas=max_replicas,
+        upscale_delay_s=5,
+        downscale_delay_s=120,
+        look_back_period_s=10,
+        policy=AutoscalingPolicy(
+            policy_function=f"{TokenScaling.__module__}:{TokenScaling.__name__}",
+            policy_kwargs={"tokens_per_replica": args.tokens_per_replica},
+        ),
     )
 
 
-def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 120.0) -> str:
+def _most_at_once(args: EngineConfig) -> int:
+    """Requests in one replica."""
+    return args.max_concurrency + args.max_queued_requests + HEADROOM
+
+
+def _most_requests(args: EngineConfig) -> int:
+    return (args.max_replicas or args.num_replicas) * _most_at_once(args)
+
+
+def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.0) -> str:
     """Serve `model_dir` from the running Ray and return the base URL once /health answers 200.
 
     Raises:
@@ -108,26 +124,19 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 120.
     check_context(config.max_context_tokens, ModelConfig.load(model_dir))
     check_port_is_free(config.host, config.port)
     _check_serve_is_ours_to_start()
-    args = ServeArgs(
-        model_dir=model_dir,
-        model_name=config.model_name,
-        num_replicas=config.num_replicas,
-        num_cpus_per_replica=config.num_cpus_per_replica,
-        num_gpus_per_replica=config.num_gpus_per_replica,
-        max_concurrency=config.max_concurrency,
-        max_queued_requests=config.max_queued_requests,
-        max_context_tokens=config.max_context_tokens,
-        max_step_tokens=config.max_step_tokens,
-        attention=config.attention,
-        kv_cache=config.kv_cache,
-        budget_mib=config.budget_mib,
-    )
+    values = asdict(config)
+    del values["host"], values["port"]
+    app = build_app(ServeArgs(models=[ModelArgs(model_dir=model_dir, **values)]))
     serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     reachable = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{reachable}:{config.port}"
     try:
-        _deploy(args)
-        _wait_until_healthy(url, timeout_s)
+        serve.run_many(
+            [serve.RunTarget(app, name=APP_NAME, route_prefix="/")],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        _wait_until_healthy(url, config, timeout_s)
     except BaseException:
         stop_server()
         raise
@@ -149,18 +158,6 @@ def _check_serve_is_ours_to_start() -> None:
         )
 
 
-def _deploy(args: ServeArgs) -> None:
-    try:
-        serve.run(build_app(args), name=APP_NAME, route_prefix="/")
-    except RuntimeError as error:
-        # Serve's own message only names the deployments; theirs end with the traceback.
-        deployments = serve.status().applications[APP_NAME].deployments
-        reasons = [f"{name}: {item.message}" for name, item in deployments.items() if item.message]
-        raise ServingError(
-            "\n".join([f"{args.model_dir} cannot be served ({error})", *reasons]), status=500
-        ) from error
-
-
 def check_port_is_free(host: str, port: int) -> None:
     """Raise ConfigError when `serve.host` and `serve.port` cannot be listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -175,15 +172,25 @@ def check_port_is_free(host: str, port: int) -> None:
             ) from error
 
 
-def _wait_until_healthy(url: str, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
+def _wait_until_healthy(url: str, config: EngineConfig, timeout_s: float) -> None:
+    started = time.monotonic()
+    explain_at = started + EXPLAIN_EVERY_S
     while True:
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=10):
                 return
-        except (urllib.error.URLError, OSError) as error:
-            if time.monotonic() > deadline:
-                raise ServingError(
-                    f"{url}/health did not answer 200 within {timeout_s} s ({error})", status=503
-                ) from error
+        except (urllib.error.URLError, OSError):
+            now = time.monotonic()
+        failure = find_failure(APP_NAME)
+        if failure is not None:
+            raise ServingError(f"{config.model_name} cannot be served: {failure}", status=500)
+        if now > explain_at:
+            reason = explain_waiting(APP_NAME, config)
+            logger.info("waiting for %s since %.0f s: %s", config.model_name, now - started, reason)
+            explain_at = now + EXPLAIN_EVERY_S
+        if now > started + timeout_s:
+            reason = explain_waiting(APP_NAME, config)
+            raise ServingError(
+                f"{url}/health did not answer 200 within {timeout_s} s ({reason})", status=503
+            )
         time.sleep(0.2)

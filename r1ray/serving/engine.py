@@ -1,10 +1,10 @@
 """Asynchronous access to one `BatchGenerator`, which a single thread of its own drives.
 
 1. `submit` registers a request, in the caller's event loop, unless too many are open.
-2. The engine thread takes commands (submit, cancel, close), admits waiting requests while rows are
-   free, runs one step of the generator and hands the step's tokens to the callers' loops.
-3. A step that raises fails the requests that were in the generator, and only those: a fresh
-   generator replaces it, since the state of the old one is unknown.
+2. The engine thread takes commands (submit, cancel, probe, close), runs one step of the generator,
+   which says who waits and who runs, and hands the step's tokens to the callers' loops.
+3. A step that raises fails the requests that had begun, and only those: a fresh generator replaces
+   it, since the state of the old one is unknown, and the others are added anew.
 
 Price: a command waits for the step in progress; one wake-up of a caller's loop per step. Callers
 that read slowly get several tokens at once, so the engine never waits for them.
@@ -14,11 +14,16 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 
+from prometheus_client.metrics_core import Metric
+
 from r1ray.errors import ServingError, ShapeError
-from r1ray.models.generation import BatchGenerator, GenerationRequest, TokenEvent
+from r1ray.models.generation import BatchGenerator
+from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
+from r1ray.serving.engine_metrics import EngineMetrics
 
 __all__ = ["Engine"]
 
@@ -30,6 +35,8 @@ class _Submission:
     request: GenerationRequest
     loop: asyncio.AbstractEventLoop
     inbox: asyncio.Queue[TokenEvent | ServingError] = field(default_factory=asyncio.Queue)
+    arrived_at: float = field(default_factory=time.perf_counter)
+    latest_token_at: float | None = None
 
 
 _Delivery = tuple[_Submission, TokenEvent | ServingError]
@@ -40,6 +47,12 @@ class _Cancel:
     request_id: str
 
 
+@dataclass(frozen=True)
+class _Probe:
+    future: asyncio.Future[None]
+    loop: asyncio.AbstractEventLoop
+
+
 class _Close:
     """Ends the engine thread."""
 
@@ -48,10 +61,10 @@ class Engine:
     """Serves token streams from one model to any number of asyncio callers.
 
     Args:
-        build_generator: makes a generator with `max_concurrency` free rows; called once here and
+        build_generator: makes a generator for `max_concurrency` sequences; called once here and
             again on the engine thread after a failed step.
         max_concurrency: requests decoded together.
-        max_queued_requests: further requests that may wait for a row.
+        max_queued_requests: further requests that may wait.
     """
 
     def __init__(
@@ -64,14 +77,18 @@ class Engine:
         self._build_generator = build_generator
         self._max_concurrency = max_concurrency
         self._max_queued_requests = max_queued_requests
-        self._commands: queue.SimpleQueue[_Submission | _Cancel | _Close] = queue.SimpleQueue()
+        self._metrics = EngineMetrics()
+        self._commands: queue.SimpleQueue[_Submission | _Cancel | _Probe | _Close] = (
+            queue.SimpleQueue()
+        )
         self._lock = threading.Lock()  # guards the next two
         self._open_ids: set[str] = set()
         self._closed = False
-        # The rest belongs to the engine thread.
-        self._waiting: dict[str, _Submission] = {}
-        self._running: dict[str, _Submission] = {}
+        # The rest belongs to the engine thread; `_stats` is replaced by it, never changed.
+        self._submissions: dict[str, _Submission] = {}
+        self._probes: list[_Probe] = []
         self._generator = build_generator()
+        self._stats = self._generator.stats()
         self._thread = threading.Thread(target=self._run, name="r1ray-engine", daemon=True)
         self._thread.start()
 
@@ -86,14 +103,32 @@ class Engine:
         return len(self._open_ids)
 
     @property
-    def num_running(self) -> int:
-        """Requests that hold a row, as of the latest step."""
-        return len(self._running)
+    def stats(self) -> GeneratorStats:
+        """As of the latest step."""
+        return self._stats
+
+    def metrics(self) -> list[Metric]:
+        """For Prometheus, as of the latest step."""
+        return self._metrics.read(self._stats)
+
+    async def probe(self) -> None:
+        """Return once the model has computed something: the step in progress, or one token.
+
+        Raises:
+            ServingError: it failed, or the engine is closed.
+        """
+        loop = asyncio.get_running_loop()
+        probe = _Probe(loop.create_future(), loop)
+        with self._lock:
+            if self._closed:
+                raise _closed_error()
+            self._commands.put(probe)
+        await probe.future
 
     async def submit(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent]]:
         """Stream the tokens of `request`, as many at a time as are there; the last has a reason.
 
-        Closing the iterator, or cancelling the task that reads it, frees the request's row.
+        Closing the iterator, or cancelling the task that reads it, frees the request's memory.
 
         Raises:
             ServingError: 429 when the queue is full, 503 when the engine is closed, 500 when the
@@ -129,6 +164,7 @@ class Engine:
             if self._closed:
                 raise _closed_error()
             if len(self._open_ids) >= self._max_concurrency + self._max_queued_requests:
+                self._metrics.note_failure(429)
                 raise ServingError(
                     f"{self._max_concurrency} requests are running and "
                     f"{self._max_queued_requests} are waiting; try again later",
@@ -149,14 +185,15 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._take_commands():
-                self._admit()
                 try:
-                    events = self._generator.step()
+                    events = self._step()
                 except Exception:
-                    logger.exception("a step failed with %d requests", len(self._running))
+                    logger.exception("a step failed with %d requests", len(self._submissions))
                     self._recover()
                 else:
                     self._deliver((event.request_id, event) for event in events)
+                    self._settle(None)
+                self._stats = self._generator.stats()
         except Exception:
             logger.exception("the engine thread died")
         finally:
@@ -164,43 +201,65 @@ class Engine:
 
     def _take_commands(self) -> bool:
         """Apply all commands that are there; wait for one when idle. False: close."""
-        while not (self._waiting or self._running) or not self._commands.empty():
+        while not (self._submissions or self._probes) or not self._commands.empty():
             command = self._commands.get()
             if isinstance(command, _Submission):
-                self._waiting[command.request.request_id] = command
+                self._submissions[command.request.request_id] = command
+                self._add(command)
             elif isinstance(command, _Cancel):
-                self._waiting.pop(command.request_id, None)
-                if self._running.pop(command.request_id, None) is not None:
+                if self._submissions.pop(command.request_id, None) is not None:
                     self._generator.cancel(command.request_id)
+                self._stats = self._generator.stats()
+            elif isinstance(command, _Probe):
+                self._probes.append(command)
             else:
                 return False
         return True
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_concurrency:
-            request_id = next(iter(self._waiting))
-            submission = self._running[request_id] = self._waiting.pop(request_id)
-            try:
-                self._generator.add(submission.request)
-            except ShapeError as error:
-                self._deliver([(request_id, ServingError(str(error), status=400))])
+    def _add(self, submission: _Submission) -> None:
+        try:
+            self._generator.add(submission.request)
+        except ShapeError as error:
+            refusal = ServingError(str(error), status=400)
+            self._deliver([(submission.request.request_id, refusal)])
+
+    def _step(self) -> list[TokenEvent]:
+        if self._submissions:
+            return self._generator.step()
+        self._generator.probe()
+        return []
 
     def _recover(self) -> None:
         error = ServingError("the model failed on this batch", status=500, code="internal_error")
-        self._deliver([(request_id, error) for request_id in self._running])
+        self._settle(error)
+        begun = self._generator.begun or set(self._submissions)
+        self._deliver([(name, error) for name in self._submissions if name in begun])
         del self._generator  # its cache must be gone before the next one is allocated
         self._generator = self._build_generator()
+        for submission in list(self._submissions.values()):
+            self._add(submission)
+
+    def _settle(self, error: ServingError | None) -> None:
+        """Answer the probes."""
+        for probe in self._probes:
+            try:
+                probe.loop.call_soon_threadsafe(_set_result, probe.future, error)
+            except RuntimeError:  # the loop is closed, and who asked with it
+                continue
+        self._probes.clear()
 
     def _deliver(self, items: Iterable[tuple[str, TokenEvent | ServingError]]) -> None:
         """Pass each item to its caller; an error or a finish reason ends the submission here."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
+        now = time.perf_counter()
         for request_id, found in items:
             item: TokenEvent | ServingError = found
             if isinstance(found, TokenEvent) and found.failure is not None:
                 item = ServingError(found.failure, status=500, code="internal_error")
-            submission = self._running[request_id]
+            submission = self._submissions[request_id]
+            self._note(submission, item, now)
             if isinstance(item, ServingError) or item.finish_reason is not None:
-                del self._running[request_id]
+                del self._submissions[request_id]
             by_loop.setdefault(submission.loop, []).append((submission, item))
         for loop, pairs in by_loop.items():
             try:
@@ -209,16 +268,28 @@ class Engine:
                 for submission, _ in pairs:
                     self._unregister(submission.request.request_id, cancel=True)
 
+    def _note(self, submission: _Submission, item: TokenEvent | ServingError, now: float) -> None:
+        if isinstance(item, ServingError):
+            self._metrics.note_failure(item.status)
+            return
+        latest = submission.latest_token_at
+        since = submission.arrived_at if latest is None else latest
+        self._metrics.note_token(now - since, is_first=latest is None)
+        submission.latest_token_at = now
+        if item.finish_reason is not None:
+            self._metrics.note_answer(item.finish_reason, now - submission.arrived_at)
+
     def _end(self) -> None:
         with self._lock:
             self._closed = True
         while not self._commands.empty():
             command = self._commands.get()
             if isinstance(command, _Submission):
-                self._waiting[command.request.request_id] = command
-        self._running |= self._waiting
-        self._waiting.clear()
-        self._deliver([(request_id, _closed_error()) for request_id in self._running])
+                self._submissions[command.request.request_id] = command
+            elif isinstance(command, _Probe):
+                self._probes.append(command)
+        self._settle(_closed_error())
+        self._deliver([(request_id, _closed_error()) for request_id in self._submissions])
 
 
 def _drain(
@@ -238,6 +309,15 @@ def _drain(
 def _put_all(pairs: list[_Delivery]) -> None:
     for submission, item in pairs:
         submission.inbox.put_nowait(item)
+
+
+def _set_result(future: asyncio.Future[None], error: ServingError | None) -> None:
+    if future.done():  # who asked did not wait
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
 
 
 def _closed_error() -> ServingError:

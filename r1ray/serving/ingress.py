@@ -7,28 +7,34 @@ defined: routes and helpers come before it or from other modules, and the class 
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, cast
 
 from fastapi import Depends, FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import Metric
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from r1ray.config.serving import ModelArgs
 from r1ray.errors import ServingError
 from r1ray.models import ModelConfig
-from r1ray.models.generation import GenerationRequest, TokenEvent
+from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
+from r1ray.serving.answering import AnsweringModel, ServedModel
 from r1ray.serving.api_keys import ENVIRONMENT_NAME, read_keys, require_key
+from r1ray.serving.engine_metrics import render_metrics
+from r1ray.serving.readiness import explain_waiting
 from r1ray.serving.replica import Failure, compile_forms
 from r1ray.serving.responses import add_error_handlers, json_response, read_body, respond
-from r1ray.serving.service import CompletionService, ServedModel
+from r1ray.serving.service import CompletionService
 
 __all__ = ["OpenAIIngress", "RemoteModel", "load_served_model"]
 
-PING_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 5.0
 KEYED = [Depends(require_key)]
 
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -38,8 +44,8 @@ add_error_handlers(app)
 class RemoteModel:
     """The model replicas behind a Serve handle, as the service wants to see them."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._ping = handle.ping
+    def __init__(self, handle: DeploymentHandle, args: ModelArgs) -> None:
+        self._handle, self._args = handle, args
         self._generate = handle.options(stream=True).generate
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[TokenEvent]]:
@@ -62,30 +68,42 @@ class RemoteModel:
             if not finished:
                 response.cancel()
 
-    async def ping(self) -> None:
-        """Return once a replica answers.
+    async def probe(self) -> None:
+        """Return once a replica's model has computed something.
 
         Raises:
-            ServingError: 503 when none does in time.
+            ServingError: 503 when none does in time, with the reason.
         """
         try:
-            await asyncio.wait_for(_result(self._ping.remote()), PING_TIMEOUT_S)
+            await asyncio.wait_for(_result(self._handle.probe.remote()), PROBE_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
-            raise _unavailable("no model replica answers") from error
+            app_name = serve.get_replica_context().app_name
+            reason = await asyncio.to_thread(explain_waiting, app_name, self._args)
+            raise _unavailable(f"{self._args.model_name} does not answer: {reason}") from error
+
+    async def read_metrics(self) -> list[tuple[dict[str, str], list[Metric]]]:
+        """Of every replica, with labels that name it; empty where there is none."""
+        name = self._args.model_name
+        try:
+            response = self._handle.broadcast("read_metrics")
+            found = await asyncio.wait_for(response.results_async(), PROBE_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError):
+            return []
+        return [({"model_name": name, "replica": replica}, read) for replica, read in found]
 
 
-def load_served_model(model_dir: str, name: str, max_context_tokens: int) -> ServedModel:
+def load_served_model(args: ModelArgs) -> ServedModel:
     """What the ingress needs of the model directory: tokenizer, end tokens, sizes; no weights."""
-    config = ModelConfig.load(model_dir)
-    tokenizer = Tokenizer(model_dir)
+    config = ModelConfig.load(args.model_dir)
+    tokenizer = Tokenizer(args.model_dir)
     return ServedModel(
-        name=name,
+        name=args.model_name,
         tokenizer=tokenizer,
         stop_token_ids=frozenset({tokenizer.eos_token_id, *config.eos_token_ids}),
-        max_context_tokens=max_context_tokens,
+        max_context_tokens=args.max_context_tokens,
         vocab_size=config.vocab_size,
         created=int(time.time()),
-        forms=compile_forms(model_dir),
+        forms=compile_forms(args.model_dir),
     )
 
 
@@ -99,26 +117,33 @@ async def _result(response: Any) -> Any:
 
 @serve.ingress(app)
 class OpenAIIngress:
-    """Parses, tokenizes and detokenizes; the model runs in the deployment behind `replicas`."""
+    """Parses, tokenizes and detokenizes; each model runs in a deployment of its own.
+
+    Args:
+        replicas: of each model, by its name.
+    """
 
     def __init__(
-        self,
-        replicas: DeploymentHandle,
-        *,
-        model_dir: str,
-        model_name: str,
-        max_context_tokens: int,
+        self, replicas: Mapping[str, DeploymentHandle], models: Sequence[ModelArgs]
     ) -> None:
         setup_logging()
         read_keys(os.environ.get(ENVIRONMENT_NAME))  # what is wrong with them is said at once
-        self._model = RemoteModel(replicas)
-        served = load_served_model(model_dir, model_name, max_context_tokens)
-        self._service = CompletionService(served, self._model.generate)
+        self._models = [RemoteModel(replicas[args.model_name], args) for args in models]
+        self._service = CompletionService(
+            AnsweringModel(load_served_model(args), model.generate)
+            for args, model in zip(models, self._models, strict=True)
+        )
 
     @app.get("/health")
     async def health(self) -> Response:
-        await self._model.ping()
+        await asyncio.gather(*[model.probe() for model in self._models])
         return json_response({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics(self) -> Response:
+        found = await asyncio.gather(*[model.read_metrics() for model in self._models])
+        text = render_metrics(item for items in found for item in items)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models", dependencies=KEYED)
     async def list_models(self) -> Response:

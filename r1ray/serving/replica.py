@@ -7,24 +7,28 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+from prometheus_client.metrics_core import Metric
+from ray import serve
 
-from r1ray.config.schema import AttentionKind
+from r1ray.config.serving import EngineConfig, ModelArgs
 from r1ray.errors import ConfigError, ServingError
 from r1ray.models import ModelConfig, load_model
+from r1ray.models.answer_lengths import AnswerLengths, read_answer_lengths
 from r1ray.models.decoder import Decoder
 from r1ray.models.gates import set_attention
-from r1ray.models.generation import BatchGenerator, GenerationRequest, TokenEvent
+from r1ray.models.generation import BatchGenerator
 from r1ray.models.grammar import FormCompiler
-from r1ray.models.kv_cache import cache_bytes
+from r1ray.models.kv_cache import count_pages, page_bytes
 from r1ray.models.quantization import tie_head
+from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.tiered import load_to_serve, move_to_device
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
 from r1ray.ops import native
 from r1ray.serving.engine import Engine
+from r1ray.serving.scaling import TOKENS_DUE
 
 __all__ = ["Failure", "ModelReplica", "build_engine", "check_context", "compile_forms"]
 
@@ -66,79 +70,53 @@ def compile_forms(model_dir: str) -> FormCompiler:
     return FormCompiler(tokenizer, vocab_size=config.vocab_size, stop_token_ids=stops)
 
 
-def build_engine(
-    model_dir: str,
-    *,
-    max_concurrency: int,
-    max_queued_requests: int,
-    max_context_tokens: int,
-    max_step_tokens: int = 256,
-    attention: AttentionKind = "auto",
-    kv_cache: Literal["float", "int8"] = "float",
-    budget_mib: int | None = None,
-) -> Engine:
-    """An engine over the model in `model_dir`, on the GPU that Ray gave this process, if any."""
-    check_context(max_context_tokens, ModelConfig.load(model_dir))
-    kv_dtype = torch.int8 if kv_cache == "int8" else None
-    kv_bytes = cache_bytes(
-        ModelConfig.load(model_dir),
-        max_rows=max_concurrency,
-        max_tokens=max_context_tokens,
-        dtype=kv_dtype or torch.float32,
-    )
-    model = _load(model_dir, budget_mib, kv_bytes)
-    set_attention(model, attention)
-    forms = compile_forms(model_dir)
+def build_engine(model_dir: str, config: EngineConfig) -> Engine:
+    """An engine over the model in `model_dir`, on the GPU that Ray gave this process, if any.
+
+    Raises:
+        ConfigError: contexts are longer than the model's, or memory is too small for one.
+    """
+    check_context(config.max_context_tokens, ModelConfig.load(model_dir))
+    counts = read_answer_lengths(model_dir)
+    kv_dtype = torch.int8 if config.kv_cache == "int8" else None
+    model = _load(model_dir, config)
+    set_attention(model, config.attention)
+    num_pages = _count_pages(config, model.config, kv_dtype or model.model.norm.weight.dtype)
+    forms, lengths = compile_forms(model_dir), AnswerLengths(counts)
     return Engine(
         lambda: BatchGenerator(
             model,
-            max_concurrency=max_concurrency,
-            max_context_tokens=max_context_tokens,
-            max_step_tokens=max_step_tokens,
+            max_concurrency=config.max_concurrency,
+            max_context_tokens=config.max_context_tokens,
+            max_step_tokens=config.max_step_tokens,
+            num_pages=num_pages,
             kv_dtype=kv_dtype,
+            lengths=lengths,
             forms=forms,
         ),
-        max_concurrency=max_concurrency,
-        max_queued_requests=max_queued_requests,
+        max_concurrency=config.max_concurrency,
+        max_queued_requests=config.max_queued_requests,
     )
 
 
 class ModelReplica:
-    """Streams tokens for the ingress; unhealthy as soon as its engine thread has died."""
+    """Streams tokens for the ingress; unhealthy as soon as its engine computes nothing any more."""
 
-    def __init__(
-        self,
-        model_dir: str,
-        *,
-        max_concurrency: int,
-        max_queued_requests: int,
-        max_context_tokens: int,
-        max_step_tokens: int,
-        attention: AttentionKind,
-        kv_cache: Literal["float", "int8"],
-        budget_mib: int | None,
-        num_threads: int,
-    ) -> None:
+    def __init__(self, args: ModelArgs) -> None:
         setup_logging()
+        num_threads = max(1, int(args.num_cpus_per_replica))
         torch.set_num_threads(num_threads)
-        self._engine = build_engine(
-            model_dir,
-            max_concurrency=max_concurrency,
-            max_queued_requests=max_queued_requests,
-            max_context_tokens=max_context_tokens,
-            max_step_tokens=max_step_tokens,
-            attention=attention,
-            kv_cache=kv_cache,
-            budget_mib=budget_mib,
+        self._engine = build_engine(args.model_dir, args)
+        logger.info(
+            "%s is loaded; %d torch threads; %s", args.model_dir, num_threads, native.describe()
         )
-        logger.info("%s is loaded; %d torch threads; %s", model_dir, num_threads, native.describe())
 
     async def generate(
         self, request: GenerationRequest
     ) -> AsyncIterator[Sequence[TokenEvent] | Failure]:
         """The tokens of `request` as they come; a Failure is the last item.
 
-        Cancelling the call, which Serve does when the client is gone, frees the request's row.
+        Cancelling the call, which Serve does when the client is gone, frees the request's memory.
         """
         try:
             async with aclosing(self._engine.submit(request)) as batches:
@@ -147,38 +125,59 @@ class ModelReplica:
         except ServingError as error:
             yield Failure.of(error)
 
-    async def ping(self) -> tuple[int, int]:
-        """(requests open, requests that hold a row).
+    async def probe(self) -> None:
+        """Return once the model has computed something."""
+        await self._engine.probe()
 
-        Raises:
-            RuntimeError: the engine thread has died.
-        """
-        self.check_health()
-        return self._engine.num_open, self._engine.num_running
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces the replica when this raises or takes too long."""
+        await self._engine.probe()
 
-    def check_health(self) -> None:
-        """Called by Serve, which replaces the replica when this raises."""
-        if not self._engine.is_alive:
-            raise RuntimeError("the engine thread has died")
+    async def read_metrics(self) -> tuple[str, list[Metric]]:
+        """(which replica this is, what its engine tells)."""
+        return serve.get_replica_context().replica_id.unique_id, self._engine.metrics()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for `r1ray.serving.scaling`."""
+        return {TOKENS_DUE: self._engine.stats.num_tokens_due}
 
     def __del__(self) -> None:
         if hasattr(self, "_engine"):  # absent when loading failed
             self._engine.close()
 
 
-def _load(model_dir: str, budget_mib: int | None, kv_bytes: int) -> Decoder:
+def _count_pages(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+    """Of the pool."""
+    one = count_pages(config.max_context_tokens)
+    if config.kv_cache_mib is None:
+        return config.max_concurrency * one
+    size = page_bytes(model, dtype)
+    if (found := (config.kv_cache_mib << 20) // size) < one:
+        raise ConfigError(
+            f"serve.kv_cache_mib ({config.kv_cache_mib}) is below the {one * size / 2**20:.1f} MiB "
+            f"of one request of max_context_tokens ({config.max_context_tokens}); raise it or "
+            "lower that"
+        )
+    return found
+
+
+def _load(model_dir: str, config: EngineConfig) -> Decoder:
     has_gpu = torch.cuda.is_available()
-    if budget_mib is not None and not has_gpu:
-        if kv_bytes >= budget_mib << 20:
+    if config.budget_mib is not None and not has_gpu:
+        model_config = ModelConfig.load(model_dir)
+        dtype = torch.int8 if config.kv_cache == "int8" else torch.float32
+        kv_bytes = _count_pages(config, model_config, dtype) * page_bytes(model_config, dtype)
+        if kv_bytes >= config.budget_mib << 20:
             raise ConfigError(
-                f"serve.budget_mib ({budget_mib}) is below the {kv_bytes / 2**20:.0f} MiB of "
-                "max_concurrency requests of max_context_tokens; raise it or lower them"
+                f"serve.budget_mib ({config.budget_mib}) is below the {kv_bytes / 2**20:.0f} MiB "
+                "of keys and values; raise it, or lower kv_cache_mib, max_concurrency or "
+                "max_context_tokens"
             )
-        budget_bytes = budget_mib << 20
+        budget_bytes = config.budget_mib << 20
         return load_to_serve(model_dir, budget_bytes=budget_bytes, reserved_bytes=kv_bytes).model
     model = load_model(model_dir)
-    if budget_mib is not None:
-        move_to_device(model, torch.device("cuda"), budget_bytes=budget_mib << 20)
+    if config.budget_mib is not None:
+        move_to_device(model, torch.device("cuda"), budget_bytes=config.budget_mib << 20)
     elif has_gpu:
         model = model.to("cuda")
         tie_head(model)

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from ray import serve
+from prometheus_client.parser import text_string_to_metric_families
 
-from r1ray.config.schema import ServeConfig
+from r1ray.config.serving import ServeConfig
 from r1ray.serving.app import start_server, stop_server
 from tests.fakes import write_tiny_model
 
@@ -74,9 +74,19 @@ def text_of(answer: Any) -> str:
     return content
 
 
-def count_requests() -> tuple[int, int]:
-    """(requests open, requests that hold a row) in the replica."""
-    return serve.get_deployment_handle("ModelReplica", "r1ray").ping.remote().result(timeout_s=20)
+def read_metrics(http: httpx.Client) -> dict[str, float]:
+    """Values by name; of all labels together."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0) + sample.value
+    return found
+
+
+def count_requests(http: httpx.Client) -> tuple[int, int]:
+    """(requests running, requests waiting), as of the latest step."""
+    found = read_metrics(http)
+    return int(found["r1ray:num_requests_running"]), int(found["r1ray:num_requests_waiting"])
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -237,7 +247,9 @@ def test_concurrent_requests_get_the_answers_they_get_alone(client: openai.OpenA
     assert together == alone
 
 
-def test_clients_that_leave_free_their_rows(base_url: str, client: openai.OpenAI) -> None:
+def test_clients_that_leave_free_their_memory(
+    base_url: str, client: openai.OpenAI, http: httpx.Client
+) -> None:
     with (
         httpx.Client(base_url=base_url, timeout=60) as leaving,
         leaving.stream("POST", "/v1/chat/completions", json=ENDLESS | {"stream": True}) as response,
@@ -245,14 +257,14 @@ def test_clients_that_leave_free_their_rows(base_url: str, client: openai.OpenAI
         assert response.status_code == 200
         lines = response.iter_lines()  # httpx leaves when this iterator is dropped
         next(lines)
-        assert count_requests() == (1, 1)
-    until(lambda: count_requests() == (0, 0))
+        assert count_requests(http) == (1, 0)
+    until(lambda: count_requests(http) == (0, 0))
     with (
         httpx.Client(base_url=base_url, timeout=0.5) as leaving,
         pytest.raises(httpx.ReadTimeout),
     ):
         leaving.post("/v1/chat/completions", json=ENDLESS)
-    until(lambda: count_requests() == (0, 0))
+    until(lambda: count_requests(http) == (0, 0))
     assert text_of(ask(client))
 
 
@@ -270,11 +282,11 @@ def test_full_queue_answers_429_with_retry_after(base_url: str, http: httpx.Clie
 
     with ThreadPoolExecutor(capacity) as pool:
         occupied = [pool.submit(occupy) for _ in range(capacity)]
-        until(lambda: count_requests()[0] == capacity)
+        until(lambda: sum(count_requests(http)) == capacity)
         response = http.post("/v1/chat/completions", json=ENDLESS)
         leave.set()
         for future in occupied:
             future.result(timeout=60)
     check_error(response, 429, "rate_limit_exceeded", None)
     assert response.headers["retry-after"] == "1"
-    until(lambda: count_requests() == (0, 0))
+    until(lambda: count_requests(http) == (0, 0))

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from r1ray.errors import ShapeError
-from r1ray.models.generation import BatchGenerator, GenerationRequest
+from r1ray.models.generation import BatchGenerator
 from r1ray.models.grammar import FormCompiler, choice_form, json_form, regex_form
+from r1ray.models.requests import GenerationRequest
 from r1ray.models.sampling import SamplingParams
 from r1ray.models.tokenizer import Tokenizer
 from tests.fakes import EOS_ID, VOCAB_SIZE, tiny_model, write_tiny_model

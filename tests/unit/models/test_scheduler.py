@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1ray.errors import ShapeError
+from r1ray.models.answer_lengths import AnswerLengths
 from r1ray.models.pages import PagePool, chain_digests
 from r1ray.models.scheduler import Scheduler, Step
 from r1ray.ops.block_selection import BLOCK
@@ -46,6 +47,24 @@ class HashModel:
         return chosen
 
 
+class NextToken(AnswerLengths):
+    """Predicts too little: pages run out."""
+
+    def predict(self, num_written: int, max_new_tokens: int) -> int:
+        return min(num_written + 1, max_new_tokens)
+
+
+class Guess(AnswerLengths):
+    """Predicts anything that is possible."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._chance = random.Random(seed)
+
+    def predict(self, num_written: int, max_new_tokens: int) -> int:
+        return self._chance.randint(min(num_written + 1, max_new_tokens), max_new_tokens)
+
+
 def next_token(tokens: list[int]) -> int:
     return random.Random(str(tokens)).randrange(VOCABULARY)
 
@@ -65,7 +84,7 @@ def drive(
     at = 0
     while arrivals or scheduler.waiting or scheduler.running:
         for request in arrivals.pop(at, []):
-            scheduler.add(*request[:3], predicted_new=request[3])
+            scheduler.add(*request)
         step = scheduler.plan()
         assert list(step) or not scheduler.waiting, "something always goes on"
         assert all(len(piece.sequence.pages) * BLOCK >= piece.start + piece.count for piece in step)
@@ -85,7 +104,6 @@ REQUESTS = st.lists(
         st.integers(1, 5 * BLOCK) | st.sampled_from([1, 63, 64, 65, 128]),  # prompt tokens
         st.integers(0, 3),  # which beginning it has
         st.integers(1, 2 * BLOCK),  # the most new tokens
-        st.integers(1, 2 * BLOCK),  # predicted
         st.integers(0, 30),  # arrival
     ),
     min_size=1,
@@ -102,22 +120,24 @@ REQUESTS = st.lists(
     seed=st.integers(0, 100),
 )
 def test_answers_are_those_of_each_alone_and_no_page_is_lost(
-    requests: list[tuple[int, int, int, int, int]],
+    requests: list[tuple[int, int, int, int]],
     num_pages: int,
     max_sequences: int,
     budget: int,
     seed: int,
 ) -> None:
     pool = PagePool(num_pages)
-    scheduler = Scheduler(pool, max_sequences=max_sequences, max_step_tokens=budget)
+    scheduler = Scheduler(
+        pool, max_sequences=max_sequences, max_step_tokens=budget, lengths=Guess(seed)
+    )
     wanted, prompts = dict[str, int](), dict[str, list[int]]()
     arrivals = dict[int, list[Any]]()
     chance = random.Random(seed)
-    for number, (length, beginning, most, predicted, arrival) in enumerate(requests):
+    for number, (length, beginning, most, arrival) in enumerate(requests):
         name = f"r{number}"
         prompts[name] = [beginning] * (length // 2) + [number] * (length - length // 2)
         wanted[name] = chance.randint(1, most)
-        arrivals.setdefault(arrival, []).append((name, prompts[name], most, predicted))
+        arrivals.setdefault(arrival, []).append((name, prompts[name], most))
     answers, steps = drive(scheduler, pool, wanted, arrivals)
     for name, answer in answers.items():
         assert answer == alone(prompts[name], wanted[name])
@@ -167,9 +187,9 @@ def test_running_answers_go_on_while_a_long_prompt_is_read() -> None:
 
 def test_the_newest_gives_up_its_pages_and_is_answered_all_the_same() -> None:
     pool = PagePool(5)
-    scheduler = Scheduler(pool, max_sequences=4, max_step_tokens=256)
+    scheduler = Scheduler(pool, max_sequences=4, max_step_tokens=256, lengths=NextToken())
     prompts = {"old": [1] * 60, "new": [2] * 60}
-    arrivals = {0: [(name, prompt, 200, 1) for name, prompt in prompts.items()]}
+    arrivals = {0: [(name, prompt, 200) for name, prompt in prompts.items()]}
     answers, steps = drive(scheduler, pool, {"old": 190, "new": 190}, arrivals)
     assert [item.request_id for step in steps for item in step.preempted] == ["new"]
     assert answers == {name: alone(prompt, 190) for name, prompt in prompts.items()}
@@ -177,16 +197,16 @@ def test_the_newest_gives_up_its_pages_and_is_answered_all_the_same() -> None:
 
 def test_what_gives_its_pages_to_a_later_piece_of_a_step_is_not_in_it() -> None:
     pool = PagePool(4)
-    scheduler = Scheduler(pool, max_sequences=4, max_step_tokens=64)
+    scheduler = Scheduler(pool, max_sequences=4, max_step_tokens=64, lengths=NextToken())
     model = HashModel(pool)
     wanted = {"old": 140, "a": 200, "c": 9, "d": 9, "e": 9}
-    scheduler.add("old", [1] * 10, 140, predicted_new=1)
-    scheduler.add("a", [2] * 10, 200, predicted_new=1)
+    scheduler.add("old", [1] * 10, 140)
+    scheduler.add("a", [2] * 10, 200)
     num_preempted = 0
     for number in range(1000):
         if number == 130:
             for name in "cde":
-                scheduler.add(name, [3] * 5, 20, predicted_new=1)
+                scheduler.add(name, [3] * 5, 20)
         step = scheduler.plan()
         num_preempted += len(step.preempted)
         assert all(piece.sequence.pages for piece in step)

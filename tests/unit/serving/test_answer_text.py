@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1ray.models.generation import TokenEvent
+from r1ray.models.requests import TokenEvent
 from r1ray.models.sampling import SampledToken
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.serving.answer_text import AnswerText, StopStrings, join_pieces

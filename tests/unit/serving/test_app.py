@@ -6,10 +6,10 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from r1ray.config.schema import ServeConfig
+from r1ray.config.serving import ServeConfig
 from r1ray.errors import ConfigError
 from r1ray.serving.app import ServeArgs, start_server
 from tests.fakes import write_tiny_model
@@ -63,16 +63,20 @@ def test_misspelt_serve_keys_are_found(tree: dict[str, Any]) -> None:
 
 def test_unknown_argument_of_the_builder_is_refused() -> None:
     with pytest.raises(ValidationError, match="max_concurency"):
-        ServeArgs.model_validate({"model_dir": "d", "model_name": "m", "max_concurency": 1})
+        ServeArgs.model_validate(
+            {"models": [{"model_dir": "d", "model_name": "m", "max_concurency": 1}]}
+        )
 
 
-def test_arguments_and_serve_section_have_the_same_bounds_and_defaults() -> None:
-    config = TypeAdapter(ServeConfig).json_schema()["properties"]
-    args = ServeArgs.model_json_schema()["properties"]
-    shared = config.keys() & args.keys()
-    assert shared == config.keys() - {"host", "port"}
-    for name in shared:
-        assert args[name] == config[name]
+def test_models_have_names_of_their_own() -> None:
+    model = {"model_dir": "d", "model_name": "m"}
+    with pytest.raises(ValidationError, match="has a name twice"):
+        ServeArgs.model_validate({"models": [model, model]})
+
+
+def test_fewer_replicas_at_most_than_at_least_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"max_replicas \(1\) is below num_replicas \(2\)"):
+        ServeConfig(model_name="tiny", num_replicas=2, max_replicas=1)
 
 
 def test_port_in_use_is_named_before_anything_starts(tmp_path: Path) -> None:

@@ -8,14 +8,11 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from r1ray.errors import ServingError
-from r1ray.models.generation import (
-    BatchGenerator,
-    GenerationRequest,
-    TokenEvent,
-    generate_batch,
-)
+from r1ray.models.generation import BatchGenerator, generate_batch
+from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.sampling import SamplingParams
 from r1ray.serving.engine import Engine
 from tests.fakes import tiny_model
@@ -120,7 +117,7 @@ def test_a_slow_reader_gets_all_tokens_at_once() -> None:
         with engine_with() as engine:
             batches = engine.submit(request("slow", max_new_tokens=6))
             num_first = len(await anext(batches))
-            await until(lambda: engine.num_running == 0)
+            await until(lambda: engine.stats.num_running == 0)
             await asyncio.sleep(0.05)  # what the engine's thread handed over arrives
             rest = [len(batch) async for batch in batches]
             assert rest == ([6 - num_first] if num_first < 6 else [])  # a loaded machine is slow
@@ -138,9 +135,9 @@ def test_leaving_a_stream_frees_its_row(how: str) -> None:
                 await batches.aclose()
             else:
                 task = asyncio.create_task(read(engine, request("left", max_new_tokens=100)))
-                await until(lambda: engine.num_running == 1)
+                await until(lambda: engine.stats.num_running == 1)
                 task.cancel()
-            await until(lambda: engine.num_running == 0 and engine.num_open == 0)
+            await until(lambda: engine.stats.num_running == 0 and engine.num_open == 0)
             assert len(await read(engine, request("next"))) == 12
 
     run(main())
@@ -159,7 +156,7 @@ def test_cancelled_while_waiting_never_runs() -> None:
             await until(lambda: engine.num_open == 2)
             built[0].gate.set()
             await asyncio.gather(*running)
-            assert engine.num_running == 0
+            assert engine.stats.num_running == 0
 
     run(main())
 
@@ -201,6 +198,64 @@ def test_failed_step_fails_the_running_requests_and_no_others() -> None:
             assert len(await waiting) == 12
             assert len(built) == 2
             assert engine.is_alive
+
+    run(main())
+
+
+def test_a_probe_is_answered_by_the_model_itself() -> None:
+    built: list[ControlledGenerator] = []
+
+    async def main() -> None:
+        with engine_with(built) as engine:
+            await engine.probe()
+            built[0].gate.clear()
+            running = asyncio.create_task(read(engine, request("a")))
+            await until(lambda: engine.num_open == 1)
+            await asyncio.sleep(0.05)  # the engine is inside its step
+            probe = asyncio.create_task(engine.probe())
+            with pytest.raises(TimeoutError):  # a step that hangs is seen
+                await asyncio.wait_for(asyncio.shield(probe), 0.1)
+            built[0].gate.set()
+            await probe
+            assert len(await running) == 12
+            with torch.no_grad():
+                kept = MODEL.model.norm.weight.clone()
+                MODEL.model.norm.weight.fill_(float("nan"))
+            try:
+                with pytest.raises(ServingError, match="the model failed"):
+                    await engine.probe()
+            finally:
+                with torch.no_grad():
+                    MODEL.model.norm.weight.copy_(kept)
+            await engine.probe()
+            engine.close()
+            with pytest.raises(ServingError, match="shut down"):
+                await engine.probe()
+
+    run(main())
+
+
+def test_metrics_count_what_was_asked_and_answered() -> None:
+    async def main() -> None:
+        with engine_with() as engine:
+            await asyncio.gather(*[read(engine, request("x" * 70 + name)) for name in "abc"])
+            with pytest.raises(ServingError):
+                await read(engine, request("long", max_new_tokens=500))
+            await until(lambda: engine.stats.num_running == 0)
+            found = {
+                (sample.name, *sample.labels.values()): sample.value
+                for family in engine.metrics()
+                for sample in family.samples
+            }
+        assert found["r1ray:prompt_tokens_total",] == 3 * 71
+        assert found["r1ray:generation_tokens_total",] == 3 * 12
+        assert found["r1ray:prefix_cache_hits_total",] == 64  # two are read at the same time
+        assert found["r1ray:request_success_total", "length"] == 3
+        assert found["r1ray:request_failure_total", "400"] == 1
+        assert found["r1ray:time_to_first_token_seconds_count",] == 3
+        assert found["r1ray:inter_token_latency_seconds_count",] == 3 * 11
+        assert found["r1ray:e2e_request_latency_seconds_count",] == 3
+        assert found["r1ray:kv_cache_usage_perc",] == 0
 
     run(main())
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from r1ray.errors import ServingError
-from r1ray.models.generation import GenerationRequest, TokenEvent
 from r1ray.models.grammar import FormCompiler, json_form, regex_form
+from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.sampling import SampledToken
 from r1ray.models.tokenizer import Tokenizer
-from r1ray.serving.service import CompletionService, ServedModel
+from r1ray.serving.answering import AnsweringModel, Generate, ServedModel
+from r1ray.serving.service import CompletionService
 from tests.fakes import EOS_ID, VOCAB_SIZE, write_tiny_model
 
 CONTEXT = 64
@@ -47,12 +48,14 @@ class ScriptedModel:
             self.num_left_early += not finished
 
 
-def service_over(tokenizer: Tokenizer, model: ScriptedModel) -> CompletionService:
+def service_over(
+    tokenizer: Tokenizer, model: ScriptedModel, generate: Generate | None = None
+) -> CompletionService:
     forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
     served = ServedModel(
         "tiny", tokenizer, frozenset({EOS_ID}), CONTEXT, VOCAB_SIZE, created=1, forms=forms
     )
-    return CompletionService(served, model.generate)
+    return CompletionService([AnsweringModel(served, generate or model.generate)])
 
 
 def body(**fields: Any) -> bytes:
@@ -232,6 +235,28 @@ def test_unknown_model_is_404(tokenizer: Tokenizer) -> None:
         asyncio.run(service.chat(chat_body(model="other")))
 
 
+def test_a_server_of_several_models_asks_for_a_name(tokenizer: Tokenizer) -> None:
+    forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
+    one = ServedModel("one", tokenizer, frozenset({EOS_ID}), CONTEXT, VOCAB_SIZE, 1, forms)
+    two = dataclasses.replace(one, name="two")
+    said = {"one": ScriptedModel(tokenizer, "a"), "two": ScriptedModel(tokenizer, "b")}
+    service = CompletionService(
+        AnsweringModel(model, said[model.name].generate) for model in (one, two)
+    )
+
+    async def main() -> None:
+        assert [model["id"] for model in service.list_models()["data"]] == ["one", "two"]
+        for name, text in (("one", "a"), ("two", "b")):
+            answer = await whole(await service.complete(body(prompt="x", model=name)))
+            assert (answer["model"], answer["choices"][0]["text"]) == (name, text)
+            tokens = await service.tokenize(body(prompt="x", model=name))
+            assert tokens["count"] == 1
+        with pytest.raises(ServingError, match="several models; name one of 'one', 'two'"):
+            await service.tokenize(b'{"prompt": "x"}')
+
+    asyncio.run(main())
+
+
 def test_several_answers_have_their_own_numbers_and_seeds(tokenizer: Tokenizer) -> None:
     async def main() -> None:
         model = ScriptedModel(tokenizer, "two")
@@ -257,7 +282,6 @@ def test_several_answers_have_their_own_numbers_and_seeds(tokenizer: Tokenizer) 
 def test_an_answer_that_fails_ends_the_others(tokenizer: Tokenizer) -> None:
     async def main() -> None:
         model = ScriptedModel(tokenizer, "one two three")
-        service = service_over(tokenizer, model)
         first = model.generate
 
         async def generate(request: GenerationRequest) -> AsyncGenerator[Sequence[TokenEvent]]:
@@ -267,7 +291,7 @@ def test_an_answer_that_fails_ends_the_others(tokenizer: Tokenizer) -> None:
                 await asyncio.sleep(0.001)
                 yield events
 
-        service._generate = generate
+        service = service_over(tokenizer, model, generate)
         with pytest.raises(ServingError, match="full"):
             await service.chat(chat_body(n=2))
         assert model.num_left_early == 1

@@ -1,0 +1,53 @@
+"""Why a model does not answer yet: what Serve says, or what its replicas wait for.
+
+Serve itself keeps a deployment "updating" without a word, where a replica finds no room as well as
+where it loads for long.
+"""
+
+import ray
+from ray import serve
+
+from r1ray.config.serving import EngineConfig
+
+__all__ = ["deployment_name", "explain_waiting", "find_failure"]
+
+
+def deployment_name(model_name: str) -> str:
+    """Of the replicas of a model."""
+    return f"engine-{model_name}"
+
+
+def find_failure(app_name: str) -> str | None:
+    """What made the application's deployment fail for good; None where it did not."""
+    application = serve.status().applications.get(app_name)
+    if application is None or application.status != "DEPLOY_FAILED":
+        return None
+    # The application's message only names the deployments; theirs end with the traceback.
+    reasons = [
+        f"{name}: {item.message}" for name, item in application.deployments.items() if item.message
+    ]
+    return "\n".join([application.message, *reasons])
+
+
+def explain_waiting(app_name: str, config: EngineConfig) -> str:
+    """Why no replica of a model answers, in one line. Blocks for what Ray has to say."""
+    application = serve.status().applications.get(app_name)
+    deployments = {} if application is None else application.deployments
+    found = deployments.get(deployment_name(config.model_name))
+    if found is not None and found.message:
+        return found.message.strip().splitlines()[-1].strip()
+    states = {} if found is None else dict[str, int](found.replica_states)
+    if not states.get("STARTING"):
+        return "no replica has been started"
+    for kind, needed in (
+        ("CPU", config.num_cpus_per_replica),
+        ("GPU", config.num_gpus_per_replica),
+    ):
+        free = ray.available_resources().get(kind, 0)
+        if needed > free and not states.get("RUNNING"):
+            all_of_it = ray.cluster_resources().get(kind, 0)
+            return (
+                f"a replica needs {needed:g} {kind} and {free:g} of the cluster's {all_of_it:g} "
+                f"are free; lower num_{kind.lower()}s_per_replica, or add nodes"
+            )
+    return "a replica is loading the model"

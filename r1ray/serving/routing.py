@@ -1,0 +1,113 @@
+"""Which replica answers: the one that knows most of the prompt, unless it is busy.
+
+1. Where a request went is remembered by the digests of its prompt's whole blocks, as the replica's
+   own pages are (`r1ray.models.pages`).
+2. A new request goes where the longest beginning of it went last, while that replica has a place
+   free or none has fewer requests; else to the one with the fewest.
+
+Every ingress remembers for itself. Price: a digest for each 64 tokens of a prompt; 100 bytes or so
+for each that is remembered.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from ray.serve.request_router import (
+    FIFOMixin,
+    PendingRequest,
+    ReplicaID,
+    ReplicaResult,
+    RequestRouter,
+    RunningReplica,
+)
+
+from r1ray.models.pages import chain_digests
+from r1ray.models.requests import GenerationRequest
+
+__all__ = ["PrefixMemory", "PrefixRouter"]
+
+Place = TypeVar("Place", bound=Hashable)
+_REMEMBERED = 1 << 16  # blocks
+
+
+class PrefixMemory(Generic[Place]):
+    """Where beginnings of prompts went.
+
+    Args:
+        size: blocks to remember; those not seen for the longest time are forgotten.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._places: OrderedDict[bytes, Place] = OrderedDict()
+
+    def remember(self, digests: Sequence[bytes], place: Place) -> None:
+        """A prompt with these blocks went to `place`."""
+        for digest in digests:
+            self._places[digest] = place
+            self._places.move_to_end(digest)
+        while len(self._places) > self._size:
+            self._places.popitem(last=False)
+
+    def choose(
+        self, digests: Sequence[bytes], loads: Mapping[Place, int], num_places: int
+    ) -> Place | None:
+        """Where the longest known beginning went, if there is time for it; None for anywhere.
+
+        Args:
+            loads: requests at each place that can be chosen.
+            num_places: requests that a place answers at the same time.
+        """
+        for digest in reversed(digests):
+            place = self._places.get(digest)
+            if place is not None and place in loads:
+                is_free = loads[place] < num_places or loads[place] <= min(loads.values())
+                return place if is_free else None
+        return None
+
+
+class PrefixRouter(FIFOMixin, RequestRouter):
+    """Serve's router for the model replicas.
+
+    In the order of arrival: Serve tells requests apart by an id that the several answers to one
+    HTTP request share, and would forget all of them but one.
+    """
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Called by Serve, with `request_router_kwargs`."""
+        self._max_concurrency: int = kwargs["max_concurrency"]
+        self._memory: PrefixMemory[ReplicaID] = PrefixMemory(_REMEMBERED)
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """The chosen one, then all: of these Serve takes the one with the fewest requests."""
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True
+        replicas = {replica.replica_id: replica for replica in candidate_replicas}
+        loads = {key: self.replica_queue_len_cache.get(key) or 0 for key in replicas}
+        digests = _digest(pending_request)
+        chosen = self._memory.choose(digests, loads, self._max_concurrency) if loads else None
+        first = [] if chosen is None else [[replicas[chosen]]]
+        return [*first, candidate_replicas]
+
+    def on_request_routed(
+        self,
+        pending_request: PendingRequest,
+        replica_id: ReplicaID,
+        result: ReplicaResult,  # noqa: ARG002
+    ) -> None:
+        """Called by Serve."""
+        self._memory.remember(_digest(pending_request), replica_id)
+
+
+def _digest(pending_request: PendingRequest) -> list[bytes]:
+    arguments: list[Any] = [*pending_request.args, *pending_request.kwargs.values()]
+    for argument in arguments:
+        if isinstance(argument, GenerationRequest):
+            return chain_digests(argument.prompt_ids)
+    return []
