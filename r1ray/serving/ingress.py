@@ -27,6 +27,8 @@ from r1ray.observability.logging import setup_logging
 from r1ray.serving.answering import AnsweringModel, ServedModel
 from r1ray.serving.api_keys import ENVIRONMENT_NAME, read_keys, require_key
 from r1ray.serving.engine_metrics import render_metrics
+from r1ray.serving.openai_answers import Health
+from r1ray.serving.openapi import describe_api
 from r1ray.serving.readiness import explain_waiting
 from r1ray.serving.replica import Failure, compile_forms
 from r1ray.serving.responses import add_error_handlers, json_response, read_body, respond
@@ -137,13 +139,17 @@ class OpenAIIngress:
     @app.get("/health")
     async def health(self) -> Response:
         await asyncio.gather(*[model.probe() for model in self._models])
-        return json_response({"status": "ok"})
+        return json_response(Health().model_dump())
 
     @app.get("/metrics")
     async def metrics(self) -> Response:
         found = await asyncio.gather(*[model.read_metrics() for model in self._models])
         text = render_metrics(item for items in found for item in items)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/openapi.json")
+    async def describe(self) -> Response:
+        return json_response(describe_api(self._service.model_names))
 
     @app.get("/v1/models", dependencies=KEYED)
     async def list_models(self) -> Response:

@@ -16,6 +16,9 @@ __all__ = [
     "CompletionLogprobs",
     "Delta",
     "Detokenized",
+    "ErrorBody",
+    "ErrorDetails",
+    "Health",
     "Model",
     "ModelList",
     "PromptTokensDetails",
@@ -26,6 +29,27 @@ __all__ = [
 ]
 
 Reason = Literal["stop", "length"]
+
+
+class Health(BaseModel):
+    """The answer to GET /health where all is well."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ErrorDetails(BaseModel):
+    """What is wrong, and with which field of the request."""
+
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is none."""
+
+    error: ErrorDetails
 
 
 class Tokenized(BaseModel):

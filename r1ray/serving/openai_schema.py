@@ -59,15 +59,24 @@ class RequestBase(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[int, float], BeforeValidator(list_biases)] = {}
+    logit_bias: Annotated[
+        dict[int, float], BeforeValidator(list_biases, json_schema_input_type=dict[str, float])
+    ] = {}
     n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] = 1
     # Not OpenAI's, but with the names that other servers of open models have for them.
     top_k: Annotated[int, Field(ge=-1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    structured_outputs: Annotated[str | None, BeforeValidator(read_structured_outputs)] = None
-    response_format: Annotated[str | None, BeforeValidator(read_response_format)] = None
-    stop: Annotated[list[str], BeforeValidator(list_stops)] = []
+    structured_outputs: Annotated[
+        str | None,
+        BeforeValidator(read_structured_outputs, json_schema_input_type=dict[str, Any]),
+    ] = None
+    response_format: Annotated[
+        str | None, BeforeValidator(read_response_format, json_schema_input_type=dict[str, Any])
+    ] = None
+    stop: Annotated[
+        list[str], BeforeValidator(list_stops, json_schema_input_type=str | list[str])
+    ] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -140,13 +149,24 @@ class RequestBase(BaseModel):
         )
 
 
+class TextPart(BaseModel):
+    """A piece of a message's text."""
+
+    model_config = _STRICT
+
+    type: Literal["text"]
+    text: str
+
+
 class ChatMessage(BaseModel):
     """One turn of a conversation; `developer` is OpenAI's newer name of `system`."""
 
     model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(flatten_content)]
+    content: Annotated[
+        str, BeforeValidator(flatten_content, json_schema_input_type=str | list[TextPart])
+    ]
     # Of an earlier answer: accepted and ignored, as reasoning models are trained.
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -201,7 +221,10 @@ class ChatRequest(RequestBase):
 class CompletionRequest(RequestBase):
     """POST /v1/completions."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(single_prompt)]
+    prompt: Annotated[
+        str | list[int],
+        BeforeValidator(single_prompt, json_schema_input_type=str | list[str] | list[int]),
+    ]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property

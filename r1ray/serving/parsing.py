@@ -2,11 +2,12 @@
 
 import difflib
 import json
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from r1ray.errors import ServingError
+from r1ray.serving.openai_answers import ErrorBody, ErrorDetails
 from r1ray.serving.request_rules import NEUTRAL_VALUES
 
 __all__ = ["error_body", "parse_request"]
@@ -32,12 +33,13 @@ def parse_request(body: bytes, schema: type[RequestT]) -> RequestT:
 
 def error_body(error: ServingError) -> dict[str, Any]:
     """OpenAI's JSON body of `error`."""
+    kind: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     if error.status == 429:
         kind = "rate_limit_error"
     else:
         kind = "invalid_request_error" if error.status < 500 else "server_error"
-    details = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    return {"error": details}
+    details = ErrorDetails(message=str(error), type=kind, param=error.param, code=error.code)
+    return ErrorBody(error=details).model_dump()
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:

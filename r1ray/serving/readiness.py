@@ -4,6 +4,9 @@ Serve itself keeps a deployment "updating" without a word, where a replica finds
 where it loads for long.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import ray
 from ray import serve
 
@@ -36,7 +39,7 @@ def explain_waiting(app_name: str, config: EngineConfig) -> str:
     found = deployments.get(deployment_name(config.model_name))
     if found is not None and found.message:
         return found.message.strip().splitlines()[-1].strip()
-    states = {} if found is None else dict[str, int](found.replica_states)
+    states: Mapping[Any, int] = {} if found is None else found.replica_states
     if not states.get("STARTING"):
         return "no replica has been started"
     for kind, needed in (

@@ -23,6 +23,10 @@ class CompletionService:
     def __init__(self, models: Iterable[AnsweringModel]) -> None:
         self._models = {model.name: model for model in models}
 
+    @property
+    def model_names(self) -> list[str]:
+        return list(self._models)
+
     def list_models(self) -> dict[str, Any]:
         """The body of GET /v1/models."""
         return ModelList(data=[model.describe() for model in self._models.values()]).model_dump()
