@@ -1,8 +1,8 @@
 // out = (x quantized per token) · weightᵀ · scales + bias, of float32 x and int8 weights.
 //
 // 1. Each token's row becomes int8 with one scale, exactly as `quantize_int8` rounds (int8_rows.cpp).
-// 2. Tiles of 4 tokens by 4 outputs add up int8 products in int32, which is exact; on AVX512-VNNI,
-//    many tokens take panels of weights instead (int8_panels.h).
+// 2. Tiles of a few tokens by 4 outputs add up int8 products in int32, which is exact
+//    (int8_tiles.h); on AVX512-VNNI, many tokens take panels of weights (int8_panels.h).
 // 3. Both scales and the bias follow in float32, in the order of the torch path: equal bit for bit.
 //
 // Both matrices are contiguous along the inner dimension, as PyTorch stores them, so no repacked
@@ -27,7 +27,7 @@
 namespace r1ray {
 namespace {
 
-constexpr int kTile = 4;
+constexpr int kTile = 4;  // outputs, and tokens at most unless there are wider registers
 constexpr int64_t kOutputsPerTask = 32;  // their weights stay in the second-level cache
 constexpr int64_t kTokensPerTask = 64;
 constexpr int64_t kRunsPerThread = 4;
@@ -112,44 +112,7 @@ AVX512 void row_avx512(const QuantizedRows& x, const LinearPart& part, int64_t m
                add_lanes(add_within_lanes(sums[0], sums[1], sums[2], sums[3])));
 }
 
-// Up to kTile tokens by up to kTile outputs. Rows beyond the last repeat it and are not written.
-template <int kRows>
-AVX512 void tile_avx512(const QuantizedRows& x, const LinearPart& part, int64_t m0, int64_t m1,
-                        int64_t n0, int64_t n1) {
-  const int8_t* rows[kRows];
-  const int8_t* weights[kTile];
-  for (int i = 0; i < kRows; ++i) rows[i] = x.q + (m0 + i < m1 ? m0 + i : m1 - 1) * x.stride;
-  for (int j = 0; j < kTile; ++j) weights[j] = part.weight + (n0 + j < n1 ? n0 + j : n1 - 1) * x.K;
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i sums[kRows][kTile];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_si512();
-  int64_t k = 0;
-  for (; k + kAlign <= x.K; k += kAlign) {
-    __m512i weight[kTile];
-    for (int j = 0; j < kTile; ++j)
-      weight[j] = _mm512_xor_si512(_mm512_loadu_si512(weights[j] + k), flip);
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i q = _mm512_loadu_si512(rows[i] + k);
-      for (int j = 0; j < kTile; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], weight[j], q);
-    }
-  }
-  if (k < x.K) {  // x is padded with zeros, the weights are not
-    const __mmask64 mask = (uint64_t{1} << (x.K - k)) - 1;
-    __m512i weight[kTile];
-    for (int j = 0; j < kTile; ++j)
-      weight[j] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, weights[j] + k), flip);
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i q = _mm512_loadu_si512(rows[i] + k);
-      for (int j = 0; j < kTile; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], weight[j], q);
-    }
-  }
-  const int64_t count = n1 - n0;
-  for (int i = 0; i < kRows && m0 + i < m1; ++i)
-    write_avx512(x, part, m0 + i, n0, count,
-                 add_lanes(add_within_lanes(sums[i][0], sums[i][1], sums[i][2], sums[i][3])));
-}
-
+#include "int8_tiles.h"
 #include "int8_panels.h"
 
 AVX2 inline int32_t add_all(__m256i sums) {
@@ -208,8 +171,9 @@ void multiply(const QuantizedRows& x, const LinearPart& part, int64_t m0, int64_
               int64_t n1) {
 #if defined(__x86_64__)
   if constexpr (isa == kAvx512Vnni)
-    return m1 - m0 == 1 ? row_avx512(x, part, m0, n0, n1)
-                        : tile_avx512<kTile>(x, part, m0, m1, n0, n1);
+    return m1 - m0 == 1   ? row_avx512(x, part, m0, n0, n1)
+           : m1 - m0 <= 4 ? multiply_tile<4>(x, part, m0, m1, n0, n1)
+                          : multiply_tile<8>(x, part, m0, m1, n0, n1);
   if constexpr (isa == kAvx2) {
     for (int64_t n = n0; n < n1; n += 2) {
       const int64_t end = n + 2 < n1 ? n + 2 : n1;
@@ -232,9 +196,10 @@ void multiply_task(Job& job, const LinearPart& part, int64_t m0, int64_t m1, int
       return;
     }
 #endif
-  for (int64_t m = m0; m < m1; m += kTile)
-    for (int64_t n = n0; n < n1; n += kTile)
-      multiply<isa>(*job.x, part, m, m + kTile < m1 ? m + kTile : m1, n,
+  constexpr int64_t kRows = isa == kAvx512Vnni ? kTileRows : kTile;
+  for (int64_t n = n0; n < n1; n += kTile)
+    for (int64_t m = m0; m < m1; m += kRows)
+      multiply<isa>(*job.x, part, m, m + kRows < m1 ? m + kRows : m1, n,
                     n + kTile < n1 ? n + kTile : n1);
 }
 
@@ -271,7 +236,7 @@ bool multiply_rows(const QuantizedRows& rows, const LinearPart* parts, int num_p
   job.tokens_per_task = kTokensPerTask;
   int64_t outputs = 0;
   for (int i = 0; i < num_parts; ++i) outputs += parts[i].N;
-  if (rows.M < kTile) {  // weights are read once: in long runs
+  if (rows.M <= kTileRows) {  // weights are read once: in long runs
     const int64_t share = outputs / (kRunsPerThread * (num_threads > 1 ? num_threads : 1));
     job.outputs_per_task = std::max(kOutputsPerTask, round_up(share, kTile));
   }
