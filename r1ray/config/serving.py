@@ -35,8 +35,10 @@ class EngineConfig:
     """Requests waiting in one replica before further ones are answered 429."""
     max_context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Prompt and answer of one request together."""
-    max_step_tokens: Annotated[int, Field(ge=64, le=1_048_576)] = 256
-    """Tokens that one step computes: how long a prompt being read delays the others' tokens."""
+    max_step_tokens: Annotated[int, Field(ge=64, le=1_048_576)] = 1024
+    """Tokens that one step computes at most."""
+    max_step_ms: Annotated[float, Field(gt=0, le=60_000)] = 75
+    """How long a prompt being read may delay the others' next tokens, if 64 of its tokens fit."""
     attention: AttentionKind = "auto"
     """auto: block-sparse beyond 2,048 tokens if the model has gates; sparse: without them, too."""
     kv_cache: Literal["float", "int8"] = "float"

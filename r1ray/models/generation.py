@@ -11,6 +11,7 @@ Price: `num_pages` pages of keys and values; two or more forwards for a step tha
 Shape legend: B rows, T tokens, D hidden size, V vocabulary.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from r1ray.errors import ShapeError
 from r1ray.models.answer_lengths import AnswerLengths
 from r1ray.models.decoder import Decoder
 from r1ray.models.kv_cache import KVPool
+from r1ray.models.pace import StepPace
 from r1ray.models.pages import PagePool
 from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
 from r1ray.models.sampling import RowSampler, SampledToken, SamplingParams, sample_tokens
@@ -49,6 +51,8 @@ class BatchGenerator:
         max_concurrency: sequences decoded together.
         max_context_tokens: prompt and output of one sequence together.
         max_step_tokens: of one step, as `Scheduler` has it, and of one forward, padding included.
+        max_step_s: what a step should take at most while answers are being written: a long prompt
+            delays the others' tokens by as much. At least a block of a prompt is read in each.
         prefill_chunk: tokens of a longer prompt that go through one forward; it bounds the memory
             of activations, and where attention is sparse has to be a multiple of 64.
         num_pages: of 64 tokens, for all sequences; None for as many as they can need.
@@ -66,6 +70,7 @@ class BatchGenerator:
         max_concurrency: int,
         max_context_tokens: int,
         max_step_tokens: int = 4096,
+        max_step_s: float | None = None,
         prefill_chunk: int = 1024,
         num_pages: int | None = None,
         kv_dtype: torch.dtype | None = None,
@@ -88,6 +93,8 @@ class BatchGenerator:
         if self._is_whole:
             max_step_tokens = max_concurrency * (max_context_tokens + 1)
         self._max_step_tokens = max_step_tokens
+        is_paced = max_step_s is not None and not self._is_whole
+        self._pace = StepPace(max_step_s or 0.0) if is_paced else None
         # Padding would pass for length there. And INT8 models say the same in any company: what of
         # a prompt is a whole block would depend on the padding.
         self._may_pad = not self._is_whole and not isinstance(model.lm_head, Int8Linear)
@@ -185,7 +192,9 @@ class BatchGenerator:
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Compute what the scheduler plans: a token of every answer, and of prompts what is due."""
-        step = self._scheduler.plan()
+        started = time.perf_counter()
+        is_writing = self._scheduler.is_writing
+        step = self._scheduler.plan(self._pace.max_tokens if self._pace and is_writing else None)
         groups = [step.single] if step.single else []
         groups += self._group(step.longer)
         found = [(group, self._run(group)) for group in groups]
@@ -208,6 +217,9 @@ class BatchGenerator:
                 if event.finish_reason is None and event.failure is None:
                     chosen[row.request.request_id] = sampled.token_id
         self._scheduler.report(step, chosen)
+        if self._pace is not None:
+            num_read = sum(piece.count for piece in step.longer)
+            self._pace.note(time.perf_counter() - started, num_read, is_writing=bool(step.single))
         self._num_new_tokens += sum(event.token_id is not None for event in events)
         if self._model.is_sparse and step.single:
             self._sparse_share = _attended_share([piece.start // BLOCK for piece in step.single])

@@ -217,7 +217,9 @@ def _draw(logits_V: Tensor, row: RowSampler) -> int:
         weights_C, ids_C = _likeliest(weights_V, params)
     else:
         weights_C, ids_C = weights_V, None
-    reached_C = weights_C.masked_fill(weights_C < params.min_p, 0.0).double().cumsum(0)
+    if params.min_p:
+        weights_C = weights_C.masked_fill(weights_C < params.min_p, 0.0)
+    reached_C = weights_C.cumsum(0, dtype=torch.float64)
     point = row.draw() * float(reached_C[-1])
     at = int(torch.searchsorted(reached_C, point, right=True))
     last = int(torch.searchsorted(reached_C, float(reached_C[-1])))  # that has any weight

@@ -181,11 +181,20 @@ class Scheduler:
         self._waiting.append(sequence)
         return sequence
 
-    def plan(self) -> Step:
-        """The next step; nothing in it where nothing is left to do."""
+    @property
+    def is_writing(self) -> bool:
+        """Whether a sequence waits for its next token alone."""
+        return any(sequence.num_left == 1 for sequence in self._running)
+
+    def plan(self, max_tokens: int | None = None) -> Step:
+        """The next step; nothing in it where nothing is left to do.
+
+        Args:
+            max_tokens: of it, if fewer than `max_step_tokens`.
+        """
         self._admit()
         preempted: list[Scheduled] = []
-        budget = self._max_step_tokens
+        budget = min(self._max_step_tokens, max_tokens or self._max_step_tokens)
         single: list[Piece] = []
         for sequence in list(self._running):
             is_due = sequence.num_left == 1 and sequence not in preempted

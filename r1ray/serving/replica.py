@@ -89,6 +89,7 @@ def build_engine(model_dir: str, config: EngineConfig) -> Engine:
             max_concurrency=config.max_concurrency,
             max_context_tokens=config.max_context_tokens,
             max_step_tokens=config.max_step_tokens,
+            max_step_s=config.max_step_ms / 1e3,
             num_pages=num_pages,
             kv_dtype=kv_dtype,
             lengths=lengths,
