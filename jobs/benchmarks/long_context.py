@@ -6,7 +6,7 @@ from typing import Any
 from jobs.benchmarks import long_context_operator as operator
 from jobs.benchmarks import long_context_reading as reading
 from jobs.benchmarks.long_context_models import TrainingSize
-from jobs.benchmarks.long_context_peers import PEERS, measure_peer, write_peer_gguf
+from jobs.benchmarks.long_context_peers import PEERS, measure_peer
 from jobs.benchmarks.long_context_quality import ATTENTIONS, LENGTHS, PRECISIONS, QualityBenchmark
 from jobs.benchmarks.long_context_report import (
     memory_rows,
@@ -18,6 +18,7 @@ from jobs.benchmarks.long_context_report import (
     render_tasks,
 )
 from jobs.benchmarks.parts import StoredParts
+from jobs.benchmarks.peer_environments import write_peer_gguf
 from r1ray.data.long_context import TASKS
 from r1ray.data.texts import read_english
 from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json

@@ -14,6 +14,7 @@ import pytest
 
 from jobs.benchmarks import long_context_peer_child as child
 from jobs.benchmarks import long_context_peers as peers
+from jobs.benchmarks import peer_environments as environments
 from r1ray.errors import ConfigError
 
 _TASK = {"num_tokens": 6, "new_tokens": 3, "repeats": 3, "budget_s": 60.0}
@@ -34,7 +35,7 @@ def fake_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Child:
         opening = "import json, sys\ntask = json.load(open(sys.argv[1]))\n"
         path.write_text(opening + body, encoding="utf-8")
         monkeypatch.setattr(peers, "_CHILD", path)
-        monkeypatch.setattr(peers, "_make_environment", lambda *_: Path(sys.executable))
+        monkeypatch.setattr(peers, "make_environment", lambda *_: Path(sys.executable))
 
     return replace
 
@@ -81,16 +82,18 @@ def test_output_without_a_result_is_a_failure(tmp_path: Path, fake_child: Child)
 
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     path = tmp_path / "pid"
-    with pytest.raises(peers._FailedError, match=r"^ended after 0.4 s: started"):
-        peers._run(["sh", "-c", f"sleep 60 & echo $! > {path}; echo started; wait"], timeout_s=0.4)
+    with pytest.raises(environments.PeerFailedError, match=r"^ended after 0.4 s: started"):
+        environments._run(
+            ["sh", "-c", f"sleep 60 & echo $! > {path}; echo started; wait"], timeout_s=0.4
+        )
     assert _is_gone(int(path.read_text()))
 
 
 def test_a_peer_that_cannot_be_installed_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(peers.REQUIREMENTS, "transformers", ("./no-such-directory-here",))
-    monkeypatch.setattr(peers, "_run", _refuse)
+    monkeypatch.setitem(environments.REQUIREMENTS, "transformers", ("./no-such-directory-here",))
+    monkeypatch.setattr(environments, "_run", _refuse)
     found = _measure(tmp_path, lengths=(10,))
     assert found["error"] == "exit status 1: no such package"
     assert found["requirements"] == ["./no-such-directory-here"]
@@ -107,10 +110,10 @@ def test_an_environment_is_made_again_when_its_requirements_change(
         (tmp_path / "environments" / "openvino").mkdir(exist_ok=True)
         return ""
 
-    monkeypatch.setattr(peers, "_run", run)
+    monkeypatch.setattr(environments, "_run", run)
     for requirement, expected in (("a==1", 2), ("a==1", 2), ("a==2", 4)):
-        monkeypatch.setitem(peers.REQUIREMENTS, "openvino", (requirement,))
-        python = peers._make_environment("openvino", tmp_path)
+        monkeypatch.setitem(environments.REQUIREMENTS, "openvino", (requirement,))
+        python = environments.make_environment("openvino", tmp_path)
         assert len(commands) == expected
         assert commands[-1][0] == str(python)
         assert commands[-1][-1] == requirement
@@ -159,7 +162,7 @@ def test_types_of_weights_are_read_from_the_file(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert peers._describe_gguf(path) == "Q8_0, F16 (1)"
+    assert environments.describe_gguf(path) == "Q8_0, F16 (1)"
 
 
 class _FakePeer:
@@ -217,7 +220,7 @@ def test_the_child_needs_the_standard_library_alone() -> None:
 
 
 def _refuse(command: list[str], *, timeout_s: float) -> str:
-    raise peers._FailedError("exit status 1: no such package")
+    raise environments.PeerFailedError("exit status 1: no such package")
 
 
 def _is_gone(pid: int) -> bool:
