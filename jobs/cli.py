@@ -25,6 +25,7 @@ _RAY_DEFAULTS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # notice the end at once
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # half the time of a streamed message by actor calls
 }
 for _name, _value in _RAY_DEFAULTS.items():  # here, since Ray reads some when it is imported
     os.environ.setdefault(_name, _value)

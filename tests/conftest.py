@@ -7,6 +7,7 @@ from collections.abc import Iterator
 # Read when Ray, or a process that it starts, comes up: before anything imports it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")  # as jobs do
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 

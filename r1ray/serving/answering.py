@@ -263,7 +263,7 @@ class AnsweringModel:
             request_id=f"{exchange.format.id}-{index}",
             prompt_ids=exchange.prompt_ids,
             max_new_tokens=exchange.max_new_tokens,
-            stop_token_ids=self._model.stop_token_ids,
+            stop_token_ids=self._stop_token_ids(exchange.request),
             sampling=exchange.request.sampling(index),
             form=exchange.request.form,
         )
@@ -273,6 +273,9 @@ class AnsweringModel:
                 if text.finish_reason is not None:
                     return
         raise ServingError("the model's answer broke off", status=500, code="internal_error")
+
+    def _stop_token_ids(self, request: RequestBase) -> frozenset[int]:
+        return frozenset() if request.ignore_eos else self._model.stop_token_ids
 
     async def _stream(
         self,

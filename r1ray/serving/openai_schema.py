@@ -81,6 +81,7 @@ class RequestBase(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    ignore_eos: bool = False
     # Labels: accepted and ignored.
     user: str | None = None
     metadata: dict[str, Any] | None = None

@@ -114,14 +114,15 @@ def test_health_and_models(client: openai.OpenAI, http: httpx.Client) -> None:
 
 
 def test_chat_stream_adds_up_to_the_whole_answer(client: openai.OpenAI) -> None:
-    answer = ask(client)
+    answer = ask(client, max_tokens=400)
     assert answer.choices[0].finish_reason == "length"
-    assert answer.usage.completion_tokens == 24
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 24
-    parts = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert answer.usage.completion_tokens == 400
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 400
+    usage = {"include_usage": True}
+    parts = list(ask(client, max_tokens=400, stream=True, stream_options=usage))
     pieces = [part.choices[0].delta.content or "" for part in parts[:-1]]
     assert "".join(pieces) == text_of(answer)
-    assert len([piece for piece in pieces if piece]) > 5
+    assert len([piece for piece in pieces if piece]) > 3
     assert parts[-2].choices[0].finish_reason == "length"
     assert parts[-1].usage == answer.usage
 

@@ -171,6 +171,16 @@ def test_error_in_the_middle_is_an_event_of_the_stream(tokenizer: Tokenizer) -> 
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_the_end_of_an_answer_can_be_ignored(tokenizer: Tokenizer, ignore_eos: bool) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "a")
+        await service_over(tokenizer, model).complete(body(prompt="x", ignore_eos=ignore_eos))
+        assert (EOS_ID in model.requests[0].stop_token_ids) is not ignore_eos
+
+    asyncio.run(main())
+
+
 def test_leaving_a_stream_leaves_the_model(tokenizer: Tokenizer) -> None:
     async def main() -> None:
         model = ScriptedModel(tokenizer, "one two three")
