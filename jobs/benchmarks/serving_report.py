@@ -1,0 +1,157 @@
+"""Rows of the serving record, and its tables."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from r1ray.evaluation.record import Row
+
+__all__ = ["engine_rows", "find_best", "render_engines", "serving_rows"]
+
+_INDISPENSABLE = {"llama_cpp", "openvino"}
+_BARS = {"1x64": (">= 0.9", 1), "8x64": (">= 1.0", 8), "32x64": (">= 1.2", 32)}
+_CORES = 2
+
+
+def find_best(peers: Iterable[Mapping[str, Any]], scenario: str) -> tuple[str, float] | None:
+    """Name and decoding tokens per second of the fastest peer.
+
+    None where llama.cpp or OpenVINO was not measured: a bar against the best then does not count.
+    """
+    found = {
+        peer["name"]: statistics.median(peer["scenarios"][scenario]["tokens_per_s"])
+        for peer in peers
+        if scenario in peer.get("scenarios", {})
+    }
+    if not all(any(name.startswith(needed) for name in found) for needed in _INDISPENSABLE):
+        return None
+    name = max(found, key=lambda name: found[name])
+    return name, found[name]
+
+
+def engine_rows(engine: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Decoding against the best peer, by the number of streams."""
+    rows = []
+    for scenario, (bar, streams) in _BARS.items():
+        best = find_best(peers, scenario)
+        runs = engine["scenarios"][scenario]["tokens_per_s"]
+        own = statistics.median(runs)
+        name, rate = best or ("none", math.nan)
+        rows.append(
+            Row(
+                f"serving.decode_{streams}_vs_best_peer",
+                own / rate,
+                "x",
+                (min(runs) / rate, max(runs) / rate),
+                baseline=f"{name}, tokens/s",
+                baseline_value=rate,
+                bar=bar,
+            )
+        )
+    return rows
+
+
+def serving_rows(
+    engine: Mapping[str, Any],
+    *,
+    prefix: Mapping[str, Any],
+    interference: Mapping[str, Any],
+    admission: Mapping[str, Any],
+    http: Mapping[str, Any],
+    soak: Mapping[str, Any],
+) -> list[Row]:
+    """All others."""
+    cold, warm = (statistics.median(prefix[kind]) for kind in ("cold_s", "warm_s"))
+    alone, reading = (
+        float(np.percentile(interference[kind], 99)) for kind in ("alone_s", "reading_s")
+    )
+    predicted, worst = (statistics.median(admission[kind]) for kind in ("predicted", "worst_case"))
+    overhead, bare = _http_overhead(engine, http)
+    pages = soak["held"]["r1ray:kv_cache_usage_perc"]
+    return [
+        Row(
+            "serving.shared_prefix_ttft_gain",
+            cold / warm,
+            "x",
+            baseline="4,096 new tokens, s",
+            baseline_value=cold,
+            bar=">= 10",
+        ),
+        Row(
+            "serving.p99_itl_share_of_limit",
+            reading / max(0.1, 3 * alone),
+            "share",
+            baseline="p99 of 7 streams alone, s",
+            baseline_value=alone,
+            bar="<= 1",
+        ),
+        Row(
+            "serving.predicted_admission_gain",
+            predicted / worst,
+            "x",
+            baseline="worst-case reservation, tokens/s",
+            baseline_value=worst,
+            bar=">= 1.2",
+        ),
+        Row(
+            "serving.http_overhead",
+            statistics.median(overhead),
+            "share",
+            (min(overhead), max(overhead)),
+            baseline="the engine alone, tokens/s",
+            baseline_value=bare,
+            bar="<= 0.15",
+        ),
+        Row("serving.soak_leaked_pages", pages, "share of a pool", bar="= 0"),
+        Row("serving.soak_lost_requests", len(soak["lost"]), "requests", bar="= 0"),
+        Row("serving.soak_requests", sum(soak["ends"].values()), "requests"),
+        Row("serving.soak_memory_growth", _memory_growth(soak), "x", baseline="the first third"),
+    ]
+
+
+def _http_overhead(engine: Mapping[str, Any], http: Mapping[str, Any]) -> tuple[list[float], float]:
+    """(share of the engine's throughput that each run lost, that throughput in tokens/s)."""
+    found = engine["scenarios"]["8x64"]
+    streams, tokens = len(found["first_s"][0]), len(found["next_s"][0]) // len(found["first_s"][0])
+    bare = streams * (tokens + 1) / statistics.median(found["seconds"])
+    overheads = []
+    for run in http["runs"]:
+        seconds = run["seconds"] - run["client_cpu_s"] / _CORES
+        overheads.append(1 - streams * (tokens + 1) / seconds / bare)
+    return overheads, bare
+
+
+def _memory_growth(soak: Mapping[str, Any]) -> float:
+    """Of the replica that was there throughout: its memory at the end, over that at a third."""
+    readings = soak["memory"]
+    early, late = readings[len(readings) // 3]["resident_bytes"], readings[-1]["resident_bytes"]
+    [survivor] = early.keys() & late.keys()
+    return float(late[survivor] / early[survivor])
+
+
+def render_engines(engine: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> str:
+    """A table of all engines and scenarios."""
+    lines = [
+        "| engine | weights | streams x prompt | decode tokens/s | first token, s | "
+        "next token p50, p99, ms | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    own = {"name": "r1ray", "weights": "int8", **engine}
+    for item in (own, *peers):
+        if "scenarios" not in item:
+            lines.append(f"| {item['name']} | | | {item['error'].splitlines()[0][:80]} | | | |")
+            continue
+        for name, found in item["scenarios"].items():
+            next_s = [value for run in found["next_s"] for value in run]
+            p50, p99 = np.percentile(next_s, [50, 99]) * 1e3
+            first_s = statistics.median(max(run) for run in found["first_s"])
+            rate = statistics.median(found["tokens_per_s"])
+            peak = found["peak_resident_bytes"] / 2**20
+            lines.append(
+                f"| {item['name']} | {item['weights']} | {name} | {rate:.0f} | {first_s:.2f} | "
+                f"{p50:.1f}, {p99:.1f} | {peak:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
