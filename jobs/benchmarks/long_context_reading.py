@@ -23,7 +23,7 @@ from r1ray.models.quantization import quantize_modules
 from r1ray.models.requests import GenerationRequest
 from r1ray.ops.block_gate import BlockGate, mark_heads
 
-__all__ = ["LENGTHS", "describe", "measure_reading", "measure_rereading"]
+__all__ = ["LENGTHS", "describe", "load_reader", "measure_reading", "measure_rereading"]
 
 LENGTHS = (8000, 16_000, 32_000)
 _TRAINED, _NEW_TOKENS, _PIECE = 8192, 32, 4096
@@ -37,7 +37,7 @@ def measure_reading(
 
     The first reading, which is not counted, warms up.
     """
-    model = _load(base, length, attention)
+    model = load_reader(base, length, attention)
     found: dict[str, list[float]] = {"prefill_s": [], "token_s": []}
     for repeat in range(1 + _REPEATS[length]):
         prompt = token_ids[repeat : repeat + length]
@@ -50,12 +50,12 @@ def measure_reading(
 
 def measure_rereading(base: Path, token_ids: Sequence[int], length: int) -> list[float]:
     """Seconds of reading each prefix of a multiple of 4,096 tokens, up to `length`, densely."""
-    model = _load(base, length, "dense")
+    model = load_reader(base, length, "dense")
     ends = [*range(_PIECE, length, _PIECE), length]
     return [_read(model, token_ids[:end])[0] for end in ends]
 
 
-def _load(base: Path, length: int, attention: AttentionKind) -> Decoder:
+def load_reader(base: Path, length: int, attention: AttentionKind) -> Decoder:
     model = load_model(base)
     attach_gates(model)
     gates = [item.gate for item in list_attentions(model) if isinstance(item.gate, BlockGate)]

@@ -137,7 +137,12 @@ class ServingBenchmark:
         return run_module("jobs.benchmarks.serving_own", {**self._task(), **task}, self._work)
 
     def _task(self) -> dict[str, Any]:
-        return {"model": str(self._int8()), "ids": str(self._ids()), "num_threads": _THREADS}
+        return {
+            "model": str(self._int8()),
+            "base": str(self._base()),
+            "ids": str(self._ids()),
+            "num_threads": _THREADS,
+        }
 
     def _measure_peer(self, name: str) -> dict[str, Any]:
         environment, engine, options, scenarios = PEERS[name]
@@ -234,7 +239,8 @@ _NOTES = f"""
 - Decoding is timed from the moment when all streams have their first token. First token: of the
   last stream to get one. 32 streams of 4,000 tokens are left out: llama.cpp would read for ten
   minutes.
-- Interference: seven streams are written while 8,000 tokens are read, densely.
+- Interference: seven streams are written while 8,000 tokens are read, block-sparsely, as long
+  prompts are where a model has gates; with dense attention besides.
 - HTTP: {_STREAMS} streams of {_HTTP_TOKENS} tokens over Serve's proxy and ingress on the same
   cores; half the client's CPU time is taken off, since it had two cores.
 - Soak: {_SOAK_MINUTES:g} minutes, 12 clients, two replicas with 64 MiB for keys and values each;

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from jobs.benchmarks.long_context_reading import load_reader
 from jobs.benchmarks.serving_peer_child import time_engine
+from r1ray.config.serving import AttentionKind
 from r1ray.models import load_model
 from r1ray.models.answer_lengths import AnswerLengths
 from r1ray.models.decoder import Decoder
@@ -65,15 +67,27 @@ def measure_prefix(model: Decoder, ids: Sequence[int], repeats: int) -> dict[str
     return found
 
 
-def measure_interference(model: Decoder, ids: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Seconds between tokens of seven streams: alone, and while 8,000 tokens are read."""
+def measure_interference(base: Path, ids: Sequence[int], repeats: int) -> dict[str, Any]:
+    """By attention: seconds between tokens of seven streams, alone and while 8,000 are read.
+
+    Gates are untrained, which takes the time that trained ones do (`long_context_reading`).
+    """
+    kinds: tuple[AttentionKind, ...] = ("sparse", "dense")
+    return {
+        kind: _measure_interference(load_reader(base, 8000, kind), ids, repeats) for kind in kinds
+    }
+
+
+def _measure_interference(
+    model: Decoder, ids: Sequence[int], repeats: int
+) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"alone_s": [], "reading_s": [], "first_s": []}
     for repeat in range(repeats):
         generator = _generator(model, 8, _CONTEXT)
         for number in range(7):
             start = 97 * (7 * repeat + number)
             generator.add(_request(str(number), ids[start : start + 64], 2000))
-        while generator.num_waiting or len(generator.step()) < 7:
+        while len(generator.step()) < 7:
             pass
         found["alone_s"] += _intervals(generator, 200)
         generator.add(_request("long", ids[10 + repeat : 8010 + repeat], 8))
@@ -160,12 +174,10 @@ def _request(name: str, ids: Sequence[int], new_tokens: int) -> GenerationReques
 def _main(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(task["num_threads"])
     ids = json.loads(Path(task["ids"]).read_text(encoding="utf-8"))
+    if task["part"] == "interference":
+        return measure_interference(Path(task["base"]), ids, task["repeats"])
     model = load_model(task["model"])
-    parts = {
-        "prefix": measure_prefix,
-        "interference": measure_interference,
-        "admission": measure_admission,
-    }
+    parts = {"prefix": measure_prefix, "admission": measure_admission}
     if task["part"] in parts:
         return parts[task["part"]](model, ids, task["repeats"])
     own = _Own(model)

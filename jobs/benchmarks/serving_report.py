@@ -65,9 +65,8 @@ def serving_rows(
 ) -> list[Row]:
     """All others."""
     cold, warm = (statistics.median(prefix[kind]) for kind in ("cold_s", "warm_s"))
-    alone, reading = (
-        float(np.percentile(interference[kind], 99)) for kind in ("alone_s", "reading_s")
-    )
+    alone, reading, share = _delays(interference["sparse"])
+    _, _, dense_share = _delays(interference["dense"])
     predicted, worst = (statistics.median(admission[kind]) for kind in ("predicted", "worst_case"))
     overhead, bare = _http_overhead(engine, http)
     pages = soak["held"]["r1ray:kv_cache_usage_perc"]
@@ -82,12 +81,14 @@ def serving_rows(
         ),
         Row(
             "serving.p99_itl_share_of_limit",
-            reading / max(0.1, 3 * alone),
+            share,
             "share",
             baseline="p99 of 7 streams alone, s",
             baseline_value=alone,
             bar="<= 1",
         ),
+        Row("serving.p99_itl_s", reading, "s", baseline="alone", baseline_value=alone),
+        Row("serving.p99_itl_share_of_limit_dense", dense_share, "share"),
         Row(
             "serving.predicted_admission_gain",
             predicted / worst,
@@ -110,6 +111,12 @@ def serving_rows(
         Row("serving.soak_requests", sum(soak["ends"].values()), "requests"),
         Row("serving.soak_memory_growth", _memory_growth(soak), "x", baseline="the first third"),
     ]
+
+
+def _delays(found: Mapping[str, Any]) -> tuple[float, float, float]:
+    """p99 alone, p99 while a prompt is read, and that as a share of what it may be; seconds."""
+    alone, reading = (float(np.percentile(found[kind], 99)) for kind in ("alone_s", "reading_s"))
+    return alone, reading, reading / max(0.1, 3 * alone)
 
 
 def _http_overhead(engine: Mapping[str, Any], http: Mapping[str, Any]) -> tuple[list[float], float]:

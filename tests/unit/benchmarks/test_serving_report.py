@@ -28,7 +28,10 @@ PEERS = [
 ]
 PARTS: dict[str, Any] = {
     "prefix": {"cold_s": [2.0, 3.0, 4.0], "warm_s": [0.1, 0.1, 0.5]},
-    "interference": {"alone_s": [0.01] * 200, "reading_s": [0.05] * 98 + [0.08, 0.2]},
+    "interference": {
+        "sparse": {"alone_s": [0.01] * 200, "reading_s": [0.05] * 98 + [0.08, 0.2]},
+        "dense": {"alone_s": [0.05] * 200, "reading_s": [0.3] * 100},
+    },
     "admission": {"predicted": [300.0], "worst_case": [200.0], "preempted": [3]},
     "http": {"runs": [{"seconds": 2.6, "client_cpu_s": 0.2, "first_s": [0.1]}] * 2},
     "soak": {
@@ -59,6 +62,7 @@ def test_rows_say_what_is_met() -> None:
     rows = {row.id: row for row in serving_rows(_engine(95.0), **PARTS)}
     assert rows["serving.shared_prefix_ttft_gain"].value == pytest.approx(30)
     assert rows["serving.p99_itl_share_of_limit"].value == pytest.approx(0.8, abs=0.05)
+    assert rows["serving.p99_itl_share_of_limit_dense"].value == pytest.approx(2)
     assert rows["serving.predicted_admission_gain"].value == pytest.approx(1.5)
     assert rows["serving.http_overhead"].value == pytest.approx(1 - 2.0 / 2.5)
     assert not rows["serving.http_overhead"].met
