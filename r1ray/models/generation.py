@@ -82,7 +82,8 @@ class BatchGenerator:
         self._device = weight.device
         self._max_context_tokens = max_context_tokens
         self._prefill_chunk = prefill_chunk
-        if model.is_sparse and prefill_chunk % BLOCK:
+        self._is_sparse = model.is_sparse
+        if self._is_sparse and prefill_chunk % BLOCK:
             raise ShapeError(
                 f"prefill_chunk ({prefill_chunk}) is not a multiple of {BLOCK}, the tokens "
                 "of a block of sparse attention; round it"
@@ -221,7 +222,7 @@ class BatchGenerator:
             num_read = sum(piece.count for piece in step.longer)
             self._pace.note(time.perf_counter() - started, num_read, is_writing=bool(step.single))
         self._num_new_tokens += sum(event.token_id is not None for event in events)
-        if self._model.is_sparse and step.single:
+        if self._is_sparse and step.single:
             self._sparse_share = _attended_share([piece.start // BLOCK for piece in step.single])
         for event in events:
             if event.request_id not in chosen:

@@ -17,6 +17,11 @@ async def merge_streams(
 
     The first error ends all of them; so does closing this one.
     """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for value in stream:
+                yield 0, value
+        return
     arrived: asyncio.Queue[tuple[int, Value] | Exception | None] = asyncio.Queue(maxsize=1)
 
     async def read(index: int) -> None:
