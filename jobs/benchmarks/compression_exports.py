@@ -15,7 +15,7 @@ from r1ray.compression.export import weight_bytes
 from r1ray.compression.gguf import write_gguf
 from r1ray.data.texts import read_english
 from r1ray.models import load_model
-from r1ray.models.generation import generate_batch
+from r1ray.models.batch_generation import generate_batch
 from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["measure_exports"]

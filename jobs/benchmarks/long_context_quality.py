@@ -28,8 +28,8 @@ from r1ray.data.texts import read_english
 from r1ray.evaluation.block_recall import measure_block_recall
 from r1ray.models import Decoder, load_model
 from r1ray.models.base import import_base, resolve_source
+from r1ray.models.batch_generation import generate_batch
 from r1ray.models.gates import set_attention
-from r1ray.models.generation import generate_batch
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.tokenizer import Tokenizer

@@ -47,6 +47,8 @@ class EngineConfig:
     """Memory for keys and values; null for max_concurrency requests of max_context_tokens each."""
     budget_mib: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """What a replica may take of memory (of the GPU's, for its weights); the rest is streamed."""
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600
+    """How long a request may take, waiting included; it is ended with an error then."""
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 60
     """How long a replica that is to stop may take for the answers it has begun."""
 

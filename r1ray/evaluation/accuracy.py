@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from r1ray.data.reasoning import Problem, build_messages
+from r1ray.models.batch_generation import generate_batch
 from r1ray.models.decoder import Decoder
-from r1ray.models.generation import generate_batch
 from r1ray.models.tokenizer import Tokenizer
 
 __all__ = [

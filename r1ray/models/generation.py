@@ -12,7 +12,7 @@ Shape legend: B rows, T tokens, D hidden size, V vocabulary.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from r1ray.models.kv_cache import KVPool
 from r1ray.models.pace import StepPace
 from r1ray.models.pages import PagePool
 from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
-from r1ray.models.sampling import RowSampler, SampledToken, SamplingParams, sample_tokens
+from r1ray.models.sampling import RowSampler, SampledToken, sample_tokens
 from r1ray.models.scheduler import Piece, Scheduler
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS, count_chosen
 from r1ray.ops.int8 import Int8Linear
@@ -34,7 +34,7 @@ from r1ray.ops.int8 import Int8Linear
 if TYPE_CHECKING:
     from r1ray.models.grammar import FormCompiler  # its library is there where answers are served
 
-__all__ = ["BatchGenerator", "generate_batch"]
+__all__ = ["BatchGenerator"]
 
 
 @dataclass
@@ -276,55 +276,6 @@ class BatchGenerator:
             done += ids.shape[1]
         behind = [piece.count - 1 - (done - hidden_BTD.shape[1]) for piece in group]
         return hidden_BTD[torch.arange(len(group)), torch.tensor(behind)]
-
-
-def generate_batch(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_token_ids: frozenset[int],
-    max_concurrency: int,
-    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
-    prefill_chunk: int = 1024,
-    kv_dtype: torch.dtype | None = None,
-    on_finish: Callable[[int], None] | None = None,
-) -> list[list[int]]:
-    """Continuations of `prompts`, in their order.
-
-    Args:
-        sampling: of all prompts, or one for each.
-        prefill_chunk, kv_dtype: as in `BatchGenerator`.
-        on_finish: called with the number of finished prompts each time one finishes.
-    """
-    generator = BatchGenerator(
-        model,
-        max_concurrency=min(max_concurrency, max(1, len(prompts))),
-        max_context_tokens=max(map(len, prompts), default=0) + max_new_tokens,
-        max_step_tokens=max(4096, prefill_chunk),
-        prefill_chunk=prefill_chunk,
-        kv_dtype=kv_dtype,
-    )
-    samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
-    outputs: dict[str, list[int]] = {}
-    # Longest first: rows that run together then end together, and the tail batch stays full.
-    for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        outputs[str(index)] = []
-        generator.add(
-            GenerationRequest(
-                str(index), prompts[index], max_new_tokens, stop_token_ids, samplings[index]
-            )
-        )
-    num_finished = 0
-    while generator.num_waiting or generator.num_running:
-        for event in generator.step():
-            if event.token_id is not None:
-                outputs[event.request_id].append(event.token_id)
-            if event.finish_reason is not None:
-                num_finished += 1
-                if on_finish is not None:
-                    on_finish(num_finished)
-    return [outputs[str(index)] for index in range(len(prompts))]
 
 
 def _attended_share(own: Sequence[int]) -> float:

@@ -12,11 +12,12 @@ that read slowly get several tokens at once, so the engine never waits for them.
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from prometheus_client.metrics_core import Metric
 
@@ -24,22 +25,11 @@ from r1ray.errors import ServingError, ShapeError
 from r1ray.models.generation import BatchGenerator
 from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
 from r1ray.serving.engine_metrics import EngineMetrics
+from r1ray.serving.submission import Delivery, Submission, drain, put_all
 
 __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Submission:
-    request: GenerationRequest
-    loop: asyncio.AbstractEventLoop
-    inbox: asyncio.Queue[TokenEvent | ServingError] = field(default_factory=asyncio.Queue)
-    arrived_at: float = field(default_factory=time.perf_counter)
-    latest_token_at: float | None = None
-
-
-_Delivery = tuple[_Submission, TokenEvent | ServingError]
 
 
 @dataclass(frozen=True)
@@ -65,6 +55,7 @@ class Engine:
             again on the engine thread after a failed step.
         max_concurrency: requests decoded together.
         max_queued_requests: further requests that may wait.
+        timeout_s: how long a request may take; looked at between steps.
     """
 
     def __init__(
@@ -73,19 +64,21 @@ class Engine:
         *,
         max_concurrency: int,
         max_queued_requests: int,
+        timeout_s: float = math.inf,
     ) -> None:
         self._build_generator = build_generator
         self._max_concurrency = max_concurrency
         self._max_queued_requests = max_queued_requests
+        self._timeout_s = timeout_s
         self._metrics = EngineMetrics()
-        self._commands: queue.SimpleQueue[_Submission | _Cancel | _Probe | _Close] = (
+        self._commands: queue.SimpleQueue[Submission | _Cancel | _Probe | _Close] = (
             queue.SimpleQueue()
         )
         self._lock = threading.Lock()  # guards the next two
         self._open_ids: set[str] = set()
         self._closed = False
         # The rest belongs to the engine thread; `_stats` is replaced by it, never changed.
-        self._submissions: dict[str, _Submission] = {}
+        self._submissions: dict[str, Submission] = {}
         self._probes: list[_Probe] = []
         self._generator = build_generator()
         self._stats = self._generator.stats()
@@ -132,13 +125,14 @@ class Engine:
 
         Raises:
             ServingError: 429 when the queue is full, 503 when the engine is closed, 500 when the
-                model failed, 400 when the request does not fit the generator.
+                model failed, 400 when the request does not fit the generator, 504 when it takes
+                too long.
         """
         submission = self._register(request)
         finished = False
         try:
             while not finished:
-                events, error = _drain(await submission.inbox.get(), submission.inbox)
+                events, error = drain(await submission.inbox.get(), submission.inbox)
                 finished = bool(events) and events[-1].finish_reason is not None
                 if events:
                     yield events
@@ -158,8 +152,8 @@ class Engine:
         if self._thread.is_alive():
             raise ServingError(f"the engine did not stop within {timeout_s} s", status=500)
 
-    def _register(self, request: GenerationRequest) -> _Submission:
-        submission = _Submission(request, asyncio.get_running_loop())
+    def _register(self, request: GenerationRequest) -> Submission:
+        submission = Submission(request, asyncio.get_running_loop())
         with self._lock:
             if self._closed:
                 raise _closed_error()
@@ -193,6 +187,7 @@ class Engine:
                 else:
                     self._deliver((event.request_id, event) for event in events)
                     self._settle(None)
+                self._expire()
                 self._stats = self._generator.stats()
         except Exception:
             logger.exception("the engine thread died")
@@ -203,7 +198,7 @@ class Engine:
         """Apply all commands that are there; wait for one when idle. False: close."""
         while not (self._submissions or self._probes) or not self._commands.empty():
             command = self._commands.get()
-            if isinstance(command, _Submission):
+            if isinstance(command, Submission):
                 self._submissions[command.request.request_id] = command
                 self._add(command)
             elif isinstance(command, _Cancel):
@@ -216,7 +211,7 @@ class Engine:
                 return False
         return True
 
-    def _add(self, submission: _Submission) -> None:
+    def _add(self, submission: Submission) -> None:
         try:
             self._generator.add(submission.request)
         except ShapeError as error:
@@ -239,6 +234,19 @@ class Engine:
         for submission in list(self._submissions.values()):
             self._add(submission)
 
+    def _expire(self) -> None:
+        latest = time.perf_counter() - self._timeout_s
+        late = [name for name, item in self._submissions.items() if item.arrived_at < latest]
+        error = ServingError(
+            f"the request took longer than {self._timeout_s:g} s; ask for fewer tokens, or try "
+            "again when there is less to do",
+            status=504,
+            code="timeout",
+        )
+        for name in late:
+            self._generator.cancel(name)
+        self._deliver([(name, error) for name in late])
+
     def _settle(self, error: ServingError | None) -> None:
         """Answer the probes."""
         for probe in self._probes:
@@ -250,7 +258,7 @@ class Engine:
 
     def _deliver(self, items: Iterable[tuple[str, TokenEvent | ServingError]]) -> None:
         """Pass each item to its caller; an error or a finish reason ends the submission here."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
         now = time.perf_counter()
         for request_id, found in items:
             item: TokenEvent | ServingError = found
@@ -263,12 +271,12 @@ class Engine:
             by_loop.setdefault(submission.loop, []).append((submission, item))
         for loop, pairs in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_put_all, pairs)
+                loop.call_soon_threadsafe(put_all, pairs)
             except RuntimeError:  # the loop is closed, and its readers with it
                 for submission, _ in pairs:
                     self._unregister(submission.request.request_id, cancel=True)
 
-    def _note(self, submission: _Submission, item: TokenEvent | ServingError, now: float) -> None:
+    def _note(self, submission: Submission, item: TokenEvent | ServingError, now: float) -> None:
         if isinstance(item, ServingError):
             self._metrics.note_failure(item.status)
             return
@@ -284,31 +292,12 @@ class Engine:
             self._closed = True
         while not self._commands.empty():
             command = self._commands.get()
-            if isinstance(command, _Submission):
+            if isinstance(command, Submission):
                 self._submissions[command.request.request_id] = command
             elif isinstance(command, _Probe):
                 self._probes.append(command)
         self._settle(_closed_error())
         self._deliver([(request_id, _closed_error()) for request_id in self._submissions])
-
-
-def _drain(
-    first: TokenEvent | ServingError, inbox: asyncio.Queue[TokenEvent | ServingError]
-) -> tuple[list[TokenEvent], ServingError | None]:
-    """(the events that are there, the error behind them if there is one)."""
-    events: list[TokenEvent] = []
-    item = first
-    while not isinstance(item, ServingError):
-        events.append(item)
-        if inbox.empty():
-            return events, None
-        item = inbox.get_nowait()
-    return events, item
-
-
-def _put_all(pairs: list[_Delivery]) -> None:
-    for submission, item in pairs:
-        submission.inbox.put_nowait(item)
 
 
 def _set_result(future: asyncio.Future[None], error: ServingError | None) -> None:

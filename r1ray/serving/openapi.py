@@ -40,10 +40,12 @@ _ERRORS = {
     "400": "Something is wrong with the request; `param` names it.",
     "401": "An API key is needed.",
     "404": "There is no such model.",
+    "408": "The body did not come in time.",
     "413": "The body is too large.",
     "429": "The queue is full; Retry-After says when to try again.",
     "500": "The model failed on this request.",
     "503": "No replica answers.",
+    "504": "The request took too long.",
 }
 
 

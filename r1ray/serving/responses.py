@@ -4,6 +4,7 @@ That includes unknown routes, wrong methods and bugs. JSON is sent as ASCII, so 
 client sent can be quoted in an error.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from r1ray.serving.parsing import error_body
 __all__ = ["add_error_handlers", "json_response", "read_body", "respond"]
 
 MAX_BODY_BYTES = 1 << 20
+BODY_TIMEOUT_S = 30.0
 RETRY_AFTER_S = 1
 
 
@@ -25,17 +27,26 @@ async def read_body(request: Request) -> bytes:
     """The body of `request`.
 
     Raises:
-        ServingError: 413 when it is larger than MAX_BODY_BYTES.
+        ServingError: 413 when it is larger than MAX_BODY_BYTES, 408 when it takes longer to come
+            than BODY_TIMEOUT_S.
     """
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise ServingError(
-                f"the request body is larger than {MAX_BODY_BYTES} bytes; shorten it",
-                status=413,
-                code="request_too_large",
-            )
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MAX_BODY_BYTES:
+                    raise ServingError(
+                        f"the request body is larger than {MAX_BODY_BYTES} bytes; shorten it",
+                        status=413,
+                        code="request_too_large",
+                    )
+    except TimeoutError as error:
+        raise ServingError(
+            f"the request body did not come within {BODY_TIMEOUT_S:g} s",
+            status=408,
+            code="timeout",
+        ) from error
     return bytes(body)
 
 

@@ -29,8 +29,8 @@ from r1ray.compression.distillation import (
 from r1ray.compression.logit_store import LogitStore
 from r1ray.config.distill import DistillConfig, OnPolicyConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
+from r1ray.models.batch_generation import generate_batch
 from r1ray.models.decoder import Decoder
-from r1ray.models.generation import generate_batch
 from r1ray.models.sampling import SamplingParams
 from r1ray.ops.fake_quant import held_weights
 from r1ray.training.loss import summed_loss

@@ -1,7 +1,9 @@
 """The served tiny model over HTTP, through the openai client and httpx."""
 
 import json
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -147,6 +149,24 @@ def test_stream_is_server_sent_events_ending_in_done(http: httpx.Client) -> None
     events = response.text.split("\n\n")
     assert all(event.startswith("data: {") for event in events[:-2])
     assert events[-2:] == ["data: [DONE]", ""]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_gets_an_answer_and_a_stream(base_url: str) -> None:
+    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
+    url = f"{base_url}/v1/chat/completions"
+
+    def curl(fields: dict[str, Any]) -> str:
+        header = ["-H", "Content-Type: application/json"]
+        command = ["curl", "-sSN", "--fail", "-m", "30", url, *header, "-d", json.dumps(fields)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    answer = json.loads(curl(body))["choices"][0]
+    events = curl(body | {"stream": True}).strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    pieces = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks]
+    assert "".join(pieces) == answer["message"]["content"]
 
 
 def test_seed_reproduces_a_sample(client: openai.OpenAI) -> None:

@@ -9,8 +9,8 @@ from r1ray.config.schema import Scheme
 from r1ray.errors import BudgetError
 from r1ray.evaluation.latency import measure_latency
 from r1ray.models import Decoder
+from r1ray.models.batch_generation import generate_batch
 from r1ray.models.config import Family
-from r1ray.models.generation import generate_batch
 from r1ray.models.quantization import fake_quantize_modules, quantize_modules, tie_head
 from r1ray.models.tiered import move_to_device
 from tests.fakes import tiny_config, tiny_model

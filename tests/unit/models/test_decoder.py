@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from r1ray.models import load_model
-from r1ray.models.generation import generate_batch
+from r1ray.models.batch_generation import generate_batch
 from tests.unit.oracle import build_oracle, edit_config, random_ids, save_oracle
 
 # Both sides compute in float32 with sums in a different order: a few ulp of logits around 10.

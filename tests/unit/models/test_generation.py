@@ -8,9 +8,10 @@ import torch
 from r1ray.errors import ShapeError
 from r1ray.models import Decoder
 from r1ray.models.answer_lengths import AnswerLengths
+from r1ray.models.batch_generation import generate_batch
 from r1ray.models.config import RopeConfig
 from r1ray.models.gates import attach_gates, list_attentions
-from r1ray.models.generation import BatchGenerator, generate_batch
+from r1ray.models.generation import BatchGenerator
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.sampling import SamplingParams

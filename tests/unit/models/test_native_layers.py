@@ -15,9 +15,9 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.models import Decoder
+from r1ray.models.batch_generation import generate_batch
 from r1ray.models.config import RopeConfig
 from r1ray.models.gates import attach_gates, list_attentions
-from r1ray.models.generation import generate_batch
 from r1ray.models.kv_cache import CacheSlice, KVCache
 from r1ray.models.native_layers import find_native_layers
 from r1ray.models.quantization import quantize_modules

@@ -12,7 +12,7 @@ from torch import nn
 
 from r1ray.models import Decoder, load_model
 from r1ray.models.base import import_base, resolve_source
-from r1ray.models.generation import generate_batch
+from r1ray.models.batch_generation import generate_batch
 from r1ray.models.tokenizer import Tokenizer
 
 pytestmark = [

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from r1ray.errors import ConfigError, ShapeError
 from r1ray.models import Decoder
+from r1ray.models.batch_generation import generate_batch
 from r1ray.models.config import RopeConfig
 from r1ray.models.gates import attach_gates, detach_gates, list_attentions, set_attention
-from r1ray.models.generation import BatchGenerator, generate_batch
+from r1ray.models.generation import BatchGenerator
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.rope import rotary_tables

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from r1ray.errors import ServingError
-from r1ray.models.generation import BatchGenerator, generate_batch
+from r1ray.models.batch_generation import generate_batch
+from r1ray.models.generation import BatchGenerator
 from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.sampling import SamplingParams
 from r1ray.serving.engine import Engine
@@ -256,6 +257,31 @@ def test_metrics_count_what_was_asked_and_answered() -> None:
         assert found["r1ray:inter_token_latency_seconds_count",] == 3 * 11
         assert found["r1ray:e2e_request_latency_seconds_count",] == 3
         assert found["r1ray:kv_cache_usage_perc",] == 0
+
+    run(main())
+
+
+def test_a_request_that_takes_too_long_is_ended_and_others_are_not() -> None:
+    built: list[ControlledGenerator] = []
+
+    async def main() -> None:
+        def build() -> ControlledGenerator:
+            built.append(ControlledGenerator())
+            return built[-1]
+
+        engine = Engine(build, max_concurrency=2, max_queued_requests=8, timeout_s=0.2)
+        built[0].gate.clear()
+        late = [asyncio.create_task(read(engine, request(name))) for name in "abc"]
+        await until(lambda: engine.num_open == 3)
+        await asyncio.sleep(0.3)
+        soon = asyncio.create_task(read(engine, request("d")))
+        await until(lambda: engine.num_open == 4)
+        built[0].gate.set()
+        errors = await asyncio.gather(*late, return_exceptions=True)
+        assert [getattr(error, "status", None) for error in errors] == [504] * 3
+        assert len(await soon) == 12
+        await until(lambda: engine.stats.num_running == 0)
+        engine.close()
 
     run(main())
 
