@@ -185,10 +185,10 @@ class Engine:
                     logger.exception("a step failed with %d requests", len(self._submissions))
                     self._recover()
                 else:
+                    self._stats = self._generator.stats()  # seen by who has the last token
                     self._deliver((event.request_id, event) for event in events)
                     self._settle(None)
                 self._expire()
-                self._stats = self._generator.stats()
         except Exception:
             logger.exception("the engine thread died")
         finally:
@@ -233,6 +233,7 @@ class Engine:
         self._generator = self._build_generator()
         for submission in list(self._submissions.values()):
             self._add(submission)
+        self._stats = self._generator.stats()
 
     def _expire(self) -> None:
         latest = time.perf_counter() - self._timeout_s
@@ -245,6 +246,8 @@ class Engine:
         )
         for name in late:
             self._generator.cancel(name)
+        if late:
+            self._stats = self._generator.stats()
         self._deliver([(name, error) for name in late])
 
     def _settle(self, error: ServingError | None) -> None:
