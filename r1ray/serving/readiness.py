@@ -46,11 +46,17 @@ def explain_waiting(app_name: str, config: EngineConfig) -> str:
         ("CPU", config.num_cpus_per_replica),
         ("GPU", config.num_gpus_per_replica),
     ):
-        free = ray.available_resources().get(kind, 0)
-        if needed > free and not states.get("RUNNING"):
-            all_of_it = ray.cluster_resources().get(kind, 0)
+        free, there_are = (
+            found.get(kind, 0) for found in (ray.available_resources(), ray.cluster_resources())
+        )
+        if needed > there_are:
             return (
-                f"a replica needs {needed:g} {kind} and {free:g} of the cluster's {all_of_it:g} "
-                f"are free; lower num_{kind.lower()}s_per_replica, or add nodes"
+                f"a replica needs {needed:g} {kind} and the cluster has {there_are:g}; lower "
+                f"num_{kind.lower()}s_per_replica, or add nodes"
+            )
+        if needed > free:  # which may be what this replica has taken
+            return (
+                f"a replica is loading the model, or waits for {needed:g} {kind} ({free:g} of "
+                f"{there_are:g} are free)"
             )
     return "a replica is loading the model"
