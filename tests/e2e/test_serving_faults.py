@@ -209,5 +209,5 @@ def test_why_a_server_does_not_start_is_said(local_ray: None, model_dir: Path) -
     with ThreadPoolExecutor(1) as pool:
         told = pool.submit(ask_health)
         with pytest.raises(ServingError, match=reason):
-            start_server(str(model_dir), config, timeout_s=20)
+            start_server(str(model_dir), config, timeout_s=8)
         assert re.search(f"large does not answer: {reason}", told.result(timeout=1))

@@ -45,7 +45,7 @@ def base_url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @schema.parametrize()
 @settings(
-    max_examples=60,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
