@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -17,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from r1ray.config.serving import ServeConfig
 from r1ray.serving.app import start_server, stop_server
+from tests.e2e.processes import free_port
 from tests.fakes import write_tiny_model
 
 MODEL = "tiny"
@@ -36,12 +36,9 @@ ENDLESS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def base_url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     model_dir = write_tiny_model(tmp_path_factory.mktemp("served"), max_positions=CONTEXT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = ServeConfig(
         model_name=MODEL,
-        port=port,
+        port=free_port(),
         max_concurrency=MAX_CONCURRENCY,
         max_queued_requests=MAX_QUEUED,
         max_context_tokens=CONTEXT,
@@ -151,7 +148,7 @@ def test_stream_is_server_sent_events_ending_in_done(http: httpx.Client) -> None
     assert events[-2:] == ["data: [DONE]", ""]
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="NO CURL: it is NOT TESTED")
 def test_curl_gets_an_answer_and_a_stream(base_url: str) -> None:
     body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
     url = f"{base_url}/v1/chat/completions"

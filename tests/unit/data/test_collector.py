@@ -75,6 +75,7 @@ def test_samples_go_on_and_bad_rows_are_filed_with_place_and_reason(tmp_path: Pa
     ]
     collector = _collector(tmp_path, tables, seen=seen)
     assert _lengths(collector) == [3, 5, 2]
+    assert collector.answers.counts == {1: 1, 2: 1, 4: 1}  # targets
     lines = (tmp_path / QUARANTINE_NAME).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [
         {"source": "a.jsonl", "row": 1, "error": "not JSON", "excerpt": "{ä"},
