@@ -144,10 +144,10 @@ def _replay(model: Decoder, prompt: list[int], reply: list[int]) -> float:
     )
     started = time.perf_counter()
     rows = cache.add_rows(1)
-    model.lm_head(model.hidden(torch.tensor([prompt]), rows)[:, -1])
+    model.next_logits(torch.tensor([prompt]), rows, [len(prompt) - 1])
     rows.advance([len(prompt)])
     for token in reply:
         rows = cache.active()
-        model(torch.tensor([[token]]), rows)
+        model.next_logits(torch.tensor([[token]]), rows, [0])
         rows.advance([1])
     return time.perf_counter() - started

@@ -213,7 +213,7 @@ def _forward(model: Decoder, tokens: int) -> Callable[[], Any]:
         cache = KVCache(
             model.config, max_rows=1, max_tokens=tokens, dtype=torch.float32, device=_CUDA
         )
-        return model.lm_head(model.hidden(ids, cache.add_rows(1))[:, -1])
+        return model.next_logits(ids, cache.add_rows(1), [tokens - 1])
 
     return run
 

@@ -138,11 +138,11 @@ def _generate(model: Decoder) -> None:
     cache = KVCache(model.config, max_rows=1, max_tokens=_PROMPT + _NEW, dtype=torch.float32)
     ids = torch.arange(_PROMPT)[None]
     rows = cache.add_rows(1)
-    model.lm_head(model.hidden(ids, rows)[:, -1])
+    model.next_logits(ids, rows, [_PROMPT - 1])
     rows.advance([_PROMPT])
     for _ in range(_NEW):
         rows = cache.active()
-        model(ids[:, :1], rows)
+        model.next_logits(ids[:, :1], rows, [0])
         rows.advance([1])
 
 

@@ -1,7 +1,7 @@
 """The serving benchmark: its parts, each stored when it has been measured, and the record."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ __all__ = ["PEERS", "SCENARIOS", "ServingBenchmark"]
 
 _TARGET = Path("docs/benchmarks")
 _THREADS = 2
-_STREAMS, _HTTP_TOKENS, _PORT = 8, 256, 8731
+_SHORT = 64  # tokens of a prompt
+_STREAMS, _HTTP_TOKENS, _HTTP_PAIRS, _PORT = 8, 256, 9, 8731
 _SOAK_MINUTES = 10.0
 
 
@@ -44,9 +45,9 @@ def _scenario(streams: int, prompt_tokens: int, new_tokens: int, repeats: int) -
 
 
 SCENARIOS = (
-    _scenario(1, 64, 128, 5),
-    _scenario(8, 64, _HTTP_TOKENS, 3),
-    _scenario(32, 64, 128, 3),
+    _scenario(1, _SHORT, 128, 5),
+    _scenario(8, _SHORT, _HTTP_TOKENS, 3),
+    _scenario(32, _SHORT, 128, 3),
     _scenario(1, 4000, 64, 2),
     _scenario(8, 4000, 64, 1),
 )
@@ -92,7 +93,7 @@ class ServingBenchmark:
         """Tokens per second in memory that is short, by how much is reserved."""
         return self._own("admission", repeats=3)
 
-    def http(self) -> dict[str, Any]:
+    def http(self) -> list[dict[str, Any]]:
         """The same streams through HTTP."""
         return self._parts.once("http", self._measure_http)
 
@@ -104,9 +105,8 @@ class ServingBenchmark:
         """Write the record and its tables; returns the table."""
         engine, peers = self.engine(), self.peers()
         rows = [
-            *engine_rows(engine, peers),
+            *engine_rows(peers),
             *serving_rows(
-                engine,
                 prefix=self.prefix(),
                 interference=self.interference(),
                 admission=self.admission(),
@@ -164,11 +164,17 @@ class ServingBenchmark:
             }
             script = Path(__file__).with_name("serving_peer_child.py")
             found = ask_child(python, script, task, work, timeout_s=3600.0)
-            return result | {"weights": weights} | found
+            return result | {"weights": weights, "own": self._own_rates(scenarios)} | found
         except PeerFailedError as error:
             return result | {"error": str(error)}
 
-    def _measure_http(self) -> dict[str, Any]:
+    def _own_rates(self, scenarios: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+        """Of those with short prompts, tokens per second of r1ray's engine at this time."""
+        short = [item for item in scenarios if item["prompt_tokens"] == _SHORT]
+        found = self._ask_own({"part": "engine", "scenarios": short})["scenarios"]
+        return {name: item["tokens_per_s"] for name, item in found.items()}
+
+    def _measure_http(self) -> list[dict[str, Any]]:
         from jobs.cli import connected_to_ray
         from r1ray.config.serving import ServeConfig
         from r1ray.serving.app import start_server, stop_server
@@ -189,13 +195,20 @@ class ServingBenchmark:
                     "model": config.model_name,
                     "ids": str(self._ids()),
                     "streams": _STREAMS,
-                    "prompt_tokens": 64,
+                    "prompt_tokens": _SHORT,
                     "new_tokens": _HTTP_TOKENS,
-                    "repeats": 5,
                 }
-                return run_module("jobs.benchmarks.serving_client", task, self._work)
+                return [self._measure_pair(task) for _ in range(_HTTP_PAIRS)]
             finally:
                 stop_server()
+
+    def _measure_pair(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """Streams over HTTP, and the engine alone while the server has nothing to do."""
+        run = run_module("jobs.benchmarks.serving_client", task, self._work)
+        scenario = _scenario(_STREAMS, _SHORT, _HTTP_TOKENS, 1)
+        own = self._ask_own({"part": "engine", "scenarios": [scenario]})["scenarios"]
+        [engine_s] = own[scenario["name"]]["seconds"]
+        return {**run, "engine_s": engine_s}
 
     def _measure_soak(self) -> dict[str, Any]:
         from jobs.benchmarks.serving_soak import measure_soak
@@ -236,13 +249,16 @@ class ServingBenchmark:
 _NOTES = f"""
 - SmolLM2-135M; greedy; two threads. r1ray: INT8 weights and activations, int8 keys and values.
   llama.cpp and OpenVINO read one GGUF file; what each computes in is in the record.
+- The machine's speed changes by the quarter of an hour: rows compare with r1ray's engine as it was
+  beside each peer, and take the peer that it did worst against.
 - Decoding is timed from the moment when all streams have their first token. First token: of the
   last stream to get one. 32 streams of 4,000 tokens are left out: llama.cpp would read for ten
   minutes.
 - Interference: seven streams are written while 8,000 tokens are read, block-sparsely, as long
   prompts are where a model has gates; with dense attention besides.
 - HTTP: {_STREAMS} streams of {_HTTP_TOKENS} tokens over Serve's proxy and ingress on the same
-  cores; half the client's CPU time is taken off, since it had two cores.
+  cores, {_HTTP_PAIRS} times in turn with the engine alone; half the client's CPU time is taken off,
+  since it had two cores.
 - Soak: {_SOAK_MINUTES:g} minutes, 12 clients, two replicas with 64 MiB for keys and values each;
   one is killed at half time.
 """

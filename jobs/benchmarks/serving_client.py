@@ -65,11 +65,11 @@ async def _run(task: dict[str, Any], ids: list[int], repeat: int) -> dict[str, A
     }
 
 
-def _main(task: dict[str, Any]) -> list[dict[str, Any]]:
+def _main(task: dict[str, Any]) -> dict[str, Any]:
     ids = json.loads(Path(task["ids"]).read_text(encoding="utf-8"))
-    runs = [asyncio.run(_run(task, ids, repeat)) for repeat in range(1 + task["repeats"])]
-    return runs[1:]  # the first warms up
+    _warm_up, run = (asyncio.run(_run(task, ids, repeat)) for repeat in range(2))
+    return run
 
 
 if __name__ == "__main__":
-    print(json.dumps({"runs": _main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))}))
+    print(json.dumps(_main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))

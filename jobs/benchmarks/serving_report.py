@@ -9,37 +9,40 @@ import numpy as np
 
 from r1ray.evaluation.record import Row
 
-__all__ = ["engine_rows", "find_best", "render_engines", "serving_rows"]
+__all__ = ["engine_rows", "find_strongest", "render_engines", "serving_rows"]
 
 _INDISPENSABLE = {"llama_cpp", "openvino"}
 _BARS = {"1x64": (">= 0.9", 1), "8x64": (">= 1.0", 8), "32x64": (">= 1.2", 32)}
 _CORES = 2
 
 
-def find_best(peers: Iterable[Mapping[str, Any]], scenario: str) -> tuple[str, float] | None:
-    """Name and decoding tokens per second of the fastest peer.
+def find_strongest(peers: Iterable[Mapping[str, Any]], scenario: str) -> Mapping[str, Any] | None:
+    """The peer that r1ray's engine, as it was at the time, did worst against.
 
     None where llama.cpp or OpenVINO was not measured: a bar against the best then does not count.
     """
-    found = {
-        peer["name"]: statistics.median(peer["scenarios"][scenario]["tokens_per_s"])
-        for peer in peers
-        if scenario in peer.get("scenarios", {})
-    }
-    if not all(any(name.startswith(needed) for name in found) for needed in _INDISPENSABLE):
+    found = [peer for peer in peers if scenario in peer.get("scenarios", {})]
+    names = [peer["name"] for peer in found]
+    if not all(any(name.startswith(needed) for name in names) for needed in _INDISPENSABLE):
         return None
-    name = max(found, key=lambda name: found[name])
-    return name, found[name]
+    return min(
+        found, key=lambda peer: statistics.median(peer["own"][scenario]) / _rate(peer, scenario)
+    )
 
 
-def engine_rows(engine: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _rate(engine: Mapping[str, Any], scenario: str) -> float:
+    return statistics.median(engine["scenarios"][scenario]["tokens_per_s"])
+
+
+def engine_rows(peers: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Decoding against the best peer, by the number of streams."""
     rows = []
     for scenario, (bar, streams) in _BARS.items():
-        best = find_best(peers, scenario)
-        runs = engine["scenarios"][scenario]["tokens_per_s"]
+        peer = find_strongest(peers, scenario)
+        name, rate, runs = "none", math.nan, [math.nan]
+        if peer is not None:
+            name, rate, runs = peer["name"], _rate(peer, scenario), peer["own"][scenario]
         own = statistics.median(runs)
-        name, rate = best or ("none", math.nan)
         rows.append(
             Row(
                 f"serving.decode_{streams}_vs_best_peer",
@@ -55,12 +58,11 @@ def engine_rows(engine: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -
 
 
 def serving_rows(
-    engine: Mapping[str, Any],
     *,
     prefix: Mapping[str, Any],
     interference: Mapping[str, Any],
     admission: Mapping[str, Any],
-    http: Mapping[str, Any],
+    http: Sequence[Mapping[str, float]],
     soak: Mapping[str, Any],
 ) -> list[Row]:
     """All others."""
@@ -68,7 +70,7 @@ def serving_rows(
     alone, reading, share = _delays(interference["sparse"])
     _, _, dense_share = _delays(interference["dense"])
     predicted, worst = (statistics.median(admission[kind]) for kind in ("predicted", "worst_case"))
-    overhead, bare = _http_overhead(engine, http)
+    overhead = [_http_overhead(pair) for pair in http]
     pages = soak["held"]["r1ray:kv_cache_usage_perc"]
     return [
         Row(
@@ -102,8 +104,8 @@ def serving_rows(
             statistics.median(overhead),
             "share",
             (min(overhead), max(overhead)),
-            baseline="the engine alone, tokens/s",
-            baseline_value=bare,
+            baseline="the engine alone, s",
+            baseline_value=statistics.median(pair["engine_s"] for pair in http),
             bar="<= 0.15",
         ),
         Row("serving.soak_leaked_pages", pages, "share of a pool", bar="= 0"),
@@ -119,16 +121,9 @@ def _delays(found: Mapping[str, Any]) -> tuple[float, float, float]:
     return alone, reading, reading / max(0.1, 3 * alone)
 
 
-def _http_overhead(engine: Mapping[str, Any], http: Mapping[str, Any]) -> tuple[list[float], float]:
-    """(share of the engine's throughput that each run lost, that throughput in tokens/s)."""
-    found = engine["scenarios"]["8x64"]
-    streams, tokens = len(found["first_s"][0]), len(found["next_s"][0]) // len(found["first_s"][0])
-    bare = streams * (tokens + 1) / statistics.median(found["seconds"])
-    overheads = []
-    for run in http["runs"]:
-        seconds = run["seconds"] - run["client_cpu_s"] / _CORES
-        overheads.append(1 - streams * (tokens + 1) / seconds / bare)
-    return overheads, bare
+def _http_overhead(pair: Mapping[str, float]) -> float:
+    """Share of the engine's throughput that is lost, the client's own part not counted."""
+    return 1 - pair["engine_s"] / (pair["seconds"] - pair["client_cpu_s"] / _CORES)
 
 
 def _memory_growth(soak: Mapping[str, Any]) -> float:

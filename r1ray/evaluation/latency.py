@@ -40,13 +40,13 @@ def measure_latency(
         )
         started = _now(device)
         rows = cache.add_rows(1)
-        model.lm_head(model.hidden(ids, rows)[:, -1])
+        model.next_logits(ids, rows, [prompt_tokens - 1])
         rows.advance([prompt_tokens])
         prefill = _now(device) - started
         for _ in range(max(1, new_tokens // repeats)):
             started = _now(device)
             rows = cache.active()
-            model(ids[:, :1], rows)
+            model.next_logits(ids[:, :1], rows, [0])
             rows.advance([1])
             if repeat:
                 decodes.append(_now(device) - started)

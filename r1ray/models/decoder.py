@@ -20,7 +20,7 @@ from r1ray.config.schema import Scheme
 from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
-from r1ray.models.native_layers import find_native_layers
+from r1ray.models.native_layers import NativeLayers, find_native_layers
 from r1ray.models.rope import apply_rotary, rotary_tables
 from r1ray.models.sparse import SparseForward
 from r1ray.ops.block_gate import BlockGate, BoundsGate
@@ -212,24 +212,67 @@ class Decoder(nn.Module):
         documents = None
         if document_lengths is not None:
             documents = _build_documents(input_ids_BT, cache, document_lengths)
-            positions_BT = documents.positions_1T
-            rotary = rotary_tables(self.config, positions_BT, documents.lengths)
+        x_BTD, sparse = self._begin(input_ids_BT, cache)
+        layers = find_native_layers(self, x_BTD, cache, sparse)
+        if layers is not None and cache is not None:
+            layers.run(x_BTD, cache, sparse)
         else:
-            positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
-            if cache is not None:
-                positions_BT = cache.starts_R[:, None] + positions_BT
-            rotary = rotary_tables(self.config, positions_BT)
+            x_BTD = self._run_blocks(x_BTD, cache, documents, sparse)
+        return self.model.norm(x_BTD)
+
+    def next_logits(
+        self,
+        input_ids_BT: Tensor,
+        cache: CacheSlice,
+        last: Sequence[int],
+        layers: NativeLayers | None = None,
+    ) -> Tensor:
+        """Logits [L, V] of what follows some of the new tokens; the cache as in `hidden`.
+
+        Args:
+            last: numbers of these tokens in [B · T].
+            layers: native ones of this model, which has not changed since they were found.
+        Raises:
+            ShapeError: as in `hidden`.
+        """
+        x_BTD, sparse = self._begin(input_ids_BT, cache)
+        layers = find_native_layers(self, x_BTD, cache, sparse, layers)
+        if layers is not None and layers.has_head:
+            return layers.run(x_BTD, cache, sparse, last=last)
+        if layers is not None:
+            layers.run(x_BTD, cache, sparse)
+        else:
+            x_BTD = self._run_blocks(x_BTD, cache, None, sparse)
+        x_LD = x_BTD.flatten(0, 1)[torch.tensor(last, device=x_BTD.device)]
+        return self.lm_head(self.model.norm(x_LD))
+
+    def _begin(
+        self, input_ids_BT: Tensor, cache: CacheSlice | None
+    ) -> tuple[Tensor, SparseForward | None]:
+        """(embeddings, what this forward chooses blocks for; None without blocks)."""
         sparse = None
         if cache is not None and cache.keeps_blocks:
             sparse = SparseForward(self.config, cache, input_ids_BT.shape[1])
-        x_BTD = self.model.embed_tokens(input_ids_BT)
-        layers = find_native_layers(self, x_BTD, cache, sparse)
-        if layers is not None and cache is not None:
-            layers.run(x_BTD, rotary, cache, sparse)
+        return self.model.embed_tokens(input_ids_BT), sparse
+
+    def _run_blocks(
+        self,
+        x_BTD: Tensor,
+        cache: CacheSlice | None,
+        documents: Documents | None,
+        sparse: SparseForward | None,
+    ) -> Tensor:
+        if documents is not None:
+            positions_BT = documents.positions_1T
+            rotary = rotary_tables(self.config, positions_BT, documents.lengths)
         else:
-            for block in self.model.layers:
-                x_BTD = block(x_BTD, rotary, positions_BT, cache, documents, sparse)
-        return self.model.norm(x_BTD)
+            positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
+            if cache is not None:
+                positions_BT = cache.starts_R[:, None] + positions_BT
+            rotary = rotary_tables(self.config, positions_BT)
+        for block in self.model.layers:
+            x_BTD = block(x_BTD, rotary, positions_BT, cache, documents, sparse)
+        return x_BTD
 
     def forward(
         self,

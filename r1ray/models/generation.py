@@ -23,11 +23,13 @@ from r1ray.errors import ShapeError
 from r1ray.models.answer_lengths import AnswerLengths
 from r1ray.models.decoder import Decoder
 from r1ray.models.kv_cache import KVPool
+from r1ray.models.native_layers import NativeLayers
 from r1ray.models.pace import StepPace
 from r1ray.models.pages import PagePool
 from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
 from r1ray.models.sampling import RowSampler, SampledToken, sample_tokens
 from r1ray.models.scheduler import Piece, Scheduler
+from r1ray.ops import native
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS, count_chosen
 from r1ray.ops.int8 import Int8Linear
 
@@ -45,7 +47,9 @@ class _Row:
 
 
 class BatchGenerator:
-    """Continuous batching over one model. Not thread-safe: one thread adds, steps and cancels.
+    """Continuous batching over one model, which must not be changed meanwhile.
+
+    Not thread-safe: one thread adds, steps and cancels.
 
     Args:
         max_concurrency: sequences decoded together.
@@ -80,6 +84,7 @@ class BatchGenerator:
         weight = model.model.norm.weight
         self._model = model
         self._device = weight.device
+        self._layers = NativeLayers.of(model) if native.is_available() else None
         self._max_context_tokens = max_context_tokens
         self._prefill_chunk = prefill_chunk
         self._is_sparse = model.is_sparse
@@ -181,8 +186,8 @@ class BatchGenerator:
             RuntimeError: the logits are not numbers.
         """
         spare = self._pool.slice([[self._pool.num_pages]], [0])
-        hidden_1TD = self._model.hidden(torch.zeros(1, 1, dtype=torch.long).to(self._device), spare)
-        if not self._model.lm_head(hidden_1TD[:, -1]).isfinite().all():
+        ids_11 = torch.zeros(1, 1, dtype=torch.long).to(self._device)
+        if not self._model.next_logits(ids_11, spare, [0], self._layers).isfinite().all():
             raise RuntimeError("the model's logits are not numbers")
 
     def cancel(self, request_id: str) -> None:
@@ -198,20 +203,14 @@ class BatchGenerator:
         step = self._scheduler.plan(self._pace.max_tokens if self._pace and is_writing else None)
         groups = [step.single] if step.single else []
         groups += self._group(step.longer)
-        found = [(group, self._run(group)) for group in groups]
-        last = [
-            (piece, hidden_D)
-            for group, hidden_BD in found
-            for piece, hidden_D in zip(group, hidden_BD, strict=True)
-            if piece.is_last
-        ]
+        found = [logits for group in groups if (logits := self._run(group)) is not None]
+        sequences = [piece.sequence for group in groups for piece in group if piece.is_last]
         events: list[TokenEvent] = []
         chosen: dict[str, int] = {}
-        if last:
-            sequences = [piece.sequence for piece, _ in last]
+        if found:
             rows = [self._rows[sequence.request_id] for sequence in sequences]
-            logits_BV = self._model.lm_head(torch.stack([hidden_D for _, hidden_D in last]))
-            tokens = sample_tokens(logits_BV, [row.sampler for row in rows])
+            logits_LV = torch.cat(found) if len(found) > 1 else found[0]
+            tokens = sample_tokens(logits_LV, [row.sampler for row in rows])
             for sequence, row, sampled in zip(sequences, rows, tokens, strict=True):
                 event = replace(_note(row, sampled), num_cached=sequence.num_cached or 0)
                 events.append(event)
@@ -256,26 +255,33 @@ class BatchGenerator:
         is_equal = len({(item.start, item.count) for item in both}) == 1
         return all(item.is_prompt for item in both) and (is_equal or self._may_pad)
 
-    def _run(self, group: Sequence[Piece]) -> Tensor:
-        """Hidden states behind the last token of each piece: [B, D]."""
+    def _run(self, group: Sequence[Piece]) -> Tensor | None:
+        """Logits [L, V] behind those pieces that are their sequences' last, if any is."""
         longest = max(piece.count for piece in group)
         is_written = not group[0].is_prompt and longest > 1
         size = longest if len(group) > 1 or self._is_whole else self._prefill_chunk
         if is_written and self._is_whole:
             size = 1  # each has the positions of its own time
-        ids_BT = torch.zeros(len(group), longest, dtype=torch.long)
-        for index, piece in enumerate(group):
-            tokens = piece.sequence.tokens(piece.start, piece.start + piece.count)
-            ids_BT[index, : piece.count] = torch.tensor(tokens)
+        ids_BT = torch.tensor(
+            [
+                piece.sequence.tokens(piece.start, piece.start + piece.count)
+                + [0] * (longest - piece.count)
+                for piece in group
+            ]
+        ).to(self._device)
         tables = [piece.sequence.pages for piece in group]
-        done, hidden_BTD = 0, torch.empty(0)
-        for ids in ids_BT.to(self._device).split(size, dim=1):
+        done = 0
+        for ids in ids_BT.split(size, dim=1):
             starts = [piece.start + done for piece in group]
             rows = self._pool.slice(tables, starts, one_by_one=is_written)
-            hidden_BTD = self._model.hidden(ids, rows)
-            done += ids.shape[1]
-        behind = [piece.count - 1 - (done - hidden_BTD.shape[1]) for piece in group]
-        return hidden_BTD[torch.arange(len(group)), torch.tensor(behind)]
+            width = ids.shape[1]
+            ends = [piece.count - 1 - done if piece.is_last else width for piece in group]
+            last = [row * width + end for row, end in enumerate(ends) if end < width]
+            if last:
+                return self._model.next_logits(ids, rows, last, self._layers)
+            self._model.hidden(ids, rows)
+            done += width
+        return None
 
 
 def _attended_share(own: Sequence[int]) -> float:

@@ -117,6 +117,34 @@ def rotary_tables(
     return angles.cos() * factor, angles.sin() * factor
 
 
+class RotaryCache:
+    """`rotary_tables` of positions from 0 on, computed once; 8·H bytes for each position."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._cos, self._sin = torch.empty(0, config.head_dim), torch.empty(0, config.head_dim)
+
+    def behind(self, starts: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the next `tokens` positions of rows of these lengths, on the CPU.
+
+        Each contiguous float32 [B, T, H], or [1, T, H] where all rows are equally long.
+        """
+        if self._config.rope.depends_on_length:
+            positions_BT = torch.tensor(starts)[:, None] + torch.arange(tokens)
+            cos, sin = rotary_tables(self._config, positions_BT)
+            return cos[:, 0], sin[:, 0]
+        least, end = min(starts), max(starts) + tokens
+        if end > len(self._cos):
+            positions_1S = torch.arange(1 << (end - 1).bit_length())[None]
+            self._cos, self._sin = (
+                table[0, 0] for table in rotary_tables(self._config, positions_1S)
+            )
+        if least + tokens == end:
+            return self._cos[None, least:end], self._sin[None, least:end]
+        positions_BT = torch.tensor(starts)[:, None] + torch.arange(tokens)
+        return self._cos[positions_BT], self._sin[positions_BT]
+
+
 def apply_rotary(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
     """x with its two halves of H rotated as pairs; dtype of x."""
     first, second = x_BNTH.chunk(2, dim=-1)

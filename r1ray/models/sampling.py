@@ -183,7 +183,7 @@ def sample_tokens(logits_BV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled
     Raises:
         FloatingPointError: the logits of a row that is drawn are not finite.
     """
-    chosen = logits_BV.argmax(dim=-1).tolist()
+    chosen = _argmax(logits_BV)
     own = [at for at, row in enumerate(rows) if row.adjusts or row.params.temperature > 0]
     if own:
         logits_RV = logits_BV[own].float().cpu()
@@ -192,10 +192,17 @@ def sample_tokens(logits_BV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled
                 rows[at].adjust(logits_V)
         for at, token in zip(own, _choose(logits_RV, [rows[at] for at in own]), strict=True):
             chosen[at] = token
+    counts = [row.params.num_logprobs for row in rows]
     return [
-        _with_logprobs(logits_V, token, row.params.num_logprobs)
-        for logits_V, token, row in zip(logits_BV, chosen, rows, strict=True)
+        SampledToken(token) if count is None else _with_logprobs(logits_BV[at], token, count)
+        for at, (token, count) in enumerate(zip(chosen, counts, strict=True))
     ]
+
+
+def _argmax(logits_BV: Tensor) -> list[int]:
+    if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
+        return logits_BV.numpy().argmax(axis=-1).tolist()  # on one thread faster than torch on two
+    return logits_BV.argmax(dim=-1).tolist()
 
 
 def _choose(logits_RV: Tensor, rows: Sequence[RowSampler]) -> list[int]:
@@ -243,9 +250,7 @@ def _likeliest(weights_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tenso
     return weights_C[:kept], ids_C[:kept]
 
 
-def _with_logprobs(logits_V: Tensor, token: int, count: int | None) -> SampledToken:
-    if count is None:
-        return SampledToken(token)
+def _with_logprobs(logits_V: Tensor, token: int, count: int) -> SampledToken:
     logprobs_V = logits_V.float().log_softmax(-1)
     best = logprobs_V.topk(min(count, len(logprobs_V)))
     top = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -10,6 +10,8 @@
 // 5. The outputs' product is added to the hidden states.
 // 6. RMSNorm and quantization; gate and up; silu(gate) · up and its quantization; down, added.
 //
+// Behind the last layer, RMSNorm and the head's product for those tokens whose logits are wanted.
+//
 // One token a row is one fork: threads stay together through all layers (`with_threads`). What
 // takes less than sharing it is done by one.
 //
@@ -128,6 +130,10 @@ const float* read_normed(const void* data, int64_t m, float* room) {
   return room;
 }
 
+const float* read_last(const void* data, int64_t i, float* room) {
+  return read_normed(data, static_cast<const Norm*>(data)->forward->last[i], room);
+}
+
 const float* read_gated(const void* data, int64_t m, float* room) {
   const Forward& forward = *static_cast<const Forward*>(data);
   const float* gate = forward.hidden + m * 2 * forward.F;
@@ -135,10 +141,10 @@ const float* read_gated(const void* data, int64_t m, float* room) {
   return room;
 }
 
-// The products of what `read` gives with some weights.
-void multiply(Forward& forward, int64_t inputs, ReadRow read, const void* data,
+// The products of the rows that `read` gives with some weights.
+void multiply(Forward& forward, int64_t count, int64_t inputs, ReadRow read, const void* data,
               const LinearPart* parts, int num_parts) {
-  const QuantizedRows rows = forward.memory->reserve(forward.M, inputs, forward.isa);
+  const QuantizedRows rows = forward.memory->reserve(count, inputs, forward.isa);
   if (!quantize_rows(rows, read, data, forward.isa, forward.num_threads) ||
       !multiply_rows(rows, parts, num_parts, forward.isa, forward.num_threads))
     forward.failure = kNoMemory;
@@ -250,7 +256,7 @@ void run_layer(Forward& forward) {
       part_of(weights.k, keys, forward.qkv + queries, width),
       part_of(weights.v, keys, forward.qkv + queries + keys, width),
   };
-  multiply(forward, D, read_normed, &norm, states, 3);
+  multiply(forward, forward.M, D, read_normed, &norm, states, 3);
   run_stage(forward, place_tokens, threads);
   if (forward.num_completed)
     run_stage(forward, summarize_blocks, forward.num_threads);
@@ -258,14 +264,20 @@ void run_layer(Forward& forward) {
 
   const FloatRows attended = {forward.attended, queries};
   const LinearPart out = part_of(weights.o, D, forward.x, D, true);
-  multiply(forward, queries, read_float_row, &attended, &out, 1);
+  multiply(forward, forward.M, queries, read_float_row, &attended, &out, 1);
 
   norm.weight = weights.post_norm;
   const LinearPart wide[] = {part_of(weights.gate, F, forward.hidden, 2 * F),
                              part_of(weights.up, F, forward.hidden + F, 2 * F)};
-  multiply(forward, D, read_normed, &norm, wide, 2);
+  multiply(forward, forward.M, D, read_normed, &norm, wide, 2);
   const LinearPart down = part_of(weights.down, D, forward.x, D, true);
-  multiply(forward, F, read_gated, &forward, &down, 1);
+  multiply(forward, forward.M, F, read_gated, &forward, &down, 1);
+}
+
+void run_head(Forward& forward) {
+  const Norm norm = {&forward, forward.final_norm};
+  const LinearPart head = part_of(forward.head, forward.V, forward.logits, forward.V);
+  multiply(forward, forward.num_last, forward.D, read_last, &norm, &head, 1);
 }
 
 void run_layers(void* data) {
@@ -275,6 +287,7 @@ void run_layers(void* data) {
       forward.weights = forward.layers + forward.layer;
       run_layer(forward);
     }
+    if (forward.num_last && forward.failure == kNone) run_head(forward);
   } catch (const std::bad_alloc&) {
     forward.failure = kNoMemory;
   }

@@ -57,6 +57,11 @@ struct LayersArguments {
   int64_t num_pieces, num_completed, num_layers;
   int64_t B, T, D, F, N, K, H;
   int64_t chooses;  // whether by score; else every earlier block
+  const float* final_norm;  // with the head's weights, for num_last tokens
+  LinearWeights head;
+  const int64_t* last;  // their numbers in [B, T]
+  float* logits;        // [num_last, V]
+  int64_t num_last, V;
   double eps;
   int32_t isa, num_threads;
 };

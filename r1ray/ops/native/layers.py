@@ -44,6 +44,7 @@ class LayersArguments(ctypes.Structure):
             " *summaries *pages row_pages layer_pages"
             " *numbers *pieces *completed num_pieces num_completed num_layers"
             " B T D F N K H chooses"
+            " *final_norm *head_weight *head_scale *head_bias *last *logits num_last V"
         ),
         ("eps", ctypes.c_double),
         ("isa", ctypes.c_int32),
@@ -52,7 +53,7 @@ class LayersArguments(ctypes.Structure):
 
 
 def run_decoder_layers(arguments: LayersArguments, *, isa: int | None = None) -> None:
-    """Run the layers: hidden states and the cache's new tokens are replaced.
+    """Run the layers: hidden states, the cache's new tokens and the logits are replaced.
 
     Args:
         isa: index in `ISA_NAMES`, at most `best_isa()`; None for that one.

@@ -13,7 +13,7 @@ __all__ = ["ISA_NAMES", "best_isa", "describe", "is_available", "library"]
 logger = logging.getLogger(__name__)
 
 ISA_NAMES = ("generic", "avx2", "avx512_vnni", "avx512_bf16")
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 
 
 def is_available() -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jobs.benchmarks.serving_peer_child import time_engine
-from jobs.benchmarks.serving_report import engine_rows, find_best, render_engines, serving_rows
+from jobs.benchmarks.serving_report import engine_rows, find_strongest, render_engines, serving_rows
 
 
 def _engine(rate: float, **more: Any) -> dict[str, Any]:
@@ -21,9 +21,13 @@ def _engine(rate: float, **more: Any) -> dict[str, Any]:
     return {"scenarios": dict.fromkeys(("1x64", "8x64", "32x64"), found), **more}
 
 
+def _own(rate: float) -> dict[str, list[float]]:
+    return dict.fromkeys(("1x64", "8x64", "32x64"), [rate] * 3)
+
+
 PEERS = [
-    _engine(100.0, name="llama_cpp", weights="Q8_0"),
-    _engine(50.0, name="openvino", weights="Q8_0"),
+    _engine(100.0, name="llama_cpp", weights="Q8_0", own=_own(95.0)),
+    _engine(50.0, name="openvino", weights="Q8_0", own=_own(60.0)),
     {"name": "vllm", "error": "exit status 1: no wheel"},
 ]
 PARTS: dict[str, Any] = {
@@ -33,7 +37,7 @@ PARTS: dict[str, Any] = {
         "dense": {"alone_s": [0.05] * 200, "reading_s": [0.3] * 100},
     },
     "admission": {"predicted": [300.0], "worst_case": [200.0], "preempted": [3]},
-    "http": {"runs": [{"seconds": 2.6, "client_cpu_s": 0.2, "first_s": [0.1]}] * 2},
+    "http": [{"seconds": 2.6, "client_cpu_s": 0.2, "engine_s": 2.0}] * 2,
     "soak": {
         "held": {"r1ray:kv_cache_usage_perc": 0.0},
         "lost": [],
@@ -48,18 +52,18 @@ PARTS: dict[str, Any] = {
 
 
 def test_the_best_peer_counts_only_beside_llama_cpp_and_openvino() -> None:
-    assert find_best(PEERS, "1x64") == ("llama_cpp", 100.0)
-    assert find_best(PEERS[:1], "1x64") is None
-    rows = {row.id: row for row in engine_rows(_engine(95.0), PEERS[1:])}
+    assert find_strongest(PEERS, "1x64") is PEERS[0]
+    assert find_strongest(PEERS[:1], "1x64") is None
+    rows = {row.id: row for row in engine_rows(PEERS[1:])}
     assert not rows["serving.decode_1_vs_best_peer"].met
 
 
 def test_rows_say_what_is_met() -> None:
-    rows = {row.id: row for row in engine_rows(_engine(95.0), PEERS)}
+    rows = {row.id: row for row in engine_rows(PEERS)}
     assert rows["serving.decode_1_vs_best_peer"].value == pytest.approx(0.95)
     assert rows["serving.decode_1_vs_best_peer"].met
     assert not rows["serving.decode_8_vs_best_peer"].met
-    rows = {row.id: row for row in serving_rows(_engine(95.0), **PARTS)}
+    rows = {row.id: row for row in serving_rows(**PARTS)}
     assert rows["serving.shared_prefix_ttft_gain"].value == pytest.approx(30)
     assert rows["serving.p99_itl_share_of_limit"].value == pytest.approx(0.8, abs=0.05)
     assert rows["serving.p99_itl_share_of_limit_dense"].value == pytest.approx(2)

@@ -48,6 +48,8 @@ def test_a_table_is_made_once_and_again_when_a_part_is_replaced() -> None:
         lambda: setattr(block.mlp.up_proj, "weight", block.mlp.up_proj.weight.clone()),
         lambda: setattr(block.input_layernorm.weight, "data", torch.ones(32)),
         lambda: setattr(block.mlp.up_proj, "bias", torch.zeros(64)),
+        lambda: setattr(model, "lm_head", Int8Linear.from_float(nn.Linear(32, 128, bias=False))),
+        lambda: setattr(model.model.norm.weight, "data", torch.ones(32)),
         lambda: attach_gates(model) or setattr(block.self_attn, "gate", None),
     ):
         change()
@@ -85,6 +87,22 @@ def test_what_torch_has_to_run_is_left_to_it() -> None:
     mixed = _quantized()
     mixed.model.layers[0].mlp.up_proj = nn.Linear(32, 64, bias=False)
     assert _find(mixed) is None
+
+
+def test_a_head_that_does_not_fit_is_left_to_torch() -> None:
+    model = _quantized()
+    found = _find(model)
+    assert found is not None
+    assert found.has_head
+    model.lm_head = nn.Linear(32, model.config.vocab_size, bias=False)
+    found = _find(model)
+    assert found is not None
+    assert not found.has_head
+    cache = KVCache(model.config, max_rows=1, max_tokens=4, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(random_ids(1, 4), cache.add_rows(1))[0, -1:]
+        found_logits = model.next_logits(random_ids(1, 4), cache.rows(0, 1), [3])
+    torch.testing.assert_close(found_logits, expected)
 
 
 def test_without_a_cache_or_with_a_gradient_torch_runs() -> None:

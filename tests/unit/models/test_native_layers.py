@@ -25,6 +25,7 @@ from r1ray.models.rope import rotary_tables
 from r1ray.models.sparse import SparseForward
 from r1ray.ops import native
 from r1ray.ops.block_gate import BlockGate
+from r1ray.ops.int8 import Int8Linear
 from r1ray.ops.native import library
 from tests.fakes import tiny_config
 from tests.unit.oracle import FAMILIES, random_ids
@@ -119,14 +120,14 @@ def _run(
     model: Decoder, x: Tensor, rows: CacheSlice, *, is_native: bool, isa: int | None = None
 ) -> Tensor:
     tokens = x.shape[1]
-    positions = rows.starts_R[:, None] + torch.arange(tokens)
-    rotary = rotary_tables(model.config, positions)
     sparse = SparseForward(model.config, rows, tokens) if rows.keeps_blocks else None
     if is_native:
         layers = find_native_layers(model, x, rows, sparse)
         assert layers is not None
-        layers.run(x, rotary, rows, sparse, isa=isa)
+        layers.run(x, rows, sparse, isa=isa)
         return x
+    positions = rows.starts_R[:, None] + torch.arange(tokens)
+    rotary = rotary_tables(model.config, positions)
     for block in model.model.layers:
         x = block(x, rotary, positions, rows, None, sparse)
     return x
@@ -306,6 +307,39 @@ def test_prompts_in_chunks_and_written_tokens_have_torchs_logits(
     # A flip is in the cache from then on: it meets every later token.
     assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
     assert (found - expected).abs().median() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_logits_of_chosen_tokens_equal_torchs_norm_and_head(isa: int, has_bias: bool) -> None:
+    model = _quantized()
+    assert isinstance(model.lm_head, Int8Linear)
+    if has_bias:
+        model.lm_head.bias = torch.linspace(-1, 1, model.config.vocab_size)
+    torch.nn.init.uniform_(model.model.norm.weight, 0.5, 2.0)
+    cache = KVCache(model.config, max_rows=2, max_tokens=8, dtype=torch.float32)
+    with torch.inference_mode():
+        x = model.model.embed_tokens(random_ids(2, 5))
+        layers = find_native_layers(model, x, rows := cache.add_rows(2), None)
+        assert layers is not None
+        found = layers.run(x, rows, None, last=[9, 0, 3], isa=isa)
+        expected = model.lm_head(model.model.norm(x.flatten(0, 1)[[9, 0, 3]]))
+    assert found.shape == expected.shape
+    _check([found], [expected])
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_next_logits_are_those_of_a_whole_forward(
+    is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = _quantized(), random_ids(2, 5)
+    if not is_native:
+        monkeypatch.setattr("r1ray.models.decoder.find_native_layers", lambda *_: None)
+    cache = KVCache(model.config, max_rows=2, max_tokens=8, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(ids, cache.add_rows(2)).flatten(0, 1)[[4, 9]]
+        found = model.next_logits(ids, cache.rows(0, 2), [4, 9])
+    _check([found], [expected])
 
 
 @pytest.mark.usefixtures("few_dense_blocks")
