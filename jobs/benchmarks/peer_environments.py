@@ -47,6 +47,9 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "transformers": ("torch==2.13.0", "transformers==5.24.0", "numpy==2.4.6"),
 }
 
+# Built for CUDA's torch, these fail beside the one for CPUs; what is asked needs none of them.
+_UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
+
 _QUANTIZER = Path(__file__).with_name("long_context_peer_child.py")
 _INSTALL_TIMEOUT_S = 3600.0
 _ERROR_CHARACTERS = 2000
@@ -89,10 +92,11 @@ def make_environment(name: str, work: Path) -> Path:
         return python
     shutil.rmtree(directory, ignore_errors=True)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    install = [python, "-I", "-m", "pip", "install", "--quiet", "--no-input"]
+    pip = [python, "-I", "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check"]
     for command in (
         [sys.executable, "-I", "-m", "venv", directory],
-        [*install, "--disable-pip-version-check", *REQUIREMENTS[name]],
+        [*pip, "install", *REQUIREMENTS[name]],
+        *([*pip, "uninstall", "--yes", package] for package in _UNWANTED.get(name, ())),
     ):
         _run([str(part) for part in command], timeout_s=_INSTALL_TIMEOUT_S)
     stamp.write_text(json.dumps(expected), encoding="utf-8")

