@@ -69,7 +69,7 @@ def throughput_rows(times: Mapping[str, Mapping[str, ArmTimes]]) -> list[Row]:
             for key in times
         }
         worst = min(
-            (ratios[key] for key in _LARGE_SETS if key in ratios), key=lambda row: row.value
+            (ratios[key] for key in _LARGE_SETS if key in ratios), key=lambda row: row.value or 0.0
         )
         rows.append(replace(worst, id=f"batching.{name}"))
         rows += ratios.values()
@@ -104,7 +104,7 @@ def scale_rows(small: Mapping[str, Any], large: Mapping[str, Any]) -> list[Row]:
         return Row(row_id, value, "x", None, baseline, before / 1e6, bar)
 
     roles = ("driver", "driver_resident", "worker", "worker_resident")
-    worst = max(roles, key=lambda role: growth(role, name).value)
+    worst = max(roles, key=lambda role: growth(role, name).value or 0.0)
     rows = [growth(worst, name), *(growth(role, f"{name}.{role}") for role in roles)]
     for part in (small, large):
         count = part["num_rows"]

@@ -121,7 +121,7 @@ def bytes_rows(results: Results) -> list[Row]:
         row(f"{name}.{cell['num_workers']}w", cell["sent_per_step"], cell["num_workers"], bar)
         for cell in find_cells(results, part="bytes", arm="delta4")
     ]
-    worst = max(shares, key=lambda item: item.value)
+    worst = max(shares, key=lambda item: item.value or 0.0)
     (stream,) = find_cells(results, part="bytes", arm="stream_h100")
     num_workers, num_streaming = stream["num_workers"], stream["streaming_steps"]
     streamed = stream["sent"][num_streaming - 1] / num_streaming

@@ -63,7 +63,7 @@ def measure_and_file(command: str) -> str:
     for measure in (_products, _codecs, _decoding, _precisions, _packing, _streaming):
         print(f"bench_gpu: {measure.__name__.strip('_')}", flush=True)
         for row in measure():
-            print(f"  {row.id} {row.value:.4g} {row.unit}", flush=True)
+            print(f"  {row.id} {row.value} {row.unit}", flush=True)
             rows.append(row)
         gc.collect()
         torch.cuda.empty_cache()

@@ -96,7 +96,8 @@ class LongContextBenchmark:
 
     def file_record(self, command: str) -> str:
         """Write the record, its tables and the plot; returns the table."""
-        found, reads, quality = self.operator(), self.reading(), self.quality()
+        found, reads = self.operator(), self.reading()
+        quality = self.quality() if self._quality.is_measured else {}
         rows = [
             *memory_rows(**self.memory()),
             *operator_rows(found),
@@ -115,11 +116,18 @@ class LongContextBenchmark:
             f"({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, commits "
             f"{', '.join(sorted(set(map(str, self._parts.commits.values()))))}, "
             f"{circumstances['date']}.\n\n{table}\n![operator](long_context.png)\n\n"
-            f"## Tasks\n\n{render_tasks(quality, TASKS, LENGTHS)}\n"
-            f"## Gates\n\n{render_gates(self._quality.gate_training())}\n{_NOTES}"
+            f"{self._render_quality(quality)}{_NOTES}"
         )
         (_TARGET / "long_context.md").write_text(text, encoding="utf-8")
         return table
+
+    def _render_quality(self, quality: dict[str, Any]) -> str:
+        if not quality:
+            return ""
+        return (
+            f"## Tasks\n\n{render_tasks(quality, TASKS, LENGTHS)}\n"
+            f"## Gates\n\n{render_gates(self._quality.gate_training())}\n"
+        )
 
     def _token_ids(self) -> list[int]:
         return Tokenizer(self._quality.base()).encode(read_english())

@@ -81,6 +81,11 @@ class QualityBenchmark:
     def gated(self) -> Path:
         return self._work / "gated"
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether `collect` finds everything."""
+        return self.parts.has(f"quality_{PRECISIONS[-1]}_recall")  # the last to be measured
+
     def gate_training(self) -> dict[str, Any]:
         """How gates were trained: `result` of all steps, seconds, device."""
         return dict(self.parts.read("quality_gates"))

@@ -33,6 +33,12 @@ _BARS = {
     ("decode", 65_536): ">= 20",
 }
 _COUNTS = 0.5  # what dense attention has to score on a task that counts
+_DROP_BAR, _PERPLEXITY_BAR, _RECALL_BAR = "<= 0.05", "<= 1.02", ">= 0.97"
+_QUALITY_BARS = {
+    "worst_task_drop": _DROP_BAR,
+    "perplexity_ratio": _PERPLEXITY_BAR,
+    "needle_block_recall": _RECALL_BAR,
+}
 _MARKED_LAYERS = 0.45  # a twentieth of the heads, nine of which are in each layer
 _COLORS = {"sparse": "#0b6e99", "dense": "#b5651d"}
 
@@ -127,7 +133,11 @@ def _peer_rows(peers: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def quality_rows(quality: Mapping[str, Any]) -> list[Row]:
-    """The worst of the tasks that count, perplexity, and recall."""
+    """The worst of the tasks that count, perplexity, and recall; bars alone of what is empty."""
+    if not quality:
+        return [
+            Row(f"long_context.{name}", None, "", bar=bar) for name, bar in _QUALITY_BARS.items()
+        ]
     rows = []
     for precision, found in quality.items():
         suffix = "" if precision == "int8" else f".{precision}"
@@ -139,17 +149,21 @@ def quality_rows(quality: Mapping[str, Any]) -> list[Row]:
         worst = max(drops, key=lambda name: drops[name])
         name = f"long_context.worst_task_drop{suffix}"
         baseline = (f"{worst}; tasks and lengths that count", float(len(drops)))
-        rows.append(Row(name, drops[worst], "of 1", None, *baseline, "<= 0.05"))
+        rows.append(
+            Row(name, drops[worst], "of 1", None, *baseline, _QUALITY_BARS["worst_task_drop"])
+        )
         ratios = {length: sparse / dense for length, (dense, sparse) in found["perplexity"].items()}
         length = max(ratios, key=lambda at: ratios[at])
         name = f"long_context.perplexity_ratio{suffix}"
         baseline = (f"dense at {length}", found["perplexity"][length][0])
-        rows.append(Row(name, ratios[length], "x", None, *baseline, "<= 1.02"))
+        rows.append(
+            Row(name, ratios[length], "x", None, *baseline, _QUALITY_BARS["perplexity_ratio"])
+        )
         recall = found["recall"]
         name = f"long_context.needle_block_recall{suffix}"
         share = recall["found"] / recall["looks"]
         looks = ("heads that look there", float(recall["looks"]))
-        rows.append(Row(name, share, "share", None, *looks, ">= 0.97"))
+        rows.append(Row(name, share, "share", None, *looks, _RECALL_BAR))
         for text, masses in recall["mass"].items():
             name = f"long_context.attention_mass{suffix}.{text}"
             rows.append(Row(name, statistics.mean(masses), "share", (min(masses), max(masses))))

@@ -33,6 +33,10 @@ class StoredParts:
             partial.rename(path)
         return self.read(name)
 
+    def has(self, name: str) -> bool:
+        """Whether the result `name` is stored."""
+        return (self._work / f"{name}.json").exists()
+
     def read(self, name: str) -> Any:
         """The stored result `name`."""
         path = self._work / f"{name}.json"

@@ -1,7 +1,7 @@
 """Environments of other engines, and processes in them.
 
 1. A virtual environment with pinned requirements, made under a work folder, or found.
-2. Processes in it are given a task as a JSON file, and end with a JSON object in their last line of
+2. Processes in it are given a task as a JSON file, and end with a JSON object in a line of their
    output. They are ended with all that they started where they take too long.
 
 Price: 0.2 GB of packages for llama.cpp (compiled for this machine where no wheel is: minutes), 0.3
@@ -152,15 +152,15 @@ def _run(command: Sequence[str], *, timeout_s: float) -> str:
 
 
 def _read_last_object(text: str) -> dict[str, Any]:
-    """The JSON object in the last line; engines write what they like before it."""
-    lines = text.strip().splitlines()
-    try:
-        found = json.loads(lines[-1])
-    except (IndexError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise PeerFailedError(_bound(f"no JSON object in the last line: {text}"))
-    return found
+    """The JSON object in the last line that is one; engines write what they like around it."""
+    for line in reversed(text.splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found
+    raise PeerFailedError(_bound(f"no line is a JSON object: {text}"))
 
 
 def _bound(text: str) -> str:

@@ -15,7 +15,12 @@ from jobs.benchmarks.peer_environments import (
     run_module,
     write_peer_gguf,
 )
-from jobs.benchmarks.serving_report import engine_rows, render_engines, serving_rows
+from jobs.benchmarks.serving_report import (
+    condense,
+    engine_rows,
+    render_engines,
+    serving_rows,
+)
 from r1ray.config.schema import CompressConfig
 from r1ray.data.texts import read_english
 from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
@@ -117,7 +122,8 @@ class ServingBenchmark:
         circumstances = {**describe_circumstances(), "commits_of_parts": self._parts.commits}
         _TARGET.mkdir(parents=True, exist_ok=True)
         record = build_record("serving", command, rows, circumstances)
-        write_json(_TARGET / "serving.json", {**record, "engine": engine, "peers": peers})
+        engines = {"engine": condense(engine), "peers": list(map(condense, peers))}
+        write_json(_TARGET / "serving.json", {**record, **engines})
         hardware = circumstances["hardware"]
         table = render_table(rows)
         text = (
@@ -257,8 +263,8 @@ _NOTES = f"""
 - Interference: seven streams are written while 8,000 tokens are read, block-sparsely, as long
   prompts are where a model has gates; with dense attention besides.
 - HTTP: {_STREAMS} streams of {_HTTP_TOKENS} tokens over Serve's proxy and ingress on the same
-  cores, {_HTTP_PAIRS} times in turn with the engine alone; half the client's CPU time is taken off,
-  since it had two cores.
+  cores, {_HTTP_PAIRS} times in turn with the engine alone; half the client's CPU time is taken
+  off, since it had two cores.
 - Soak: {_SOAK_MINUTES:g} minutes, 12 clients, two replicas with 64 MiB for keys and values each;
   one is killed at half time.
 """

@@ -1,6 +1,5 @@
 """Rows of the serving record, and its tables."""
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from r1ray.evaluation.record import Row
 
-__all__ = ["engine_rows", "find_strongest", "render_engines", "serving_rows"]
+__all__ = ["condense", "engine_rows", "find_strongest", "render_engines", "serving_rows"]
 
 _INDISPENSABLE = {"llama_cpp", "openvino"}
 _BARS = {"1x64": (">= 0.9", 1), "8x64": (">= 1.0", 8), "32x64": (">= 1.2", 32)}
@@ -38,18 +37,18 @@ def engine_rows(peers: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Decoding against the best peer, by the number of streams."""
     rows = []
     for scenario, (bar, streams) in _BARS.items():
-        peer = find_strongest(peers, scenario)
-        name, rate, runs = "none", math.nan, [math.nan]
-        if peer is not None:
-            name, rate, runs = peer["name"], _rate(peer, scenario), peer["own"][scenario]
-        own = statistics.median(runs)
+        name, peer = f"serving.decode_{streams}_vs_best_peer", find_strongest(peers, scenario)
+        if peer is None:
+            rows.append(Row(name, None, "x", bar=bar))
+            continue
+        rate, runs = _rate(peer, scenario), peer["own"][scenario]
         rows.append(
             Row(
-                f"serving.decode_{streams}_vs_best_peer",
-                own / rate,
+                name,
+                statistics.median(runs) / rate,
                 "x",
                 (min(runs) / rate, max(runs) / rate),
-                baseline=f"{name}, tokens/s",
+                baseline=f"{peer['name']}, tokens/s",
                 baseline_value=rate,
                 bar=bar,
             )
@@ -134,6 +133,24 @@ def _memory_growth(soak: Mapping[str, Any]) -> float:
     return float(late[survivor] / early[survivor])
 
 
+def condense(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """An engine's measurements with percentiles in place of the wait for each token."""
+    found = dict(engine)
+    if "scenarios" in engine:
+        found["scenarios"] = {
+            name: {**item, "next_s": _percentiles(item["next_s"])}
+            for name, item in engine["scenarios"].items()
+        }
+    return found
+
+
+def _percentiles(runs: Iterable[Iterable[float]]) -> dict[str, float]:
+    """Of all runs together."""
+    values = [value for run in runs for value in run]
+    p50, p90, p99 = map(float, np.percentile(values, [50, 90, 99]))
+    return {"p50": p50, "p90": p90, "p99": p99, "max": max(values)}
+
+
 def render_engines(engine: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> str:
     """A table of all engines and scenarios."""
     lines = [
@@ -147,13 +164,12 @@ def render_engines(engine: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]
             lines.append(f"| {item['name']} | | | {item['error'].splitlines()[0][:80]} | | | |")
             continue
         for name, found in item["scenarios"].items():
-            next_s = [value for run in found["next_s"] for value in run]
-            p50, p99 = np.percentile(next_s, [50, 99]) * 1e3
+            next_s = _percentiles(found["next_s"])
             first_s = statistics.median(max(run) for run in found["first_s"])
             rate = statistics.median(found["tokens_per_s"])
             peak = found["peak_resident_bytes"] / 2**20
             lines.append(
                 f"| {item['name']} | {item['weights']} | {name} | {rate:.0f} | {first_s:.2f} | "
-                f"{p50:.1f}, {p99:.1f} | {peak:.0f} |"
+                f"{1e3 * next_s['p50']:.1f}, {1e3 * next_s['p99']:.1f} | {peak:.0f} |"
             )
     return "\n".join(lines) + "\n"

@@ -31,17 +31,18 @@ _COMPARISONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "=": ope
 
 @dataclass(frozen=True)
 class Row:
-    """One measured value.
+    """One value, measured or to be measured.
 
     Attributes:
         id: dotted name, stable over time.
+        value: None where it was not measured.
         interval: 95% interval or (min, max), where there is one.
         bar: such as ">= 30"; None for a figure without one. It is fixed before the run.
         min_interval_low: what the interval's lower end must reach besides, where the bar asks it.
     """
 
     id: str
-    value: float
+    value: float | None
     unit: str
     interval: tuple[float, float] | None = None
     baseline: str | None = None
@@ -51,8 +52,8 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the value meets the bar, and the interval its own; None without a bar."""
-        if self.bar is None:
+        """Whether the value meets the bar, and the interval its own; None without either."""
+        if self.bar is None or self.value is None:
             return None
         low = -math.inf if self.interval is None else self.interval[0]
         if self.min_interval_low is not None and low < self.min_interval_low:
@@ -90,13 +91,11 @@ def render_table(rows: Sequence[Row]) -> str:
         interval = (
             "" if row.interval is None else f" [{row.interval[0]:.4g}, {row.interval[1]:.4g}]"
         )
-        value = "" if row.baseline_value is None else f": {row.baseline_value:.4g}"
-        baseline = "" if row.baseline is None else f"{row.baseline}{value}"
+        known = "" if row.baseline_value is None else f": {row.baseline_value:.4g}"
+        baseline = "" if row.baseline is None else f"{row.baseline}{known}"
         met = {None: "", True: "met", False: "**not met**"}[row.met]
-        lines.append(
-            f"| `{row.id}` | {row.value:.4g} {row.unit}{interval} | {baseline} | "
-            f"{row.bar or ''} | {met} |"
-        )
+        value = "not measured" if row.value is None else f"{row.value:.4g} {row.unit}{interval}"
+        lines.append(f"| `{row.id}` | {value} | {baseline} | {row.bar or ''} | {met} |")
     return "\n".join(lines) + "\n"
 
 

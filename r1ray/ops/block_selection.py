@@ -36,7 +36,8 @@ _EXACT_TIMES = 4
 
 def count_chosen(own: int) -> int:
     """Blocks that a unit in block `own` keeps besides that and the one before; with the sink."""
-    return max(0, own - 1) if own < DENSE_BLOCKS else min(own - 1, 1 + _count_best(own))
+    earlier = max(0, own - 1)
+    return earlier if own < DENSE_BLOCKS else min(earlier, 1 + _count_best(own))
 
 
 def count_exact(own: int, unit: int) -> int:

@@ -77,7 +77,7 @@ def test_a_failure_is_recorded_bounded_and_without_addresses(
 def test_output_without_a_result_is_a_failure(tmp_path: Path, fake_child: Child) -> None:
     fake_child('print("bye")')
     found = _measure(tmp_path, lengths=(10,))["lengths"]["10"]
-    assert found == {"error": "no JSON object in the last line: bye"}
+    assert found == {"error": "no line is a JSON object: bye"}
 
 
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from jobs.benchmarks.serving_peer_child import time_engine
-from jobs.benchmarks.serving_report import engine_rows, find_strongest, render_engines, serving_rows
+from jobs.benchmarks.serving_report import (
+    condense,
+    engine_rows,
+    find_strongest,
+    render_engines,
+    serving_rows,
+)
 
 
 def _engine(rate: float, **more: Any) -> dict[str, Any]:
@@ -55,7 +61,8 @@ def test_the_best_peer_counts_only_beside_llama_cpp_and_openvino() -> None:
     assert find_strongest(PEERS, "1x64") is PEERS[0]
     assert find_strongest(PEERS[:1], "1x64") is None
     rows = {row.id: row for row in engine_rows(PEERS[1:])}
-    assert not rows["serving.decode_1_vs_best_peer"].met
+    assert rows["serving.decode_1_vs_best_peer"].value is None
+    assert rows["serving.decode_1_vs_best_peer"].met is None
 
 
 def test_rows_say_what_is_met() -> None:
@@ -79,6 +86,14 @@ def test_engines_that_failed_are_in_the_table() -> None:
     table = render_engines(_engine(95.0, settings={}), PEERS)
     assert "| r1ray | int8 | 8x64 | 95 | 0.10 | 10.0, 10.0 | 1 |" in table
     assert "| vllm | | | exit status 1: no wheel" in table
+
+
+def test_a_record_has_percentiles_of_waits() -> None:
+    found = condense(_engine(95.0, name="r1ray"))
+    assert found["name"] == "r1ray"
+    assert found["scenarios"]["1x64"]["next_s"]["p99"] == pytest.approx(0.01)
+    assert found["scenarios"]["1x64"]["tokens_per_s"] == [95.0, 95.0, 190.0]
+    assert condense(PEERS[2]) == PEERS[2]
 
 
 def test_decoding_is_timed_once_all_streams_have_begun() -> None:

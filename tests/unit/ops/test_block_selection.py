@@ -9,6 +9,7 @@ from r1ray.ops.block_selection import DENSE_BLOCKS, choose_blocks, count_chosen
 
 def test_the_number_of_blocks_grows_with_the_logarithm_of_the_position() -> None:
     assert [count_chosen(own) for own in (0, 1, 2, 5, 31)] == [0, 0, 1, 4, 30]
+    assert count_chosen(0) == count_chosen(1) == 0
     assert count_chosen(DENSE_BLOCKS) == 1 + 8  # 1.5 * log2(33) = 7.6
     assert count_chosen(127) == 1 + 11  # 8,192 tokens: 10.5
     assert count_chosen(1023) == 1 + 15
