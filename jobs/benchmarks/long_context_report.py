@@ -33,11 +33,10 @@ _BARS = {
     ("decode", 65_536): ">= 20",
 }
 _COUNTS = 0.5  # what dense attention has to score on a task that counts
-_DROP_BAR, _PERPLEXITY_BAR, _RECALL_BAR = "<= 0.05", "<= 1.02", ">= 0.97"
 _QUALITY_BARS = {
-    "worst_task_drop": _DROP_BAR,
-    "perplexity_ratio": _PERPLEXITY_BAR,
-    "needle_block_recall": _RECALL_BAR,
+    "worst_task_drop": "<= 0.05",
+    "perplexity_ratio": "<= 1.02",
+    "needle_block_recall": ">= 0.97",
 }
 _MARKED_LAYERS = 0.45  # a twentieth of the heads, nine of which are in each layer
 _COLORS = {"sparse": "#0b6e99", "dense": "#b5651d"}
@@ -163,7 +162,7 @@ def quality_rows(quality: Mapping[str, Any]) -> list[Row]:
         name = f"long_context.needle_block_recall{suffix}"
         share = recall["found"] / recall["looks"]
         looks = ("heads that look there", float(recall["looks"]))
-        rows.append(Row(name, share, "share", None, *looks, _RECALL_BAR))
+        rows.append(Row(name, share, "share", None, *looks, _QUALITY_BARS["needle_block_recall"]))
         for text, masses in recall["mass"].items():
             name = f"long_context.attention_mass{suffix}.{text}"
             rows.append(Row(name, statistics.mean(masses), "share", (min(masses), max(masses))))
