@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test check bench clean help
+.PHONY: setup demo serve test check bench claims clean help
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
@@ -38,6 +38,9 @@ check: setup ## Format, lint, types and import directions.
 bench: setup ## Measure everything and file the figures in docs/benchmarks/ (hours).
 	$(BIN)/python -m jobs.bench_demo --config jobs/configs/demo.yaml
 	$(BIN)/python -m jobs.bench_batching
+
+claims: setup ## Collect docs/benchmarks/ into docs/claims.md and the README's table.
+	$(BIN)/python -m jobs.claims
 
 clean: ## Remove the virtual environment and all runs.
 	rm -rf $(VENV) runs

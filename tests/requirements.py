@@ -1,0 +1,18 @@
+"""What some tests need of the machine: where it is missing they skip, and say what was not tested.
+
+`.ci/run` sets R1RAY_REQUIRE_ALL, and they fail there instead.
+"""
+
+import os
+from typing import NoReturn
+
+import pytest
+
+__all__ = ["skip_loudly"]
+
+
+def skip_loudly(reason: str) -> NoReturn:
+    """Skip the test, or fail where everything has to be there."""
+    if os.environ.get("R1RAY_REQUIRE_ALL"):
+        pytest.fail(reason)
+    pytest.skip(reason)

@@ -1,0 +1,1 @@
+"""Manifests under k8s/."""
