@@ -78,3 +78,5 @@ class ServeConfig(EngineConfig):
     """Address to listen on; loopback unless the network in front of it is trusted."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8000
     """TCP port."""
+    playground: bool = True
+    """Whether a web page at / lets people chat with the model."""

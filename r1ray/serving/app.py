@@ -43,6 +43,8 @@ class ServeArgs(BaseModel):
 
     models: Annotated[list[ModelArgs], Field(min_length=1)]
     """Each answers the requests that name it."""
+    playground: bool = True
+    """Whether a web page at / lets people chat with the models."""
     num_cpus_for_ingress: Annotated[float, Field(ge=0, le=64)] = 0
     """CPUs that Ray reserves for the ingress, which tokenizes and speaks HTTP."""
 
@@ -64,7 +66,9 @@ def build_app(args: ServeArgs) -> Application:
         ray_actor_options={"num_cpus": args.num_cpus_for_ingress},
     )(OpenAIIngress)
     return ingress.bind(
-        {model.model_name: _bind_replicas(model) for model in args.models}, args.models
+        {model.model_name: _bind_replicas(model) for model in args.models},
+        args.models,
+        has_playground=args.playground,
     )
 
 
@@ -125,8 +129,9 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
     check_port_is_free(config.host, config.port)
     _check_serve_is_ours_to_start()
     values = asdict(config)
-    del values["host"], values["port"]
-    app = build_app(ServeArgs(models=[ModelArgs(model_dir=model_dir, **values)]))
+    del values["host"], values["port"], values["playground"]
+    models = [ModelArgs(model_dir=model_dir, **values)]
+    app = build_app(ServeArgs(models=models, playground=config.playground))
     serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     reachable = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{reachable}:{config.port}"

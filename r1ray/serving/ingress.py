@@ -29,6 +29,7 @@ from r1ray.serving.api_keys import ENVIRONMENT_NAME, read_keys, require_key
 from r1ray.serving.engine_metrics import render_metrics
 from r1ray.serving.openai_answers import Health
 from r1ray.serving.openapi import describe_api
+from r1ray.serving.playground import read_page
 from r1ray.serving.readiness import explain_waiting
 from r1ray.serving.replica import Failure, compile_forms
 from r1ray.serving.responses import add_error_handlers, json_response, read_body, respond
@@ -124,18 +125,31 @@ class OpenAIIngress:
 
     Args:
         replicas: of each model, by its name.
+        has_playground: whether there is a page at /.
     """
 
     def __init__(
-        self, replicas: Mapping[str, DeploymentHandle], models: Sequence[ModelArgs]
+        self,
+        replicas: Mapping[str, DeploymentHandle],
+        models: Sequence[ModelArgs],
+        *,
+        has_playground: bool,
     ) -> None:
         setup_logging()
         read_keys(os.environ.get(ENVIRONMENT_NAME))  # what is wrong with them is said at once
+        self._page = read_page() if has_playground else None
         self._models = [RemoteModel(replicas[args.model_name], args) for args in models]
         self._service = CompletionService(
             AnsweringModel(load_served_model(args), model.generate)
             for args, model in zip(models, self._models, strict=True)
         )
+
+    @app.get("/")
+    async def playground(self) -> Response:
+        if self._page is None:
+            raise ServingError("unknown request URL: GET /", status=404, code="unknown_url")
+        text, headers = self._page
+        return Response(text, media_type="text/html", headers=headers)
 
     @app.get("/health")
     async def health(self) -> Response:

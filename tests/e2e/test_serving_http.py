@@ -61,6 +61,14 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
+def test_the_playground_is_at_the_root(http: httpx.Client) -> None:
+    found = http.get("/")
+    assert found.status_code == 200
+    assert found.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in found.headers["content-security-policy"]
+    assert "<title>r1ray playground</title>" in found.text
+
+
 def ask(client: openai.OpenAI, content: str = "hello there", **fields: Any) -> Any:
     options = {"temperature": 0, "max_tokens": 24} | fields
     messages: Any = [{"role": "user", "content": content}]

@@ -37,7 +37,11 @@ schema = schemathesis.openapi.from_dict(describe_api([MODEL]))
 def base_url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     model_dir = write_tiny_model(tmp_path_factory.mktemp("served"))
     config = ServeConfig(
-        model_name=MODEL, port=free_port(), max_concurrency=16, max_context_tokens=128
+        model_name=MODEL,
+        port=free_port(),
+        playground=False,
+        max_concurrency=16,
+        max_context_tokens=128,
     )
     yield start_server(str(model_dir), config)
     stop_server()
@@ -57,3 +61,9 @@ def test_every_request_has_an_answer_as_described(case: schemathesis.Case, base_
 def test_the_description_is_that_of_the_server(base_url: str) -> None:
     described = httpx.get(f"{base_url}/openapi.json", timeout=30).json()
     assert described == describe_api([MODEL])
+
+
+def test_a_server_without_a_playground_has_no_page(base_url: str) -> None:
+    found = httpx.get(f"{base_url}/", timeout=30)
+    assert found.status_code == 404
+    assert found.json()["error"]["code"] == "unknown_url"

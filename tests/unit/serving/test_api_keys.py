@@ -63,7 +63,7 @@ def test_keys_guard_a_route(monkeypatch: pytest.MonkeyPatch) -> None:
         api_keys._own_keys.cache_clear()
 
 
-def test_every_route_but_those_for_monitors_is_guarded() -> None:
+def test_every_route_but_the_page_and_those_for_monitors_is_guarded() -> None:
     routes: list[Any] = [
         route
         for included in served_app.routes  # as `serve.ingress` leaves them
@@ -74,5 +74,5 @@ def test_every_route_but_those_for_monitors_is_guarded() -> None:
         for route in routes
         if require_key not in [item.call for item in route.dependant.dependencies]
     ]
-    assert unguarded == ["/health", "/metrics", "/openapi.json"]
+    assert unguarded == ["/", "/health", "/metrics", "/openapi.json"]
     assert len(routes) > 5
