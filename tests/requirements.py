@@ -1,6 +1,6 @@
 """What some tests need of the machine: where it is missing they skip, and say what was not tested.
 
-`.ci/run` sets R1RAY_REQUIRE_ALL, and they fail there instead.
+With R1RAY_REQUIRE_ALL in the environment they fail instead.
 """
 
 import os

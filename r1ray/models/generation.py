@@ -29,7 +29,6 @@ from r1ray.models.pages import PagePool
 from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
 from r1ray.models.sampling import RowSampler, SampledToken, sample_tokens
 from r1ray.models.scheduler import Piece, Scheduler
-from r1ray.ops import native
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS, count_chosen
 from r1ray.ops.int8 import Int8Linear
 
@@ -84,7 +83,7 @@ class BatchGenerator:
         weight = model.model.norm.weight
         self._model = model
         self._device = weight.device
-        self._layers = NativeLayers.of(model) if native.is_available() else None
+        self._layers = NativeLayers.of(model)
         self._max_context_tokens = max_context_tokens
         self._prefill_chunk = prefill_chunk
         self._is_sparse = model.is_sparse

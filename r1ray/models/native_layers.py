@@ -109,7 +109,9 @@ class NativeLayers:
 
     @classmethod
     def of(cls, model: "Decoder") -> "NativeLayers | None":
-        """Those of `model` as it is now; None where a layer does not fit the kernel."""
+        """Those of `model` as it is now; None without the kernel, or where a layer does not fit."""
+        if not native.is_available():
+            return None
         layers = _found.get(model)
         if layers is None or not layers.is_current():
             _found.pop(model, None)

@@ -193,6 +193,18 @@ def test_escape_stops_an_answer_and_its_request(page: webdriver.Chrome, server: 
     assert _find(page, "#send")[0].text == "Send"
 
 
+def test_a_new_chat_leaves_the_answer_under_way(page: webdriver.Chrome, server: Server) -> None:
+    _ask(page, "endless")
+    _wait(page, lambda: any("on and on" in item.text for item in _find(page, "li > .text")))
+    _find(page, "#clear")[0].click()
+    assert not _find(page, "li")
+    _ask(page, "hello")  # the field has the focus again
+    assert server.was_left.wait(10)
+    _wait(page, lambda: _find(page, ".figures"))
+    assert _find(page, "#send")[0].text == "Send"
+    assert [message["content"] for message in server.bodies[1]["messages"]] == ["hello"]
+
+
 def test_an_error_is_shown_and_the_question_may_be_asked_again(
     page: webdriver.Chrome, server: Server
 ) -> None:
