@@ -121,6 +121,7 @@ class Pipeline:
                     base.local_dir,
                     self.heldout_problems(),
                     out_dir,
+                    name=f"{self.store.name}-prepare",
                     on_rows=progress.update,
                 )
 
@@ -170,6 +171,7 @@ class Pipeline:
                     teacher.local_dir,
                     prepared.local_dir,
                     out_dir,
+                    name=f"{self.store.name}-logits",
                     on_batches=progress.update,
                 )
 

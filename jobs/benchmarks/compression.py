@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from jobs.benchmarks.compression_models import (
     student_config,
 )
 from jobs.benchmarks.compression_report import write_report
-from jobs.benchmarks.compression_rows import build_rows
+from jobs.benchmarks.compression_rows import OPTIONAL, build_rows
 from jobs.cli import connected_to_ray
 from r1ray.artifacts import Artifact
+from r1ray.config import PipelineConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.errors import ArtifactError
 from r1ray.evaluation.record import build_record, describe_circumstances, write_json
@@ -50,20 +51,19 @@ class CompressionBenchmark:
         self._arms = {arm.name: arm for arm in quantization_arms(work)}
         self._batches: list[MicroBatch] | None = None
 
-    def run(self, parts: Sequence[str]) -> bool:
-        """Measure what is missing of `parts`; False where the budget ended before they did."""
+    def run(self, parts: Sequence[str] | None) -> None:
+        """Measure what is missing of `parts`, or of all, until the budget ends."""
         for name, measure in self._plan(parts):
             if self._path(name).exists():
                 continue
             if self._deadline is not None and time.monotonic() > self._deadline:
                 print(f"the budget is spent; {name} and what follows is left")
-                return False
+                return
             print(f"bench_compression: {name}", flush=True)
             result = {"circumstances": describe_circumstances(), **measure()}
             partial = self._path(name).with_suffix(".tmp")
             write_json(partial, result)
             partial.rename(self._path(name))
-        return True
 
     def file_record(self, command: str) -> str:
         """Write the record, its tables and the plots; returns the table of the record's rows.
@@ -71,7 +71,12 @@ class CompressionBenchmark:
         Raises:
             ArtifactError: a part was measured with uncommitted changes.
         """
-        results = {name: self._read(name) for name, _ in self._plan(None)}
+        plan = [name for name, _ in self._plan(None)]
+        results = {
+            name: self._read(name)
+            for name in plan
+            if self._path(name).exists() or not name.startswith(OPTIONAL)
+        }
         first = next(iter(results.values()))["circumstances"]
         commits = sorted({str(item["circumstances"]["commit"]) for item in results.values()})
         if changed := [commit for commit in commits if commit.endswith("+")]:
@@ -94,15 +99,18 @@ class CompressionBenchmark:
                 for name, arm in self._arms.items()
             ),
             ("uniform", "uniform", self._uniform),
-            *(
-                ("distillation", f"student_{seed}", lambda seed=seed: self._student(seed))
-                for seed in SEEDS
-            ),
+            ("distillation", "student_0", lambda: self._student(0)),
             ("distillation", "latency", self._latency),
             ("tails", "tails", self._tails),
             ("layers", "layers_train", lambda: measure_layers("train")),
             ("layers", "layers_serve", lambda: measure_layers("serve")),
             ("exports", "exports", self._exports),
+            ("distillation", "untaught_0", lambda: self._untaught(0)),
+            *(
+                ("distillation", f"{kind}_{seed}", lambda measure=measure, seed=seed: measure(seed))
+                for seed in SEEDS[1:]
+                for kind, measure in (("student", self._student), ("untaught", self._untaught))
+            ),
         ]
         return [(name, measure) for part, name, measure in plan if parts is None or part in parts]
 
@@ -120,17 +128,24 @@ class CompressionBenchmark:
         )
 
     def _student(self, seed: int) -> dict[str, Any]:
-        """One seed: taught, taught and INT8, and trained on the targets for as much work."""
-        teacher_dir = self._make(self._arms["fp32"]).local_dir
-        taught = student_config(
-            self._work, teacher_dir, has_teacher=True, seed=seed, num_steps=STUDENT_STEPS
-        )
+        """One seed, taught, in float and INT8."""
+        taught = self._taught(seed)
         with connected_to_ray():
             pipeline = Pipeline(taught)
             trained, compressed = pipeline.train(), pipeline.compress()
             assert taught.distill is not None
             assert taught.distill.logits.type == "stored"
             stored = pipeline.logits(taught.distill, taught.distill.logits)
+        directories = {"kd": trained.local_dir, "kd_int8": compressed.local_dir}
+        return self._measure_students(taught, directories) | {"logits": stored.manifest.metrics}
+
+    def _untaught(self, seed: int) -> dict[str, Any]:
+        """One seed, trained on the targets alone for as much work as the taught one was."""
+        taught = self._taught(seed)
+        teacher_dir = self._make(self._arms["fp32"]).local_dir
+        with connected_to_ray():
+            pipeline = Pipeline(taught)
+            trained = pipeline.train()
             num_steps = equal_compute_steps(
                 teacher=ModelConfig.load(teacher_dir),
                 student=ModelConfig.load(trained.local_dir),
@@ -142,29 +157,30 @@ class CompressionBenchmark:
                 self._work, teacher_dir, has_teacher=False, seed=seed, num_steps=num_steps
             )
             untaught = Pipeline(plain).train()
-        directories = {
-            "kd": trained.local_dir,
-            "kd_int8": compressed.local_dir,
-            "sft": untaught.local_dir,
-        }
+        return self._measure_students(taught, {"sft": untaught.local_dir}) | {"steps": num_steps}
+
+    def _taught(self, seed: int) -> PipelineConfig:
+        teacher_dir = self._make(self._arms["fp32"]).local_dir
+        return student_config(
+            self._work, teacher_dir, has_teacher=True, seed=seed, num_steps=STUDENT_STEPS
+        )
+
+    def _measure_students(
+        self, config: PipelineConfig, directories: Mapping[str, Path]
+    ) -> dict[str, Any]:
         arms = {
             name: measure_arm(
-                Arm(name, taught, is_compressed=name == "kd_int8"), directory, self._heldout()
+                Arm(name, config, is_compressed=name == "kd_int8"), directory, self._heldout()
             )
             for name, directory in directories.items()
         }
-        return {
-            "arms": arms,
-            "directories": {
-                name: str(path.relative_to(self._work.resolve()))
-                for name, path in directories.items()
-            },
-            "sft_steps": num_steps,
-            "logits": stored.manifest.metrics,
+        paths = {
+            name: str(path.relative_to(self._work.resolve())) for name, path in directories.items()
         }
+        return {"arms": arms, "directories": paths}
 
     def _latency(self) -> dict[str, Any]:
-        student = self._read(f"student_{SEEDS[0]}")["directories"]
+        student = self._read("student_0")["directories"]
         return compare_latency(
             {
                 "teacher_fp32": self._make(self._arms["fp32"]).local_dir,
@@ -176,7 +192,7 @@ class CompressionBenchmark:
         )
 
     def _tails(self) -> dict[str, Any]:
-        student = self._work / self._read(f"student_{SEEDS[0]}")["directories"]["sft"]
+        student = self._work / self._read("student_0")["directories"]["kd"]
         return measure_tails(self._make(self._arms["fp32"]).local_dir, student, self._heldout())
 
     def _exports(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ __all__ = [
 
 NUM_PROBLEMS = 1000
 SEEDS = (0, 1, 2)
-STUDENT_STEPS = 400
+STUDENT_STEPS = 2000
 _CONFIG = "jobs/configs/demo.yaml"
 _TRAINING = (
     "train.num_steps=100",
@@ -35,9 +35,10 @@ _TRAINING = (
 )
 _STUDENT = (
     "student={layers: [0, 3, 6, 10, 13, 16, 19, 22, 26, 29]}",  # 10 of 30
-    "prepare.sources=[{type: tasks, num_samples: 6500}]",  # as many as 400 steps take
-    "train.learning_rate=1e-3",
-    "train.warmup_steps=20",
+    "prepare.sources=[{type: tasks, num_samples: 6500}]",
+    "train.batches_per_step=1",  # many small steps: what a cut-up model needs first
+    "train.learning_rate=6e-4",
+    "train.warmup_steps=100",
 )
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.compression_models import NUM_PROBLEMS, SEEDS
-from jobs.benchmarks.compression_rows import QUANTIZED, Results
+from jobs.benchmarks.compression_models import NUM_PROBLEMS, STUDENT_STEPS
+from jobs.benchmarks.compression_rows import QUANTIZED, Results, student_arms
 from r1ray.evaluation.accuracy import proportion
 from r1ray.evaluation.record import Row, render_table
 
@@ -49,9 +49,9 @@ def _render_arms(results: Results) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     models = {name: results[f"quantization_{name}"] for name in ("fp32", *QUANTIZED)}
-    for seed in SEEDS:
-        arms = results[f"student_{seed}"]["arms"]
-        models |= {f"student {name}, seed {seed}": arm for name, arm in arms.items()}
+    models |= {
+        f"student {name}, seed {seed}": arm for (name, seed), arm in student_arms(results).items()
+    }
     for name, arm in models.items():
         share = proportion(arm["is_correct"])
         resident = arm["resident_bytes"]
@@ -77,12 +77,12 @@ _NOTES = f"""
 - Codebooks against uniform: float activations; scales, codebooks and outliers counted, the same
   outliers, and groups so small that uniform never has fewer bits. Uniform ranges are clipped to the
   least squared error of each group; symmetric and with an offset, the better one is the baseline.
-- Students: 9 of the 30 layers (30% of the parameters outside of embeddings); taught ones for 400
-  steps, the others for as many more as have the operations of the teacher's forward over all data.
-  Intervals: seeds.
+- Students: 10 of the 30 layers (a third of the parameters outside of embeddings); taught ones (kd)
+  for {STUDENT_STEPS} steps of one micro-batch, the others (sft) for as many more as have the
+  operations of the teacher's forward over all data. Intervals: seeds, as far as measured.
 - Latency: the text of 40 answers of the teacher, decoded token by token by each model in turn.
 - KL errors: |KL - dense KL| of single targets, over the mean dense KL, between the tuned teacher
-  and the student without one; from logits as they are stored (16 bits).
+  and the taught student; from logits as they are stored (16 bits).
 - Layers: SmolLM2's widths, a vocabulary of 4,096, random weights; 4 x 64 tokens a step, AdamW in
   float32; or a prompt of 32 tokens and 8 more, float32 weights. Peaks are the kernel's VmHWM above
   the process's baseline; the page cache, up to 16 bytes a parameter, is not in them. Sizes are

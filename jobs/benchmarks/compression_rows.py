@@ -12,9 +12,10 @@ from jobs.benchmarks.compression_models import SEEDS
 from r1ray.evaluation.accuracy import paired_difference
 from r1ray.evaluation.record import Row
 
-__all__ = ["QUANTIZED", "Results", "build_rows"]
+__all__ = ["OPTIONAL", "QUANTIZED", "Results", "build_rows", "student_arms"]
 
 Results = Mapping[str, Mapping[str, Any]]
+OPTIONAL = ("student_1", "student_2", "untaught_")  # hours each: filed as far as measured
 QUANTIZED = ("bf16", "int8_ptq", "int8_qat", "w4a8_ptq", "w4a8_qat", "codebook4")
 _EASY_NATS = 0.02  # less than that lost by rounding says nothing about what QAT recovers
 
@@ -162,25 +163,36 @@ def _codebook_rows(uniform: Mapping[str, Any]) -> list[Row]:
 
 def _distillation_rows(results: Results) -> list[Row]:
     teacher = statistics.mean(results["quantization_fp32"]["is_correct"])
-    students = [results[f"student_{seed}"] for seed in SEEDS]
     rows = []
     for name in ("sft", "kd", "kd_int8"):
         kept = [
-            statistics.mean(student["arms"][name]["is_correct"]) / teacher for student in students
+            statistics.mean(arm["is_correct"]) / teacher
+            for (found, _), arm in student_arms(results).items()
+            if found == name
         ]
         row_id = "compression.distilled_int8_accuracy_kept"
         rows.append(
             Row(
                 row_id if name == "kd_int8" else f"compression.student_accuracy_kept.{name}",
-                statistics.mean(kept),
-                "of the teacher's",
-                (min(kept), max(kept)),
+                statistics.mean(kept) if kept else None,
+                f"of the teacher's ({len(kept)} of {len(SEEDS)} seeds)",
+                (min(kept), max(kept)) if kept else None,
                 "teacher in fp32, accuracy",
                 teacher,
                 ">= 0.95" if name == "kd_int8" else None,
             )
         )
     return [*rows, *_latency_rows(results["latency"]["seconds"])]
+
+
+def student_arms(results: Results) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """What was measured of students, by arm and seed."""
+    return {
+        (name, seed): arm
+        for seed in SEEDS
+        for kind in ("untaught", "student")
+        for name, arm in results.get(f"{kind}_{seed}", {"arms": {}})["arms"].items()
+    }
 
 
 def _latency_rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:

@@ -68,12 +68,14 @@ def store_logits(
     teacher_dir: Path,
     batches_dir: Path,
     out_dir: Path,
+    name: str = "logits",
     on_batches: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write the logit store of the BatchSet in `batches_dir` into `out_dir`; returns its index.
 
     Args:
         teacher_dir, batches_dir: every node must be able to read them.
+        name: of the data set in Ray's dashboard and metrics.
         on_batches: called with the number of micro-batches done so far.
     """
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -88,7 +90,7 @@ def store_logits(
     num_done = num_parts - len(missing)
     on_batches(min(num_done * PART_BATCHES, len(batches)))
     if missing:
-        for row in _score(config, logits, teacher_dir, batches_dir, missing):
+        for row in _score(config, logits, teacher_dir, batches_dir, missing, name):
             partial = parts_dir / "partial"
             partial.write_bytes(row["file"])
             partial.rename(parts_dir / part_name(row["part"]))
@@ -117,6 +119,7 @@ def _score(
     teacher_dir: Path,
     batches_dir: Path,
     parts: list[int],
+    name: str,
 ) -> Any:
     resources = config.resources
     dataset = ray.data.from_items(
@@ -136,4 +139,5 @@ def _score(
         num_gpus=1 if resources.use_gpu else None,
         compute=ray.data.ActorPoolStrategy(size=min(resources.num_teachers, len(parts))),
     )
+    dataset.set_name(name)
     return dataset.iter_rows()

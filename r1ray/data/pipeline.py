@@ -67,6 +67,7 @@ def prepare_batches(
     model_dir: Path,
     heldout: list[Problem],
     out_dir: Path,
+    name: str = "prepare",
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write the BatchSet of `config`'s sources into `out_dir`; returns the summary's figures.
@@ -74,6 +75,7 @@ def prepare_batches(
     Args:
         model_dir: holds the tokenizer; every node must be able to read it.
         heldout: problems whose questions must not be trained on.
+        name: of the data set in Ray's dashboard and metrics.
         on_rows: called with the number of rows read so far.
     Raises:
         ArtifactError: too large a share of the rows had to be quarantined, or none is left.
@@ -87,17 +89,15 @@ def prepare_batches(
         max_tokens=config.max_tokens,
         overflow=config.overflow,
     )
-    tokenized: Iterable[Any] = (
-        _read_sources(config, tasks, model_dir, heldout, out_dir)
-        .map_batches(
-            tokenize,
-            batch_format="pyarrow",
-            batch_size=None,
-            num_cpus=config.resources.num_cpus_per_task,
-            scheduling_strategy="DEFAULT",
-        )
-        .iter_batches(batch_size=None, batch_format="pyarrow")
+    dataset = _read_sources(config, tasks, model_dir, heldout, out_dir).map_batches(
+        tokenize,
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=config.resources.num_cpus_per_task,
+        scheduling_strategy="DEFAULT",
     )
+    dataset.set_name(name)
+    tokenized: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     collector = SampleCollector(tokenized, out_dir, config, on_rows)
     try:
         written = _write_batches(config, collector, out_dir)

@@ -83,7 +83,9 @@ def train_model(
     resources = config.resources
     keeps_memory = not resources.use_gpu and resources.tiers is None
     board = _Board.remote()  # type: ignore[attr-defined]
-    salvaged = _salvage_checkpoint(Path(store.directory("train", run_id)) / CHECKPOINTS_DIR)
+    checkpoints = f"{store.directory('train', run_id)}/{CHECKPOINTS_DIR}"
+    name = f"{store.name}-train-{run_id}"  # what the dashboard shows
+    salvaged = _salvage_checkpoint(Path(checkpoints) / name)
     job = WorkerJob(
         config=config,
         seed=seed,
@@ -105,8 +107,8 @@ def train_model(
             | ({"GPU": 1} if resources.use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=CHECKPOINTS_DIR,
-            storage_path=store.directory("train", run_id),
+            name=name,
+            storage_path=checkpoints,
             storage_filesystem=store.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),

@@ -51,7 +51,7 @@ def _layers(seconds: float) -> dict[str, Any]:
 
 
 def _results(**changes: Any) -> dict[str, Any]:
-    student = {"kd": _arm(77, 1.3), "kd_int8": _arm(76, 1.3), "sft": _arm(60, 1.5)}
+    student = {"kd": _arm(77, 1.3), "kd_int8": _arm(76, 1.3)}
     by_k = {
         str(k): {"dense_kl": 0.1, "tail_error": 0.01, "top_k_error": 0.1, "bytes_per_target": 4 * k}
         for k in (8, 32, 128)
@@ -74,6 +74,7 @@ def _results(**changes: Any) -> dict[str, Any]:
             },
         },
         **{f"student_{seed}": {"arms": student} for seed in (0, 1, 2)},
+        "untaught_0": {"arms": {"sft": _arm(60, 1.5)}},
         "latency": {
             "seconds": {
                 "teacher_fp32": [1.0, 1.2, 0.8],
@@ -135,6 +136,21 @@ def test_drops_latencies_and_kept_accuracy_are_against_fp32() -> None:
     assert rows["compression.distilled_int8_latency_share"].value == pytest.approx(0.2)
     assert rows["compression.latency_share.distilled"].value == pytest.approx(0.4)
     assert rows["compression.distilled_int8_accuracy_kept"].value == pytest.approx(0.95)
+
+
+def test_students_are_averaged_over_the_seeds_that_were_measured() -> None:
+    rows = _rows(student_1={"arms": {"kd": _arm(70, 1.3), "kd_int8": _arm(68, 1.3)}})
+    row = rows["compression.distilled_int8_accuracy_kept"]
+    assert row.value == pytest.approx((76 + 68 + 76) / 3 / 80)
+    assert row.interval == pytest.approx((68 / 80, 76 / 80))
+    assert not row.met
+    untaught = rows["compression.student_accuracy_kept.sft"]
+    assert untaught.value == pytest.approx(60 / 80)
+    assert "1 of 3" in untaught.unit
+    left = _results()
+    del left["untaught_0"]
+    missing = {row.id: row for row in build_rows(left)}["compression.student_accuracy_kept.sft"]
+    assert missing.value is None
 
 
 def test_a_factor_bought_with_more_than_three_times_the_time_does_not_count() -> None:
