@@ -85,7 +85,7 @@ def student_config(
         f"train.num_steps={num_steps}",
     ]
     if has_teacher:
-        resources = f"{{num_teachers: {os.cpu_count()}}}"
+        resources = f"{{num_teachers: {len(os.sched_getaffinity(0))}}}"
         overrides.append(
             f"distill={{teacher: {teacher_dir}, ce_share: 0.5, resources: {resources}}}"
         )
@@ -122,6 +122,6 @@ def _configure(work: Path, name: str, *overrides: str) -> PipelineConfig:
         f"run.name={name}",
         f"evaluate.num_problems={NUM_PROBLEMS}",
         "train.resources.num_workers=1",
-        f"train.resources.num_cpus_per_worker={os.cpu_count()}",
+        f"train.resources.num_cpus_per_worker={len(os.sched_getaffinity(0))}",
     ]
     return load_config(_CONFIG, [*settings, *overrides])
