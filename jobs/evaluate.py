@@ -1,4 +1,4 @@
-"""Evaluate base, tuned and INT8, and write report.md, report.json and plots."""
+"""Evaluate base, tuned and quantized model, and write report.md, report.json and plots."""
 
 import sys
 

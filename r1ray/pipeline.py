@@ -202,9 +202,11 @@ class Pipeline:
         return exported
 
     def evaluate(self) -> Artifact:
-        """Accuracy, perplexity, size and latency of base, tuned and INT8."""
+        """Accuracy, perplexity, size and latency of base, tuned and quantized model."""
         config = self.config
-        models = {"base": self.base(), "tuned": self.train(), "int8": self.compress()}
+        scheme = config.compress.scheme
+        quantized = "int8" if scheme == "w8a8" else scheme
+        models = {"base": self.base(), "tuned": self.train(), quantized: self.compress()}
 
         def body(out_dir: Path) -> dict[str, Any]:
             problems = self.heldout_problems()

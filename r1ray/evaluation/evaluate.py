@@ -1,4 +1,4 @@
-"""The `evaluate` stage: base, tuned and INT8 on the same held-out problems, text and machine."""
+"""The `evaluate` stage: base, tuned and quantized model on the same problems, text and machine."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -58,9 +58,10 @@ def evaluate_models(
     """Measure every model of `models` (name -> directory); writes figures and replies to `out_dir`.
 
     Args:
-        models: `base`, `tuned` and `int8`.
+        models: `base`, `tuned`, and what was quantized, under its name.
         on_problem: called with the model's name and the number of problems it has answered.
     """
+    _, _, quantized = models
     text = read_english()
     results, correct = {}, {}
     with (out_dir / REPLIES_NAME).open("w", encoding="utf-8") as stream:
@@ -76,7 +77,7 @@ def evaluate_models(
     evaluation = {
         "models": results,
         "gain": paired_difference(correct["tuned"], correct["base"]),
-        "int8_drop": paired_difference(correct["tuned"], correct["int8"]),
+        "drop": paired_difference(correct["tuned"], correct[quantized]),
         "circumstances": describe_circumstances(),
     }
     write_json(out_dir / EVALUATION_NAME, evaluation)

@@ -11,7 +11,8 @@ from matplotlib import pyplot as plt
 
 __all__ = ["plot_accuracy", "plot_size_latency", "plot_training"]
 
-_COLORS = {"base": "#8c96a3", "tuned": "#2b6cb0", "int8": "#dd6b20"}
+_COLORS = {"base": "#8c96a3", "tuned": "#2b6cb0"}
+_QUANTIZED = "#dd6b20"
 
 
 def plot_training(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -26,7 +27,7 @@ def plot_training(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         rest,
         waits,
         labels=("computing", "waiting for other workers"),
-        colors=("#b8c4d2", _COLORS["int8"]),
+        colors=("#b8c4d2", _QUANTIZED),
     )
     right.set(title="Time by step, rank 0", xlabel="step", ylabel="seconds")
     right.legend(frameon=False, loc="lower left")
@@ -46,6 +47,10 @@ def _draw_loss(finite: Sequence[Mapping[str, Any]], axes: Any) -> None:
     axes.legend(frameon=False)
 
 
+def _color(name: str) -> str:
+    return _COLORS.get(name, _QUANTIZED)
+
+
 def plot_accuracy(results: Mapping[str, Any], path: Path) -> None:
     """Held-out accuracy by family and overall, one bar a model, with 95% intervals."""
     families = list(next(iter(results.values()))["by_family"])
@@ -60,7 +65,7 @@ def plot_accuracy(results: Mapping[str, Any], path: Path) -> None:
             [100 * (share["high"] - share["value"]) for share in shares],
         ]
         places = [group + (index - (len(results) - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(places, values, width, yerr=errors, capsize=2, label=name, color=_COLORS.get(name))
+        axes.bar(places, values, width, yerr=errors, capsize=2, label=name, color=_color(name))
     axes.set_xticks(range(len(groups)), [group.replace("_", "\n") for group in groups])
     axes.set(title="Held-out problems solved", ylabel="%", ylim=(0, 105))
     axes.legend(frameon=False)
@@ -77,7 +82,7 @@ def plot_size_latency(results: Mapping[str, Any], path: Path) -> None:
     ]
     figure, all_axes = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained")
     for axes, (title, unit, values) in zip(all_axes, panels, strict=True):
-        bars = axes.bar(names, values, color=[_COLORS.get(name) for name in names])
+        bars = axes.bar(names, values, color=[_color(name) for name in names])
         axes.bar_label(bars, fmt="%.0f", padding=2)
         axes.set(title=title, ylabel=unit, ylim=(0, 1.15 * max(values)))
         axes.spines[["top", "right"]].set_visible(False)

@@ -66,9 +66,10 @@ def _rows(
     durations: Mapping[str, float],
 ) -> list[Row]:
     models = evaluation["models"]
-    base, tuned, int8 = (models[model]["accuracy"] for model in ("base", "tuned", "int8"))
+    _, _, quantized = models
+    base, tuned = models["base"]["accuracy"], models["tuned"]["accuracy"]
     gain, gain_low, gain_high = (100 * value for value in evaluation["gain"])
-    drop, drop_low, drop_high = (100 * value for value in evaluation["int8_drop"])
+    drop, drop_low, drop_high = (100 * value for value in evaluation["drop"])
 
     def accuracy(model: str, share: Mapping[str, float], bar: str | None = None) -> Row:
         interval = (share["low"], share["high"])
@@ -78,7 +79,7 @@ def _rows(
     return [
         accuracy("base", base),
         accuracy("tuned", tuned),
-        accuracy("int8", int8),
+        accuracy(quantized, models[quantized]["accuracy"]),
         Row(
             f"{name}.tuned_gain_points",
             gain,
@@ -89,7 +90,7 @@ def _rows(
             bar=">= 30",
         ),
         Row(
-            f"{name}.int8_drop_points",
+            f"{name}.{quantized}_drop_points",
             drop,
             "points",
             (drop_low, drop_high),
@@ -98,7 +99,7 @@ def _rows(
             bar="<= 2",
         ),
         Row(
-            f"{name}.int8_size_share",
+            f"{name}.{quantized}_size_share",
             compressed["size_share"],
             "share",
             baseline="tuned model in fp32, bytes",
