@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test check bench claims clean help
+.PHONY: setup demo serve test check bench claims screenshots clean help
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
@@ -41,6 +41,9 @@ bench: setup ## Measure everything and file the figures in docs/benchmarks/ (hou
 
 claims: setup ## Collect docs/benchmarks/ into docs/claims.md and the README's table.
 	$(BIN)/python -m jobs.claims
+
+screenshots: setup ## Take the pictures of docs/inspect.md of a real run (needs chromium-driver).
+	$(BIN)/python -m tests.screenshots
 
 clean: ## Remove the virtual environment and all runs.
 	rm -rf $(VENV) runs
