@@ -7,6 +7,7 @@
    next run empties it, except for the entries that the stage resumes from.
 3. The manifest lists every output with its size and sha256, and is put in place by a rename.
 4. Reading an artifact checks sizes and digests and names the first file that does not agree.
+5. Nothing outside of the root is written, emptied or read, wherever symbolic links in it lead.
 
 Price: one sha256 pass over the outputs when written and when read (about 1 GB/s per core).
 
@@ -30,6 +31,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from r1ray.errors import ArtifactError
+from r1ray.files import RECORD_BYTES, is_inside, own_temp_dir
 from r1ray.manifest import (
     FIX,
     MANIFEST_NAME,
@@ -108,15 +110,24 @@ class ArtifactStore:
         Args:
             verify: check every file's size and digest; workers leave it to their driver.
         Raises:
-            ArtifactError: a listed file is missing, truncated or altered.
+            ArtifactError: a listed file is missing, truncated or altered, or lies elsewhere.
         """
         directory = self.directory(stage, run_id)
+        self._check_confined(directory)
         manifest_path = f"{directory}/{MANIFEST_NAME}"
         if self._fs.get_file_info(manifest_path).type != fs.FileType.File:
             return None
         with self._fs.open_input_stream(manifest_path) as stream:
-            manifest = Manifest.from_json(
-                stream.read().decode("utf-8", "replace"), where=manifest_path
+            text = stream.read(RECORD_BYTES + 1)
+        if len(text) > RECORD_BYTES:
+            raise ArtifactError(
+                f"{manifest_path}: has more than {RECORD_BYTES} bytes, which no manifest has; {FIX}"
+            )
+        manifest = Manifest.from_json(text.decode("utf-8", "replace"), where=manifest_path)
+        if (manifest.stage, manifest.run_id) != (stage, run_id):
+            raise ArtifactError(
+                f"{manifest_path}: is the manifest of {manifest.stage!r:.40} "
+                f"{manifest.run_id!r:.40}; {FIX}"
             )
         if self._is_local:
             local_dir = Path(directory)
@@ -227,6 +238,7 @@ class ArtifactStore:
             yield
             return
         directory = Path(self.directory(stage, run_id))
+        self._check_confined(str(directory))
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             lock = directory.with_name(f"{run_id}.lock").open("a")
@@ -240,6 +252,14 @@ class ArtifactStore:
                     f"{directory}: another process is making it right now; wait for it, or stop it"
                 ) from error
             yield
+
+    def _check_confined(self, path: str) -> None:
+        """Raise ArtifactError where a symbolic link below the root leads `path` out of it."""
+        if self._is_local and not is_inside(path, self._path):
+            raise ArtifactError(
+                f"{path}: a symbolic link leads it to {os.path.realpath(path)}, out of "
+                f"{self._path}; remove the link, or set run.root to where the artifacts are to be"
+            )
 
     @contextmanager
     def _work_dir(self, stage: str, run_id: str, keep: Sequence[str]) -> Iterator[Path]:
@@ -286,8 +306,8 @@ class ArtifactStore:
             self._fs.delete_file(path)
 
     def _download(self, directory: str, manifest: Manifest, verify: bool) -> Path:
-        local_dir = Path(tempfile.gettempdir()) / "r1ray-artifacts" / manifest.digest[:24]
-        local_dir.mkdir(parents=True, exist_ok=True)
+        local_dir = own_temp_dir("r1ray-artifacts") / manifest.digest[:24]
+        local_dir.mkdir(exist_ok=True)
         for output in manifest.outputs:
             target = local_dir / output.path
             if find_mismatch(target, output, check_digest=verify) is None:
@@ -316,6 +336,8 @@ class ArtifactStore:
 def _verify(directory: Path, manifest: Manifest) -> None:
     for output in manifest.outputs:
         problem = find_mismatch(directory / output.path, output)
+        if problem is None and not is_inside(directory / output.path, directory):
+            problem = "a symbolic link, which leads out of the artifact"
         if problem is not None:
             raise ArtifactError(f"{directory / output.path}: {problem}; {FIX}")
 

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from r1ray.errors import ArtifactError
+from r1ray.files import parse_json
 
 __all__ = [
     "FIX",
@@ -86,20 +87,27 @@ class Manifest:
             ArtifactError: `text` is not a manifest of this schema version; `where` is named.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             if raw["schema_version"] != SCHEMA_VERSION:
                 raise ArtifactError(
-                    f"{where}: schema version {raw['schema_version']} is not {SCHEMA_VERSION}; "
-                    f"{FIX}"
+                    f"{where}: schema version {raw['schema_version']!r:.40} is not "
+                    f"{SCHEMA_VERSION}; {FIX}"
                 )
             manifest = TypeAdapter(cls).validate_python(raw)
             for output in manifest.outputs:
-                parts = PurePosixPath(output.path).parts
-                if ".." in parts or "/" in parts or not parts:
-                    raise ValueError(f"output path {output.path!r} leaves the directory")
+                _check_output_path(output.path)
             return manifest
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(f"{where}: not a manifest ({error!r}); {FIX}") from error
+
+
+def _check_output_path(text: str) -> None:
+    """Raise ValueError unless `text` names something below the directory that it is joined to."""
+    path = PurePosixPath(text)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"output path {text!r:.80} leaves the directory")
+    if not text.isprintable():  # lines of digests are made of paths, and files are named by them
+        raise ValueError(f"output path {text!r:.80} has control characters")
 
 
 def compute_run_id(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -129,12 +137,15 @@ def list_outputs(directory: Path, *, skip: Sequence[str]) -> tuple[OutputFile, .
 
 def find_mismatch(path: Path, output: OutputFile, *, check_digest: bool = True) -> str | None:
     """How the file at `path` differs from what the manifest lists; None when it does not."""
-    if not path.is_file():
-        return "missing, though the manifest lists it"
-    size_bytes = path.stat().st_size
-    if size_bytes != output.size_bytes:
-        return f"{size_bytes} bytes, the manifest says {output.size_bytes}"
-    digest = _sha256(path) if check_digest else output.sha256
+    try:
+        if not path.is_file():
+            return "missing, though the manifest lists it"
+        size_bytes = path.stat().st_size
+        if size_bytes != output.size_bytes:
+            return f"{size_bytes} bytes, the manifest says {output.size_bytes}"
+        digest = _sha256(path) if check_digest else output.sha256
+    except OSError as error:
+        return f"cannot be read ({error})"
     if digest != output.sha256:
         return f"sha256 {digest[:12]}…, the manifest says {output.sha256[:12]}…"
     return None

@@ -10,7 +10,6 @@ Price: 0.30 of the float32 bytes on SmolLM2, whose embedding is a fifth of it.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r1ray.errors import ArtifactError
+from r1ray.files import TABLE_BYTES, read_json
 from r1ray.models.checkpoint import load_model
 from r1ray.models.config import ModelConfig
 from r1ray.models.gates import is_gate
@@ -92,10 +92,10 @@ def _add_shape(writer: Any, config: ModelConfig) -> None:
 def _add_tokenizer(writer: Any, model_dir: Path, config: ModelConfig) -> None:
     path = model_dir / "tokenizer.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, max_bytes=TABLE_BYTES)
         vocabulary, added = raw["model"]["vocab"], raw["added_tokens"]
         kind, pre_tokenizer = raw["model"]["type"], raw["pre_tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: no readable tokenizer ({error!r})") from error
     if kind != "BPE":
         raise ArtifactError(f"{path}: a {kind} tokenizer cannot be written as GGUF, only BPE")

@@ -13,7 +13,6 @@ Shape legend: P targets, K kept tokens.
 
 import functools
 import io
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from r1ray.compression.distillation import SparseTargets, keep_top_k, target_logits
 from r1ray.data.batch_set import MicroBatch
 from r1ray.errors import ArtifactError, ShapeError
+from r1ray.files import read_json
 from r1ray.models.decoder import Decoder
 
 __all__ = [
@@ -99,8 +99,8 @@ class LogitStore:
         self._directory = Path(directory)
         path = self._directory / INDEX_NAME
         try:
-            self.index = LogitIndex(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            self.index = LogitIndex(**read_json(path))
+        except (ArtifactError, TypeError) as error:
             raise ArtifactError(f"{path}: no readable logit store ({error})") from error
         self._read_part = functools.lru_cache(maxsize=_CACHED_PARTS)(self._load_part)
 

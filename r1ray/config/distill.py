@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from r1ray.config.names import ConfiguredPath
+
 __all__ = [
     "DistillConfig",
     "DistillResources",
@@ -65,7 +67,7 @@ class DistillResources:
 class DistillConfig:
     """loss = ce_share · CE + (1 - ce_share) · T² · KL(teacher ‖ student), at temperature T."""
 
-    teacher: Annotated[str, Field(min_length=1)]
+    teacher: ConfiguredPath
     """A checkpoint directory, a .gguf file, or package:NAME; its vocabulary is the base's."""
     logits: LogitsConfig = StoredLogitsConfig(type="stored")
     ce_share: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -21,6 +21,8 @@ from r1ray.errors import ConfigError
 __all__ = ["describe_fields", "load_config", "parse_config"]
 
 _MAX_BYTES = 1 << 20
+_MAX_NODES = 100_000  # each as often as aliases repeat it
+_MAX_DIGITS = 400  # of a whole number: more cannot even be shown
 # PyYAML's constructors let the last five out for tags whose value they cannot read.
 _YAML_ERRORS = (
     yaml.YAMLError,
@@ -33,8 +35,27 @@ _YAML_ERRORS = (
 )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML forbids a key twice in one mapping; PyYAML would keep the last one without a word."""
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without what no configuration needs.
+
+    YAML forbids a key twice in one mapping; PyYAML would keep the last one without a word. Aliases
+    can make a short text as large as one likes, and endless.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _count_nodes(node, {}) > _MAX_NODES:
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {_MAX_NODES} values with all aliases", node.start_mark
+            )
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a whole number of more than {_MAX_DIGITS} digits", node.start_mark
+            )
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -48,6 +69,23 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+
+
+def _count_nodes(node: yaml.Node, counts: dict[int, int | None]) -> int:
+    """How many values there are at and below `node`, those behind aliases each time anew."""
+    known = counts.get(id(node), 0)
+    if known is None:
+        raise yaml.composer.ComposerError(None, None, "an alias contains itself", node.start_mark)
+    if known == 0 and isinstance(node, yaml.CollectionNode):
+        counts[id(node)] = None
+        pairs = isinstance(node, yaml.MappingNode)
+        inner = [part for pair in node.value for part in pair] if pairs else node.value
+        known = 1 + sum(_count_nodes(part, counts) for part in inner)
+        counts[id(node)] = known
+    return known or 1
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     """The configuration in the YAML file `path`, changed by `section.key=value` overrides.
 
@@ -57,10 +95,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConf
     """
     path = Path(path)
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        with path.open("rb") as stream:  # also a pipe: `--config <(...)`
+            data = stream.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
             raise ConfigError(f"{path}: larger than {_MAX_BYTES} bytes; this is no configuration")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = data.decode("utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the path
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     return parse_config(text, overrides, where=str(path))
 
@@ -70,7 +110,7 @@ def parse_config(
 ) -> PipelineConfig:
     """As `load_config`, from the YAML in `text`; `where` names it in errors."""
     try:
-        tree = yaml.load(text, _UniqueKeyLoader)  # a SafeLoader
+        tree = yaml.load(text, _StrictLoader)  # a SafeLoader
     except _YAML_ERRORS as error:
         raise ConfigError(f"{where}: not valid YAML ({error})") from error
     if not isinstance(tree, dict):
@@ -107,7 +147,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
                 "override the whole value instead"
             )
     try:
-        node[last] = yaml.load(value, _UniqueKeyLoader)
+        node[last] = yaml.load(value, _StrictLoader)
     except _YAML_ERRORS as error:
         raise ConfigError(
             f"override {override!r}: the value is not valid YAML ({error})"
@@ -150,7 +190,7 @@ def _drop_tags(location: Sequence[Any]) -> list[Any]:
             types_of = [
                 field.type for kind in kinds for field in fields(kind) if field.name == part
             ]
-            kinds = [kind for item in types_of for kind in _flatten(item) if is_dataclass(kind)]
+            kinds = [kind for item in types_of for kind in _nested(item)]
     return parts
 
 
@@ -173,11 +213,16 @@ def _walk(cls: type, prefix: str) -> Iterator[tuple[str, str]]:
         if info.description is not None
     }
     for field in fields(cls):
-        nested = [kind for kind in _flatten(field.type) if is_dataclass(kind)]
+        nested = _nested(field.type)
         if not nested:
             yield prefix + field.name, documented.get(field.name, "")
         for kind in nested:
-            yield from _walk(typing.cast(type, kind), prefix=f"{prefix}{field.name}.")
+            yield from _walk(kind, prefix=f"{prefix}{field.name}.")
+
+
+def _nested(annotation: Any) -> list[type]:
+    """The dataclasses in `annotation`; what pydantic keeps beside a type is an instance of one."""
+    return [kind for kind in _flatten(annotation) if isinstance(kind, type) and is_dataclass(kind)]
 
 
 def _flatten(annotation: Any) -> Iterator[Any]:

@@ -4,10 +4,10 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from pydantic.dataclasses import dataclass
 
-from r1ray.config.names import Name
+from r1ray.config.names import ConfiguredPath, Name
 
 __all__ = [
     "BatchingConfig",
@@ -31,7 +31,7 @@ class FamilyConfig:
 
     name: Name
     """The family's name in reasoning-gym."""
-    options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    options: dict[str, bool | int | FiniteFloat | str] = dataclasses.field(default_factory=dict)
     """Difficulty options, passed to reasoning-gym as they are."""
 
 
@@ -55,7 +55,7 @@ class FileSourceConfig:
 
     type: Literal["files"]
     """Rows read from files."""
-    paths: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    paths: Annotated[list[ConfiguredPath], Field(min_length=1)]
     """Files, directories or globs; .jsonl, .jsonl.gz, .jsonl.zst and .parquet are read."""
 
 

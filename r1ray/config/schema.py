@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from r1ray.config.distill import DistillConfig
-from r1ray.config.names import Name
+from r1ray.config.names import ConfiguredPath, Name
 from r1ray.config.prepare import PrepareConfig, TasksConfig
 from r1ray.config.serving import ServeConfig
 from r1ray.config.training import TrainConfig
@@ -38,7 +38,7 @@ class RunConfig:
 
     name: Name
     """Directory of the run below `root`."""
-    root: Annotated[str, Field(min_length=1)] = "runs"
+    root: ConfiguredPath = "runs"
     """Local directory or URI (such as s3://bucket/runs) of all runs."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seeds data order and sampling."""
@@ -58,7 +58,7 @@ class ContextConfig:
 class BaseConfig:
     """The checkpoint that the run starts from."""
 
-    source: Annotated[str, Field(min_length=1)]
+    source: ConfiguredPath
     """A checkpoint directory, a .gguf file, or package:NAME for the .gguf in a Python package."""
     context: ContextConfig | None = None
     """Scaling of rotary positions for longer contexts; null leaves them as the checkpoint has."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from r1ray.config.names import Name
+from r1ray.config.names import ConfiguredPath, Name
 
 __all__ = ["AttentionKind", "EngineConfig", "ModelArgs", "ServeConfig"]
 
@@ -66,7 +66,7 @@ class EngineConfig:
 class ModelArgs(EngineConfig):
     """A model of a Serve application."""
 
-    model_dir: Annotated[str, Field(min_length=1)]
+    model_dir: ConfiguredPath
     """Model directory, at the same absolute path on every node that runs a replica."""
 
 

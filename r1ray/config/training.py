@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from r1ray.config.exchange import DenseExchangeConfig, ExchangeConfig
+from r1ray.config.names import ConfiguredPath
 
 __all__ = ["GatesConfig", "TiersConfig", "TrainConfig", "TrainResources"]
 
@@ -21,7 +22,7 @@ class TiersConfig:
 
     budget_mib: Annotated[int, Field(ge=1, le=2**24)]
     """What resident memory may grow by in a worker, in MiB, checked as training goes."""
-    directory: Annotated[str, Field(min_length=1)] | None = None
+    directory: ConfiguredPath | None = None
     """On a disk with 16 bytes a parameter and worker free; null: the system's temporary one."""
 
 

@@ -14,7 +14,6 @@ Shape legend: B rows of a batch, T tokens (its columns).
 import bisect
 import dataclasses
 import functools
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r1ray.errors import ArtifactError, ShapeError
+from r1ray.files import TABLE_BYTES, read_json
 
 __all__ = [
     "BATCHES_NAME",
@@ -117,10 +117,10 @@ class BatchSet:
         path = Path(directory) / BATCHES_NAME
         try:
             self._file = pq.ParquetFile(path)
-            self.summary: dict[str, Any] = json.loads(
-                (Path(directory) / SUMMARY_NAME).read_text(encoding="utf-8")
+            self.summary: dict[str, Any] = read_json(
+                Path(directory) / SUMMARY_NAME, max_bytes=TABLE_BYTES
             )
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException, ArtifactError) as error:
             raise ArtifactError(f"{path}: no readable BatchSet ({error})") from error
         if self._file.schema_arrow.names != BATCH_SCHEMA.names or SIZE_KEY not in self.summary:
             raise ArtifactError(

@@ -104,7 +104,7 @@ def _list_local(path: str) -> list[str]:
                 skipped = len(files) - len(usable)
                 logger.warning("%s: %d files of other kinds are left out", entry, skipped)
             found += [str(file.resolve()) for file in usable]
-        elif entry.name.endswith(_SUFFIXES):
+        elif entry.name.endswith(_SUFFIXES) and entry.is_file():
             found.append(str(entry.resolve()))
         else:
             raise ConfigError(f"prepare.sources: {entry} is not one of {', '.join(_SUFFIXES)}")

@@ -13,6 +13,7 @@ from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.evaluation.evaluate import EVALUATION_NAME, REPLIES_NAME
 from r1ray.evaluation.plots import plot_accuracy, plot_size_latency, plot_training
 from r1ray.evaluation.record import Row, build_record, render_table, write_json
+from r1ray.files import TABLE_BYTES, read_json
 
 __all__ = ["write_report"]
 
@@ -35,9 +36,9 @@ def write_report(
         serve_s: seconds that serving took in this run, when it ran.
     """
     evaluated = artifacts["evaluate"].local_dir
-    evaluation = json.loads((evaluated / EVALUATION_NAME).read_text(encoding="utf-8"))
+    evaluation = read_json(evaluated / EVALUATION_NAME)
     results = evaluation["models"]
-    history = json.loads((artifacts["train"].local_dir / HISTORY_NAME).read_text("utf-8"))
+    history = read_json(artifacts["train"].local_dir / HISTORY_NAME, max_bytes=TABLE_BYTES)
     durations = {stage: artifact.manifest.duration_s for stage, artifact in artifacts.items()}
     if serve_s is not None:
         durations["serve"] = serve_s

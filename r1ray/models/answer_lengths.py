@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from r1ray.errors import ArtifactError
+from r1ray.files import TABLE_BYTES, read_json
 
 __all__ = ["ANSWER_LENGTHS_FILE", "AnswerLengths", "read_answer_lengths", "write_answer_lengths"]
 
@@ -68,9 +69,9 @@ def read_answer_lengths(model_dir: str | Path) -> dict[int, int]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, max_bytes=TABLE_BYTES)
         counts = {int(length): int(count) for length, count in found.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ArtifactError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ArtifactError(
             f"{path} is not a JSON object of lengths and counts ({error}); export the model anew"
         ) from error

@@ -27,7 +27,7 @@ def resolve_source(source: str, *, key: str = "base.source") -> Path:
     """
     if not source.startswith(_PACKAGE_PREFIX):
         path = Path(source)
-        if not path.exists():
+        if not path.is_file() and not path.is_dir():
             raise ArtifactError(f"{key} {source!r}: no such file or directory")
         return path
     package = source.removeprefix(_PACKAGE_PREFIX)

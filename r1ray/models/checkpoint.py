@@ -18,6 +18,7 @@ from torch import Tensor
 
 from r1ray.config.schema import Scheme
 from r1ray.errors import ArtifactError
+from r1ray.files import read_json
 from r1ray.models.config import CONFIG_NAME, ModelConfig
 from r1ray.models.decoder import Decoder
 from r1ray.models.gates import is_gate, load_gates, save_gates
@@ -124,8 +125,8 @@ def read_scheme(path: Path) -> Scheme | None:
     if not record_path.is_file():
         return None
     try:
-        scheme = json.loads(record_path.read_text(encoding="utf-8"))["quantization"]["scheme"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        scheme = read_json(record_path)["quantization"]["scheme"]
+    except (ArtifactError, KeyError, TypeError) as error:
         raise ArtifactError(f"{record_path}: no quantization scheme in it ({error!r})") from error
     for known in SCHEMES:
         if scheme == known:
@@ -145,11 +146,12 @@ def list_shards(path: Path) -> list[Path]:
     if not index_path.is_file():
         raise ArtifactError(f"{path}: neither {WEIGHTS_NAME} nor {INDEX_NAME} is there")
     try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index_path)["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        is_plain = all(name and Path(name).name == name for name in names)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{index_path}: not a safetensors index ({error!r})") from error
-    if any(Path(name).name != name for name in names):
+    if not is_plain:
         raise ArtifactError(f"{index_path}: shard names must be plain file names, got {names}")
     return [path / name for name in names]
 

@@ -1,13 +1,13 @@
 """The architecture of a decoder, read from and written as Hugging Face's `config.json`."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from r1ray.errors import ArtifactError
+from r1ray.files import read_json
 
 __all__ = ["CONFIG_NAME", "ModelConfig", "RopeConfig"]
 
@@ -27,6 +27,8 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
+_MAX_LAYERS = 4096  # each is an object as soon as the model is described
+_MAX_COUNT = 2**28
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -81,7 +83,10 @@ class ModelConfig:
         for name in _COUNTS:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ArtifactError(f"{name} is {value!r}, not a whole number of at least 1")
+                raise ArtifactError(f"{name} is {value!r:.80}, not a whole number of at least 1")
+            most = _MAX_LAYERS if name == "num_layers" else _MAX_COUNT
+            if value > most:
+                raise ArtifactError(f"{name} is {value!r:.80}, and no model has more than {most}")
         if self.head_dim % 2:
             raise ArtifactError(f"head_dim ({self.head_dim}) is odd; rotary pairs need it even")
         if self.num_heads % self.num_kv_heads:
@@ -138,10 +143,7 @@ class ModelConfig:
             ArtifactError: no such file, not JSON, or a model that r1ray cannot run.
         """
         path = Path(model_dir) / CONFIG_NAME
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ArtifactError(f"{path}: no readable model configuration ({error})") from error
+        raw = read_json(path)
         try:
             return cls.from_hf(raw)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

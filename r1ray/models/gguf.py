@@ -71,7 +71,9 @@ def save_gguf_tokenizer(path: str | Path, target: str | Path, *, max_tokens: int
     from transformers import AutoTokenizer
 
     path = Path(path)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+    )
     tokenizer.model_max_length = max_tokens
     tokenizer.save_pretrained(target)
 

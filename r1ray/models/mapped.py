@@ -7,7 +7,6 @@ Price: reading, a page fault for up to 16 pages that are in the page cache, else
 disk; writing, a fault a page.
 """
 
-import json
 import math
 import mmap
 import os
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from r1ray.errors import ArtifactError
+from r1ray.files import parse_json
 
 __all__ = ["MappedTensors"]
 
@@ -73,7 +73,7 @@ class MappedTensors(Mapping[str, Tensor]):
             (header_bytes,) = struct.unpack("<Q", file.read(8))
             if header_bytes > _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {header_bytes} bytes")
-            header = json.loads(file.read(header_bytes))
+            header = parse_json(file.read(header_bytes).decode("utf-8"))
             size = os.fstat(file.fileno()).st_size
             entries = _read_entries(header, start=8 + header_bytes, size=size)
             mapping = mmap.mmap(
@@ -162,6 +162,8 @@ def _read_entries(header: Mapping[str, object], *, start: int, size: int) -> dic
         if not isinstance(value, dict):
             raise ValueError(f"tensor {name!r} is not described")
         dtype, shape = _DTYPES[value["dtype"]], tuple(value["shape"])
+        if not all(type(number) is int and number >= 0 for number in shape):
+            raise ValueError(f"tensor {name!r} has the shape {shape}")
         begin, end = (start + offset for offset in value["data_offsets"])
         if end - begin != math.prod(shape) * dtype.itemsize or not start <= begin <= end <= size:
             raise ValueError(f"tensor {name!r} lies outside of the file")

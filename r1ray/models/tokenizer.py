@@ -32,7 +32,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._inner = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            self._inner = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # the tokenizers library raises that very class
             raise ArtifactError(f"{path}: no usable tokenizer ({error})") from error
         if not self._inner.chat_template:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from r1ray.errors import ServingError
+from r1ray.files import parse_json
 from r1ray.serving.openai_answers import ErrorBody, ErrorDetails
 from r1ray.serving.request_rules import NEUTRAL_VALUES
 
@@ -44,10 +45,10 @@ def error_body(error: ServingError) -> dict[str, Any]:
 
 def _parse_object(body: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        data = parse_json(body.decode("utf-8"), parse_constant=_refuse_constant)
         # Half of a surrogate pair is valid JSON, but no text that a tokenizer takes.
         json.dumps(data, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ServingError(
             f"the request body is not valid JSON ({error})", status=400, code="invalid_json"
         ) from error

@@ -1,10 +1,10 @@
 """What form an answer is asked to have: OpenAI's `response_format`, vLLM's `structured_outputs`."""
 
-import json
 from typing import Any
 
 from pydantic_core import PydanticCustomError
 
+from r1ray.files import parse_json
 from r1ray.models.grammar import choice_form, json_form, regex_form
 
 __all__ = ["read_response_format", "read_structured_outputs"]
@@ -55,8 +55,8 @@ def read_structured_outputs(value: Any) -> str:
 def _read_schema(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise PydanticCustomError("invalid_value", "must have valid JSON as schema") from error
     if not isinstance(value, dict):
         raise PydanticCustomError("invalid_type", "must have an object as its schema")

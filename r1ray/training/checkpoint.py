@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from r1ray.errors import ArtifactError
+from r1ray.files import TABLE_BYTES, read_json
 from r1ray.models.checkpoint import load_model, save_model
 from r1ray.training.step import StepRecord, TrainState
 
@@ -88,8 +89,8 @@ def load_history(directory: Path) -> list[StepRecord]:
     """The records of all steps up to the checkpoint in `directory`."""
     path = directory / HISTORY_NAME
     try:
-        return [StepRecord(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as error:
+        return [StepRecord(**record) for record in read_json(path, max_bytes=TABLE_BYTES)]
+    except TypeError as error:
         raise ArtifactError(f"{path}: cannot be read ({error})") from error
 
 

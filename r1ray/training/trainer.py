@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import json
 import logging
 import threading
 from collections.abc import Callable
@@ -22,7 +21,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.config.training import TrainConfig
-from r1ray.errors import ExchangeError, R1RayError
+from r1ray.errors import ArtifactError, ExchangeError, R1RayError
+from r1ray.files import read_json
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.training.checkpoint import HISTORY_NAME, is_whole, load_history
 from r1ray.training.memory import KEEP_FREED_MEMORY
@@ -185,8 +185,8 @@ def _salvage_checkpoint(root: Path) -> Path | None:
     indices = list(root.glob("checkpoint_manager_snapshot*"))
     for index in indices:
         try:
-            json.loads(index.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            read_json(index)
+        except ArtifactError as error:
             logger.warning("%s is damaged (%s) and removed", index, error)
             index.unlink()
             indices.remove(index)
