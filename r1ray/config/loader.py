@@ -21,6 +21,7 @@ from r1ray.errors import ConfigError
 __all__ = ["describe_fields", "load_config", "parse_config"]
 
 _MAX_BYTES = 1 << 20
+_MAX_DEPTH = 32
 _MAX_NODES = 100_000  # each as often as aliases repeat it
 _MAX_DIGITS = 400  # of a whole number: more cannot even be shown
 # PyYAML's constructors let the last five out for tags whose value they cannot read.
@@ -41,6 +42,18 @@ class _StrictLoader(yaml.SafeLoader):
     YAML forbids a key twice in one mapping; PyYAML would keep the last one without a word. Aliases
     can make a short text as large as one likes, and endless.
     """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:  # also keeps PyYAML's scanner from quadratic time
+            raise yaml.composer.ComposerError(
+                None, None, f"nested deeper than {_MAX_DEPTH} levels", self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()

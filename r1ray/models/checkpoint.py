@@ -29,10 +29,10 @@ from r1ray.models.quantization import (
     tie_head,
     unpack_tensors,
 )
+from r1ray.models.tokenizer import TOKENIZER_FILES
 
 __all__ = [
     "QUANTIZATION_NAME",
-    "TOKENIZER_FILES",
     "WEIGHTS_NAME",
     "assign_weights",
     "copy_tokenizer",
@@ -45,13 +45,6 @@ __all__ = [
 QUANTIZATION_NAME = "r1ray.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Decoder:

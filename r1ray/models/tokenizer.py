@@ -10,9 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r1ray.errors import ArtifactError
+from r1ray.files import TABLE_BYTES, check_file
 
-__all__ = ["StreamDecoder", "Tokenizer"]
+__all__ = ["TOKENIZER_FILES", "StreamDecoder", "Tokenizer"]
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 _BATCH_CHARS = 1 << 22  # encoded at once: a token takes some hundred bytes on the way
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -31,6 +39,9 @@ class Tokenizer:
         """
         from transformers import AutoTokenizer
 
+        for file in [Path(path) / name for name in TOKENIZER_FILES]:
+            if file.exists():
+                check_file(file, max_bytes=TABLE_BYTES)
         try:
             self._inner = AutoTokenizer.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False

@@ -12,6 +12,7 @@ __all__ = ["read_response_format", "read_structured_outputs"]
 _OUTER = {"type", "json_schema"}
 _INNER = {"name", "description", "schema", "strict"}
 _KINDS = ("json", "regex", "choice")
+_MAX_FORM_CHARS = 1 << 16  # compiling takes up to 10 µs a character
 
 
 def read_response_format(value: Any) -> str | None:
@@ -31,7 +32,7 @@ def read_response_format(value: Any) -> str | None:
         raise PydanticCustomError(
             "invalid_value", "must have a json_schema of name, description, schema and strict"
         )
-    return json_form(_read_schema(outer.get("schema", {})))
+    return _check_size(json_form(_read_schema(outer.get("schema", {}))))
 
 
 def read_structured_outputs(value: Any) -> str:
@@ -41,6 +42,10 @@ def read_structured_outputs(value: Any) -> str:
             "invalid_value", "must be an object with exactly one of json, regex and choice"
         )
     [(kind, wanted)] = value.items()
+    return _check_size(_build_form(kind, wanted))
+
+
+def _build_form(kind: str, wanted: Any) -> str:
     if kind == "json":
         return json_form(_read_schema(wanted))
     if kind == "regex":
@@ -50,6 +55,14 @@ def read_structured_outputs(value: Any) -> str:
     if not isinstance(wanted, list) or not wanted or not all(map(_is_text, wanted)):
         raise PydanticCustomError("invalid_type", "must have a list of strings as its choice")
     return choice_form(wanted)
+
+
+def _check_size(form: str) -> str:
+    if len(form) > _MAX_FORM_CHARS:
+        raise PydanticCustomError(
+            "invalid_value", f"must not ask for a form of more than {_MAX_FORM_CHARS} characters"
+        )
+    return form
 
 
 def _read_schema(value: Any) -> dict[str, Any]:
