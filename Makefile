@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test check bench claims screenshots clean help
+.PHONY: setup demo serve test check fuzz bench claims screenshots clean help
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
@@ -34,6 +34,9 @@ check: setup ## Format, lint, types and import directions.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: setup ## A hundred thousand nearly valid inputs for the parsers (minutes).
+	$(BIN)/python -m tests.fuzz
 
 bench: setup ## Measure everything and file the figures in docs/benchmarks/ (hours).
 	$(BIN)/python -m jobs.bench_demo --config jobs/configs/demo.yaml

@@ -312,11 +312,11 @@ class ArtifactStore:
             target = local_dir / output.path
             if find_mismatch(target, output, check_digest=verify) is None:
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
             source = f"{directory}/{output.path}"
             # Under a name of its own, so that another process never reads half a file.
             fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
             try:
+                target.parent.mkdir(parents=True, exist_ok=True)
                 fs.copy_files(
                     source,
                     str(fresh),

@@ -241,11 +241,72 @@ def test_an_output_path_cannot_leave_the_artifact(store: ArtifactStore, tmp_path
     artifact = store.run("prepare", CONFIG, INPUTS, _body())
     path = _stored(tmp_path, artifact) / MANIFEST_NAME
     raw = json.loads(path.read_text())
-    for escape in ("../escaped.txt", "/etc/hostname"):
+    for escape in ("../escaped.txt", "/etc/hostname", "//etc/hostname", "a/../../b", ".", ""):
         raw["outputs"][0]["path"] = escape
         path.write_text(json.dumps(raw))
         with pytest.raises(ArtifactError, match="leaves the directory"):
             store.find("prepare", artifact.manifest.run_id)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800", "x" * 300, "x/" * 3000 + "x"])
+def test_an_output_that_no_file_can_be_is_named(
+    name: str, store: ArtifactStore, tmp_path: Path
+) -> None:
+    artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    path = _stored(tmp_path, artifact) / MANIFEST_NAME
+    raw = json.loads(path.read_text())
+    raw["outputs"][0]["path"] = name
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match=r"control characters|cannot be|missing"):
+        store.find("prepare", artifact.manifest.run_id)
+
+
+def test_an_output_that_is_a_link_out_of_the_artifact_is_refused(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path / "runs"))
+    artifact = store.run("s", CONFIG, INPUTS, _body())
+    inside = artifact.local_dir / "text.txt"
+    inside.rename(tmp_path / "text.txt")
+    inside.symlink_to(tmp_path / "text.txt")  # the same contents, from elsewhere
+    with pytest.raises(ArtifactError, match=r"text\.txt: a symbolic link, which leads out of"):
+        store.find("s", artifact.manifest.run_id)
+
+
+@pytest.mark.parametrize("level", ["stage", "run"])
+def test_a_link_out_of_the_root_is_neither_read_nor_emptied(level: str, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    store = ArtifactStore(str(tmp_path / "runs"), "mine")
+    directory = Path(store.directory("s", compute_run_id("s", CONFIG, INPUTS)))
+    link = directory if level == "run" else directory.parent
+    link.parent.mkdir(parents=True)
+    link.symlink_to(precious)
+    with pytest.raises(ArtifactError, match=r"symbolic link leads it to .*precious.*, out of"):
+        store.run("s", CONFIG, INPUTS, _never)
+    assert [path.name for path in precious.iterdir()] == ["file"]
+
+
+def test_the_directory_of_runs_may_itself_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    store = ArtifactStore(str(tmp_path / "runs"), "mine")
+    artifact = store.run("s", CONFIG, INPUTS, _body())
+    assert (tmp_path / "disk" / "mine" / "s" / artifact.manifest.run_id / "text.txt").is_file()
+
+
+def test_a_manifest_of_another_artifact_or_size_is_refused(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    path = _stored(tmp_path, artifact) / MANIFEST_NAME
+    raw = json.loads(path.read_text())
+    for change in ({"run_id": "../../x"}, {"stage": "train"}):
+        path.write_text(json.dumps(raw | change))
+        with pytest.raises(ArtifactError, match="is the manifest of"):
+            store.find("prepare", artifact.manifest.run_id)
+    monkeypatch.setattr("r1ray.artifacts.RECORD_BYTES", 100)
+    with pytest.raises(ArtifactError, match="has more than 100 bytes, which no manifest has"):
+        store.find("prepare", artifact.manifest.run_id)
 
 
 def test_require_says_how_to_make_what_is_not_there(store: ArtifactStore) -> None:

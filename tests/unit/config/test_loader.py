@@ -311,9 +311,45 @@ def test_nested_aliases_do_not_blow_up_the_message(place: str) -> None:
     assert len(str(caught.value)) < 10_000
 
 
-def test_nesting_too_deep_is_a_config_error() -> None:
-    with pytest.raises(ConfigError):
-        parse_config("[" * 100_000)
+@pytest.mark.parametrize("text", ["[" * 10_000, "{a: " * 33, "- " * 33, "[" * 33 + "]" * 33])
+def test_nesting_too_deep_is_a_config_error(text: str) -> None:
+    with pytest.raises(ConfigError, match="nested deeper than 32 levels"):
+        parse_config(text)
+    with pytest.raises(ConfigError, match="nested deeper than 32 levels"):
+        _parse(f"run.name={text}")
+
+
+def test_aliases_may_be_used_but_not_without_end() -> None:
+    text = TEXT.replace("batch_tokens: 128", "batch_tokens: &most 128").replace("64", "*most")
+    assert parse_config(text).prepare.max_tokens == 128
+    bomb = "".join(f"l{n}: &l{n} [{f'*l{n - 1}, ' * 10 if n else 1}]\n" for n in range(6))
+    with pytest.raises(ConfigError, match="more than 100000 values with all aliases"):
+        parse_config(bomb)
+    with pytest.raises(ConfigError, match="an alias contains itself"):
+        parse_config("run: &a {name: [*a]}")
+
+
+@pytest.mark.parametrize("value", ["0x" + "f" * 6000, "9" * 5000, "1" + ":59" * 3000])
+def test_a_whole_number_too_long_to_be_shown_is_a_config_error(value: str) -> None:
+    assert "a whole number of more than 400 digits" in _refuse(f"run.seed={value}")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["run.root", "base.source", "distill.teacher", "train.resources.tiers.directory",
+     "prepare.sources"],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["a\\0b", "a\\nb"])
+def test_a_path_with_control_characters_is_refused(key: str, path: str) -> None:
+    value = f'[{{type: files, paths: ["{path}"]}}]' if key.endswith("sources") else f'"{path}"'
+    more = ["train.resources.tiers={budget_mib: 64}"] if "tiers" in key else []
+    assert "has the control character" in _refuse(*more, f"{key}={value}")
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf"])
+def test_options_of_tasks_are_finite(number: str) -> None:
+    message = _refuse(f"tasks.families=[{{name: gcd, options: {{a: {number}}}}}]")
+    assert "Input should be a finite number" in message
 
 
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10)
@@ -362,6 +398,10 @@ def test_an_unreadable_or_oversized_file_is_a_config_error(tmp_path: Path) -> No
     (tmp_path / "large.yaml").write_text("#" * (1 << 20) + "\n")
     with pytest.raises(ConfigError, match="larger than"):
         load_config(tmp_path / "large.yaml")
+    with pytest.raises(ConfigError, match="larger than"):
+        load_config("/dev/zero")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config("a\0b")
 
 
 def test_reading_a_configuration_imports_neither_torch_nor_ray() -> None:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,9 @@ def test_paths_that_match_nothing_or_are_of_no_known_kind_are_config_errors(tmp_
         list_files([str(tmp_path)])
     with pytest.raises(ConfigError, match=r"notes\.txt is not one of"):
         list_files([str(tmp_path / "notes.txt")])
+    os.mkfifo(tmp_path / "pipe.jsonl")  # opening it would wait forever
+    with pytest.raises(ConfigError, match=r"pipe\.jsonl is not one of"):
+        list_files([str(tmp_path / "pipe.jsonl")])
 
 
 def test_a_file_named_in_two_ways_is_read_once(

@@ -69,6 +69,7 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
     ("source", "complaint"),
     [
         ("/no/such/place", "no such file or directory"),
+        ("/dev/zero", "no such file or directory"),
         ("package:no_such_package_at_all", "no Python package 'no_such_package_at_all'"),
         ("package:", "no Python package ''"),
         ("package:../x", "no Python package"),

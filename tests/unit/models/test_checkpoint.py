@@ -201,6 +201,8 @@ def test_a_directory_without_weights_or_configuration_is_named(tmp_path: Path) -
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
         ({"num_hidden_layers": 0}, "num_layers is 0"),
+        ({"num_hidden_layers": 10**9}, "and no model has more than 4096"),
+        ({"vocab_size": 10**4000}, "and no model has more than"),
         ({"vocab_size": -3}, "vocab_size is -3"),
         ({"num_attention_heads": 3}, r"num_attention_heads \(3\) is not a multiple"),
         ({"head_dim": 7}, r"head_dim \(7\) is odd"),

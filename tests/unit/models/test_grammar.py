@@ -77,6 +77,17 @@ def test_answers_have_the_form_that_each_was_asked_for(
     assert _answer(tokenizer, forms, {"free": (None, 5)})["free"] == found["free"]
 
 
+def test_a_pattern_that_would_fill_memory_runs_out_of_fuel(
+    tokenizer: Tokenizer, forms: FormCompiler
+) -> None:
+    state = forms.start(regex_form("((a{1000}){1000}){1000}"))
+    logits_V = torch.zeros(VOCAB_SIZE)
+    state.restrict(logits_V)
+    state.accept(tokenizer.encode("a")[0])
+    with pytest.raises(ShapeError, match="too many expressions"):
+        state.restrict(logits_V)
+
+
 @pytest.mark.parametrize(
     "form", [regex_form("[a-"), json_form({"type": "no such"}), "start: undefined", "{"]
 )

@@ -1,3 +1,5 @@
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -96,4 +98,33 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "damaged")
     (path / "tokenizer.json").write_text("{")
     with pytest.raises(ArtifactError, match="damaged: no usable tokenizer"):
+        Tokenizer(path)
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "evil.py").write_text(f"open({str(path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(ArtifactError, match=r"no usable tokenizer .* contains custom code"):
+        Tokenizer(path)
+    assert not (path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__ }}", "{% for i in range(999999999) %}{% endfor %}"]
+)
+def test_a_chat_template_runs_in_a_sandbox(template: str, tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path)
+    (path / "chat_template.jinja").write_text(template)
+    with pytest.raises(Tokenizer.template_errors):
+        Tokenizer(path).render_chat([], add_generation_prompt=True)
+
+
+def test_a_tokenizer_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path)
+    (path / "tokenizer_config.json").unlink()
+    os.mkfifo(path / "tokenizer_config.json")
+    with pytest.raises(ArtifactError, match=r"tokenizer_config\.json: is no regular file"):
         Tokenizer(path)

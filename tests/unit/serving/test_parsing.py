@@ -246,3 +246,32 @@ def test_sampling_fields_reach_the_sampler() -> None:
     assert chat(top_k=-1).sampling(0).top_k == 0
     assert chat(logprobs=True).sampling(0).num_logprobs == 0
     assert chat().sampling(0).num_logprobs is None
+
+
+def test_a_body_may_not_be_nested_without_end() -> None:
+    for inner in ("[" * 64 + "]" * 64, '{"a":' * 64 + "1" + "}" * 64, "[" * 100_000):
+        error = refusal(b'{"model": "m", "metadata": {"k": ' + inner.encode() + b"}}")
+        assert error.code == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"structured_outputs": {"json": "[" * 65 + "]" * 65}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a" * 700] * 100}}, "structured_outputs"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"enum": ["a" * 70_000]}},
+                }
+            },
+            "response_format",
+        ),
+    ],
+)
+def test_a_form_has_a_largest_size(fields: dict[str, Any], param: str) -> None:
+    error = refusal(json.dumps(CHAT | fields).encode())
+    assert (error.param, error.code) == (param, "invalid_value")
+    assert len(str(error)) < 300
