@@ -17,6 +17,7 @@ from r1ray.errors import ArtifactError
 from r1ray.models.checkpoint import assign_weights
 from r1ray.models.config import Family, ModelConfig, RopeConfig
 from r1ray.models.decoder import Decoder
+from r1ray.models.gguf_header import check_gguf_header
 
 __all__ = ["BLOCK_NAMES", "OUTER_NAMES", "interleave", "load_gguf_model", "save_gguf_tokenizer"]
 
@@ -45,9 +46,19 @@ def load_gguf_model(path: str | Path) -> Decoder:
     """The float32 decoder stored in the GGUF file `path`.
 
     Raises:
-        ArtifactError: not a GGUF file, or an architecture or rope scaling that is not supported.
+        ArtifactError: not a GGUF file, a damaged one, or an architecture or rope scaling that is
+            not supported.
     """
-    reader = _open(path)
+    check_gguf_header(path)
+    try:
+        return _load(path)
+    # Whatever the gguf library and numpy make of keys and tensors that do not fit together.
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ArtifactError(f"{path}: cannot be read as GGUF ({error!r:.300})") from error
+
+
+def _load(path: str | Path) -> Decoder:
+    reader = gguf.GGUFReader(path)
     names = {tensor.name for tensor in reader.tensors}
     config = _read_config(reader, names, where=path)
     tensors: dict[str, Tensor] = {}
@@ -76,13 +87,6 @@ def save_gguf_tokenizer(path: str | Path, target: str | Path, *, max_tokens: int
     )
     tokenizer.model_max_length = max_tokens
     tokenizer.save_pretrained(target)
-
-
-def _open(path: str | Path) -> Any:
-    try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ArtifactError(f"{path}: cannot be read as GGUF ({error})") from error
 
 
 def _read_config(reader: Any, names: set[str], *, where: str | Path) -> ModelConfig:

@@ -1,3 +1,4 @@
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,52 @@ def test_a_truncated_file_is_an_artifact_error(keep_bytes: int, tmp_path: Path) 
     path = _write(tmp_path / "m.gguf", tiny_model())
     path.write_bytes(path.read_bytes()[:keep_bytes])
     with pytest.raises(ArtifactError, match=r"m\.gguf"):
+        load_gguf_model(path)
+
+
+def _gguf(*, num_keys: int, keys: bytes = b"", num_tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_keys) + keys
+
+
+def _key(kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q1sI", 1, b"k", kind) + value
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (_gguf(num_keys=2**60), "bytes are to follow where the file has 0"),
+        (_gguf(num_keys=0, num_tensors=2**60), "bytes are to follow where the file has 0"),
+        (_gguf(num_keys=1, keys=_key(9, struct.pack("<IQ", 4, 2**30))), "more than 4000000 entr"),
+        (_gguf(num_keys=1, keys=_key(9, struct.pack("<IQ", 4, 2**20))), "4194304 bytes are to"),
+        (_gguf(num_keys=1, keys=_key(9, struct.pack("<IQ", 8, 2**20))), "8 bytes are to follow"),
+        (_gguf(num_keys=1, keys=_key(9, struct.pack("<IQ", 9, 1))), "an array in an array"),
+        (_gguf(num_keys=1, keys=_key(8, struct.pack("<Q", 2**63))), "bytes are to follow"),
+        (_gguf(num_keys=1, keys=_key(99, b"")), "a value is of kind 99"),
+        (
+            _gguf(num_keys=0, num_tensors=1) + struct.pack("<Q1sI", 1, b"t", 2**31) + bytes(99),
+            "2147483648 dimensions, more than 4",
+        ),
+        (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "its version is 1, not 2 or 3"),
+    ],
+)
+def test_a_header_that_lies_is_refused_before_memory_is_taken(
+    data: bytes, complaint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ArtifactError, match=rf"m\.gguf: cannot be read as GGUF .*{complaint}"):
+        load_gguf_model(tmp_path / "m.gguf")
+
+
+def test_keys_that_do_not_fit_the_tensors_are_an_artifact_error(tmp_path: Path) -> None:
+    path = _write(tmp_path / "m.gguf", tiny_model())
+    data = path.read_bytes()
+    count = data.index(b"attention.head_count") + len(b"attention.head_count") + 4
+    path.write_bytes(data[:count] + struct.pack("<I", 8) + data[count + 4 :])
+    with pytest.raises(ArtifactError, match=r"m\.gguf: cannot be read as GGUF .*shape"):
+        load_gguf_model(path)
+    path.write_bytes(data.replace(b"t17", b"\xfft7"))
+    with pytest.raises(ArtifactError, match=r"m\.gguf: cannot be read as GGUF .*Unicode"):
         load_gguf_model(path)
 
 
