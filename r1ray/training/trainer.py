@@ -18,6 +18,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.config.training import TrainConfig
@@ -58,6 +59,12 @@ class _Board:
         return self._posted
 
 
+def _start_board() -> Any:
+    """A board that only this process's node can take with it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
 def train_model(
     config: TrainConfig,
     *,
@@ -82,7 +89,7 @@ def train_model(
     """
     resources = config.resources
     keeps_memory = not resources.use_gpu and resources.tiers is None
-    board = _Board.remote()  # type: ignore[attr-defined]
+    board = _start_board()
     checkpoints = f"{store.directory('train', run_id)}/{CHECKPOINTS_DIR}"
     name = f"{store.name}-train-{run_id}"  # what the dashboard shows
     salvaged = _salvage_checkpoint(Path(checkpoints) / name)

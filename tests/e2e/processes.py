@@ -5,9 +5,22 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-__all__ = ["REPOSITORY", "TINY_CONFIG", "free_port", "job_command", "run_job", "start_job", "stop"]
+__all__ = [
+    "REPOSITORY",
+    "TINY_CONFIG",
+    "free_port",
+    "job_command",
+    "plain_environment",
+    "run_job",
+    "start_job",
+    "stop",
+    "until",
+    "wait_for_checkpoint",
+]
 
 REPOSITORY = Path(__file__).parents[2]
 TINY_CONFIG = "jobs/configs/tiny.yaml"
@@ -23,12 +36,18 @@ def job_command(job: str, *overrides: str, config: str = TINY_CONFIG) -> list[st
     return [sys.executable, "-m", f"jobs.{job}", "--config", config, *overrides]
 
 
-def start_job(job: str, *overrides: str) -> subprocess.Popen[str]:
-    """The running job, leader of a process group of its own."""
+def start_job(
+    job: str, *overrides: str, extra: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """The running job, leader of a process group of its own.
+
+    Args:
+        extra: environment variables.
+    """
     return subprocess.Popen(
         job_command(job, *overrides),
         cwd=REPOSITORY,
-        env=_environment(),
+        env=plain_environment() | (extra or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -50,7 +69,7 @@ def run_job(
     return subprocess.run(
         job_command(job, *overrides, config=config),
         cwd=REPOSITORY,
-        env=_environment() | extra,
+        env=plain_environment() | extra,
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -64,6 +83,26 @@ def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> None:
     process.wait(timeout=60)
 
 
-def _environment() -> dict[str, str]:
+def until(
+    condition: Callable[[], object],
+    seconds: float = 60,
+    process: subprocess.Popen[str] | None = None,
+) -> None:
+    """Return once `condition` holds, while `process` runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(process.stdout.read() if process.stdout else "the process ended")
+        assert time.monotonic() < deadline, f"the condition did not come true in {seconds} s"
+        time.sleep(0.05)
+
+
+def wait_for_checkpoint(train: Path, process: subprocess.Popen[str] | None = None) -> None:
+    """Return once Ray Train knows of a checkpoint of a run in `train`, which has not finished."""
+    until(lambda: [*train.glob("*/checkpoints/checkpoint_manager_snapshot*")], 120, process)
+
+
+def plain_environment() -> dict[str, str]:
+    """This process's, without what it says of Ray."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return inherited | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
 from r1ray.config.serving import ModelArgs, ServeConfig
 from r1ray.errors import ServingError
 from r1ray.serving.app import APP_NAME, ServeArgs, build_app, start_server, stop_server
-from tests.e2e.processes import free_port
+from tests.e2e.answers import read_metric, read_text
+from tests.e2e.processes import free_port, until
 from tests.fakes import write_tiny_model
 
 CONTEXT = 8192
@@ -71,28 +71,6 @@ def ask(client: openai.OpenAI, content: str = PROMPT, model: str = "two", **fiel
     options = {"temperature": 0, "max_tokens": 8} | fields
     messages: Any = [{"role": "user", "content": content}]
     return client.chat.completions.create(model=model, messages=messages, **options)
-
-
-def read_text(stream: Any) -> str:
-    return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
-
-
-def read_metric(base_url: str, name: str) -> dict[tuple[str, str], float]:
-    """Values by model and replica."""
-    text = httpx.get(f"{base_url}/metrics", timeout=30).text
-    return {
-        (sample.labels["model_name"], sample.labels["replica"]): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == name
-    }
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"the condition did not come true in {seconds} s"
-        time.sleep(0.1)
 
 
 def find_replicas(model: str) -> set[int]:

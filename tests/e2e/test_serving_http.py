@@ -4,8 +4,7 @@ import json
 import shutil
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from r1ray.config.serving import ServeConfig
 from r1ray.serving.app import start_server, stop_server
-from tests.e2e.processes import free_port
+from tests.e2e.processes import free_port, until
 from tests.fakes import write_tiny_model
 
 MODEL = "tiny"
@@ -94,13 +93,6 @@ def count_requests(http: httpx.Client) -> tuple[int, int]:
     """(requests running, requests waiting), as of the latest step."""
     found = read_metrics(http)
     return int(found["r1ray:num_requests_running"]), int(found["r1ray:num_requests_waiting"])
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in 20 s"
-        time.sleep(0.05)
 
 
 def check_error(response: httpx.Response, status: int, code: str, param: str | None) -> None:
