@@ -1,22 +1,32 @@
-"""A stage submitted with `ray job submit` to a real cluster with token auth."""
+"""Stages and the pipeline, submitted with `ray job submit` to a real cluster with token auth."""
 
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.e2e.processes import REPOSITORY, TINY_CONFIG, free_port
+from r1ray.pipeline import STAGES
+from tests.e2e.processes import (
+    REPOSITORY,
+    TINY_CONFIG,
+    free_port,
+    plain_environment,
+    until,
+    wait_for_checkpoint,
+)
 from tests.fakes import write_tiny_model
 
 RAY = str(Path(sys.executable).with_name("ray"))
+NUM_STEPS = 120
 
 
 @dataclass(frozen=True)
@@ -25,29 +35,49 @@ class Cluster:
 
     dashboard: str
     environment: dict[str, str]
+    home: Path
 
-    def submit(self, *entrypoint: str) -> subprocess.CompletedProcess[str]:
-        submit = ["job", "submit", "--address", self.dashboard, "--working-dir", "."]
+    def submit(
+        self, job: str, *overrides: str, options: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` of a job with the tiny configuration, and what it said."""
+        entrypoint = ["python", "-m", f"jobs.{job}", "--config", TINY_CONFIG, *overrides]
+        return self.run_cli("submit", "--working-dir", ".", *options, "--", *entrypoint)
+
+    def run_cli(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`ray job COMMAND`, with stderr in stdout."""
         return subprocess.run(
-            [RAY, *submit, "--", *entrypoint],
+            [RAY, "job", command, "--address", self.dashboard, *arguments],
             cwd=REPOSITORY,
             env=self.environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=180,
+            timeout=300,
         )
+
+    def list_shipped(self) -> dict[str, int]:
+        """Sizes of the files of the working directory, as the cluster has unpacked them."""
+        unpacked = self.home / "session_latest" / "runtime_resources" / "working_dir_files"
+        [package] = [path for path in unpacked.iterdir() if path.is_dir()]
+        return {
+            str(path.relative_to(package)): path.stat().st_size
+            for path in package.rglob("*")
+            if path.is_file() and path.parent.name != "__pycache__"  # made there
+        }
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = inherited | {
+    environment = plain_environment() | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # at the end nothing is worth waiting for
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    ports = {"--port": free_port(), "--dashboard-port": free_port()}
+    names = ("--port", "--dashboard-port", "--dashboard-agent-listen-port")
+    ports = {name: free_port() for name in names}
     options = [f"{name}={port}" for name, port in ports.items()]
     options += ["--num-cpus=2", "--object-store-memory=100000000", "--include-dashboard=true"]
     # A socket path below the temporary directory must stay under 108 characters.
@@ -59,46 +89,127 @@ def cluster() -> Iterator[Cluster]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        found = Cluster(f"http://127.0.0.1:{ports['--dashboard-port']}", environment)
+        dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
+        found = Cluster(dashboard, environment, Path(home))
         try:
-            _wait_until_ready(found, head)
+            agent = f"http://127.0.0.1:{ports['--dashboard-agent-listen-port']}"
+            _wait_until_ready(found, agent, head)
             yield found
         finally:
             head.send_signal(signal.SIGTERM)  # with --block, the head ends what it started
             head.wait(timeout=60)
 
 
-def _wait_until_ready(cluster: Cluster, head: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 90
-    while True:
-        listed = subprocess.run(
-            [RAY, "job", "list", "--address", cluster.dashboard],
-            env=cluster.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        if listed.returncode == 0:
-            return
+def _wait_until_ready(cluster: Cluster, agent: str, head: subprocess.Popen[bytes]) -> None:
+    """Return once jobs are taken, and the agent is there that starts them."""
+    header = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
+    urls = [f"{cluster.dashboard}/api/jobs/", f"{agent}/api/local_raylet_healthz"]
+
+    def is_ready() -> bool:
         assert head.poll() is None, "ray start ended early"
-        assert time.monotonic() < deadline, listed.stderr[-2000:]
-        time.sleep(1)
+        try:
+            return all(httpx.get(url, headers=header, timeout=30).is_success for url in urls)
+        except httpx.HTTPError:
+            return False
+
+    until(is_ready, 90)
 
 
-def test_submitted_stage_succeeds_and_leaves_its_artifact(cluster: Cluster, tmp_path: Path) -> None:
-    write_tiny_model(tmp_path / "model", max_positions=1024)
-    command = ["python", "-m", "jobs.base", "--config", TINY_CONFIG]
-    overrides = [f"run.root={tmp_path}/runs", f"base.source={tmp_path}/model"]
-    done = cluster.submit(*command, *overrides)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert list((tmp_path / "runs" / "tiny" / "base").glob("*/manifest.json"))
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of all runs: what one job has made is there for the next."""
+    directory = tmp_path_factory.mktemp("submitted")
+    write_tiny_model(directory / "model", max_positions=1024)
+    return [
+        f"run.root={directory / 'runs'}",
+        f"base.source={directory / 'model'}",
+        f"train.num_steps={NUM_STEPS}",
+        "train.resources.checkpoint_every_steps=40",
+        f"serve.port={free_port()}",
+    ]
 
-    prepared = cluster.submit("python", "-m", "jobs.prepare", "--config", TINY_CONFIG, *overrides)
-    assert prepared.returncode == 0, prepared.stdout[-3000:] + prepared.stderr[-3000:]
-    assert list((tmp_path / "runs" / "tiny" / "prepare").glob("*/batches.parquet"))
+
+@pytest.fixture(scope="module")
+def run(overrides: list[str]) -> Path:
+    """The directory of the run's artifacts."""
+    return Path(overrides[0].removeprefix("run.root=")) / "tiny"
 
 
-def test_submitted_mistake_fails_the_job_with_the_reason(cluster: Cluster) -> None:
-    done = cluster.submit("python", "-m", "jobs.base", "--config", TINY_CONFIG, "run.nme=x")
-    assert done.returncode != 0
-    assert "run.nme: unknown key" in done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def prepared(cluster: Cluster, overrides: list[str]) -> str:
+    """What the jobs said."""
+    return _succeed(cluster.submit("base", *overrides), cluster.submit("prepare", *overrides))
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: Cluster, overrides: list[str], run: Path, prepared: str) -> str:
+    """What training said that goes on after `ray job stop`."""
+    name, often = "stopped", "train.resources.checkpoint_every_steps=1"  # so that it takes long
+    options = ["--no-wait", "--submission-id", name]
+    started = cluster.submit("train", *overrides, often, options=options)
+    assert started.returncode == 0, started.stdout
+    wait_for_checkpoint(run / "train")
+    stopped = cluster.run_cli("stop", name)
+    assert stopped.returncode == 0, stopped.stdout
+    assert f"Job '{name}' was stopped" in stopped.stdout
+    assert not _list_manifests(run, "train"), "stopped too late to test anything"
+    return _succeed(cluster.submit("train", *overrides))
+
+
+def _succeed(*jobs: subprocess.CompletedProcess[str]) -> str:
+    for job in jobs:
+        assert job.returncode == 0, job.stdout[-6000:]
+    return "".join(job.stdout for job in jobs)
+
+
+def _list_manifests(run: Path, stage: str = "*") -> dict[str, str]:
+    """Contents by stage."""
+    files = run.glob(f"{stage}/*/manifest.json")
+    return {file.parent.parent.name: file.read_text() for file in files}
+
+
+def test_submitted_stages_leave_their_artifacts(prepared: str, run: Path) -> None:
+    assert _list_manifests(run).keys() >= {"base", "prepare"}
+
+
+def test_training_stopped_in_the_middle_goes_on_when_it_is_submitted_again(
+    trained: str, run: Path
+) -> None:
+    found = re.search(r"resuming after step (\d+)", trained)
+    assert found is not None, trained[-4000:]
+    assert 0 < int(found[1]) < NUM_STEPS
+    assert _list_manifests(run, "train")
+
+
+def test_the_last_stages_and_the_pipeline_find_what_was_made(
+    cluster: Cluster, overrides: list[str], run: Path, trained: str
+) -> None:
+    _succeed(cluster.submit("compress", *overrides), cluster.submit("evaluate", *overrides))
+    made = _list_manifests(run)
+    assert made.keys() == set(STAGES)
+    said = _succeed(cluster.submit("pipeline", *overrides))
+    for stage in STAGES:
+        assert re.search(rf"{stage} \w+: finished earlier, nothing to do", said), said[-4000:]
+    assert _list_manifests(run) == made
+    assert "(expected: " in said, "the question went through the client"
+    assert (run / "report.md").exists()
+
+
+def test_a_submitted_mistake_fails_the_job_with_the_reason_in_its_last_lines(
+    cluster: Cluster, overrides: list[str]
+) -> None:
+    done = cluster.submit("train", *overrides, "run.name=empty")
+    assert done.returncode == 1  # what `ray job submit` makes of every failure
+    assert "failed with exit code 2" in done.stdout
+    last_lines = done.stdout[-1500:]
+    assert "no finished 'base' artifact" in last_lines
+    assert "run `python -m jobs.base` with the same configuration first" in last_lines
+    assert "Traceback" not in done.stdout
+
+
+def test_what_is_shipped_is_the_program_and_small(cluster: Cluster, prepared: str) -> None:
+    shipped = cluster.list_shipped()
+    folders = {Path(name).parts[0] for name in shipped}
+    assert folders >= {"r1ray", "jobs", "deployments"}
+    assert folders.isdisjoint({"tests", "docs", "runs", ".git", ".venv"})
+    assert sum(shipped.values()) < 5_000_000
