@@ -85,8 +85,6 @@ def main() -> int:
         shoot("serve", f"{dashboard}/#/serve", "r1ray")
         shoot("application", f"{dashboard}/#/serve/applications/r1ray", "OpenAIIngress")
         browser.get(server)
-        for path in ("/api/train/v2/runs/v1", f"/api/data/datasets/{job_ids['demo-pipeline']}"):
-            print(path, json.dumps(read(path))[:600])
         field = browser.find_element("tag name", "textarea")
         field.send_keys(_QUESTION + "\n")
         _wait(lambda: "tokens/s" in browser.find_element("tag name", "body").text, "an answer")

@@ -35,7 +35,7 @@ from r1ray.pipeline import Pipeline
 __all__ = ["FAULTS", "FaultReport", "cut_link", "measure_faults", "provoke", "small_disk"]
 
 _DEADLINE_S = 180.0
-_CHECKPOINTS = "*/checkpoints/checkpoint_manager_snapshot*"
+_CHECKPOINTS = "*/checkpoints/*/checkpoint_manager_snapshot*"
 _WORKER_NAME = "ray::RayTrainWo"
 _CUT_AFTER_BYTES = 4_000_000
 _DISK_BYTES = 1 << 30

@@ -99,7 +99,7 @@ def until(
 
 def wait_for_checkpoint(train: Path, process: subprocess.Popen[str] | None = None) -> None:
     """Return once Ray Train knows of a checkpoint of a run in `train`, which has not finished."""
-    until(lambda: [*train.glob("*/checkpoints/checkpoint_manager_snapshot*")], 180, process)
+    until(lambda: [*train.glob("*/checkpoints/*/checkpoint_manager_snapshot*")], 180, process)
 
 
 def plain_environment() -> dict[str, str]:

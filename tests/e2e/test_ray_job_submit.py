@@ -10,11 +10,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from r1ray.pipeline import STAGES
+from tests.dashboard import named_metrics
 from tests.e2e.processes import (
     REPOSITORY,
     TINY_CONFIG,
@@ -36,6 +39,7 @@ class Cluster:
     dashboard: str
     environment: dict[str, str]
     home: Path
+    metrics: str
 
     def submit(
         self, job: str, *overrides: str, options: Sequence[str] = ()
@@ -56,6 +60,17 @@ class Cluster:
             timeout=300,
         )
 
+    def read(self, path: str) -> Any:
+        """What the dashboard's API says."""
+        header = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        found = httpx.get(f"{self.dashboard}{path}", headers=header, timeout=30)
+        return found.raise_for_status().json()
+
+    def list_metrics(self) -> set[str]:
+        """Names of the samples that Prometheus would read now."""
+        families = text_string_to_metric_families(httpx.get(self.metrics, timeout=30).text)
+        return {sample.name for family in families for sample in family.samples}
+
     def list_shipped(self) -> dict[str, int]:
         """Sizes of the files of the working directory, as the cluster has unpacked them."""
         unpacked = self.home / "session_latest" / "runtime_resources" / "working_dir_files"
@@ -73,11 +88,12 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "500",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # at the end nothing is worth waiting for
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    names = ("--port", "--dashboard-port", "--dashboard-agent-listen-port")
-    ports = {name: free_port() for name in names}
+    names = ("", "dashboard-", "dashboard-agent-listen-", "metrics-export-")
+    ports = {f"--{name}port": free_port() for name in names}
     options = [f"{name}={port}" for name, port in ports.items()]
     options += ["--num-cpus=2", "--object-store-memory=100000000", "--include-dashboard=true"]
     # A socket path below the temporary directory must stay under 108 characters.
@@ -90,7 +106,8 @@ def cluster() -> Iterator[Cluster]:
             start_new_session=True,
         )
         dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
-        found = Cluster(dashboard, environment, Path(home))
+        metrics = f"http://127.0.0.1:{ports['--metrics-export-port']}/metrics"
+        found = Cluster(dashboard, environment, Path(home), metrics)
         try:
             agent = f"http://127.0.0.1:{ports['--dashboard-agent-listen-port']}"
             _wait_until_ready(found, agent, head)
@@ -149,6 +166,8 @@ def trained(cluster: Cluster, overrides: list[str], run: Path, prepared: str) ->
     started = cluster.submit("train", *overrides, often, options=options)
     assert started.returncode == 0, started.stdout
     wait_for_checkpoint(run / "train")
+    wanted = {name for name in set().union(*named_metrics()) if name.startswith("ray_")}
+    until(lambda: wanted <= cluster.list_metrics(), 60)
     stopped = cluster.run_cli("stop", name)
     assert stopped.returncode == 0, stopped.stdout
     assert f"Job '{name}' was stopped" in stopped.stdout
@@ -179,6 +198,19 @@ def test_training_stopped_in_the_middle_goes_on_when_it_is_submitted_again(
     assert found is not None, trained[-4000:]
     assert 0 < int(found[1]) < NUM_STEPS
     assert _list_manifests(run, "train")
+
+
+def test_the_dashboard_names_runs_and_data_sets_after_the_run(
+    cluster: Cluster, trained: str, run: Path
+) -> None:
+    found = {item["name"] for item in cluster.read("/api/train/v2/runs/v1")["train_runs"]}
+    assert found == {
+        f"tiny-train-{manifest.parent.name}" for manifest in run.glob("train/*/manifest.json")
+    }
+    jobs = [job["job_id"] for job in cluster.read("/api/jobs/") if job["job_id"]]
+    datasets = [cluster.read(f"/api/data/datasets/{job}")["datasets"] for job in jobs]
+    [name] = [item["dataset"] for of_job in datasets for item in of_job]
+    assert name.startswith("tiny-prepare_")
 
 
 def test_the_last_stages_and_the_pipeline_find_what_was_made(

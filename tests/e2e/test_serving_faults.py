@@ -151,14 +151,10 @@ def test_replicas_come_where_tokens_wait(
     [two, one] = models
     deploy([two, replace(one, max_replicas=2, tokens_per_replica=500)])
     assert len(find_replicas("one")) == 1
-    with ThreadPoolExecutor(2) as pool:
-        texts = [
-            pool.submit(read_text, ask(client, model="one", stream=True, **LONG | {"n": 2}))
-            for _ in range(2)
-        ]
-        until(lambda: len(find_replicas("one")) == 2)
-        for text in texts:
-            text.cancel()
+    streams = [ask(client, model="one", stream=True, **LONG | {"n": 2}) for _ in range(2)]
+    until(lambda: len(find_replicas("one")) == 2)
+    for stream in streams:
+        stream.close()
 
 
 def test_why_a_server_does_not_start_is_said(local_ray: None, model_dir: Path) -> None:

@@ -1,24 +1,13 @@
 """Grafana's dashboard: every query is of metrics that are exported, and panels do not overlap."""
 
 import itertools
-import json
-import re
-from pathlib import Path
-from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from r1ray.models.requests import GeneratorStats
 from r1ray.observability.metrics import TRAIN_METRICS
 from r1ray.serving.engine_metrics import EngineMetrics, render_metrics
-
-DASHBOARD = Path(__file__).parents[3] / "k8s" / "base" / "dashboards" / "r1ray.json"
-_NAME = re.compile(r"\b(?:r1ray:|ray_)\w+")
-
-
-def _panels() -> list[dict[str, Any]]:
-    panels: list[dict[str, Any]] = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
-    return panels
+from tests.dashboard import named_metrics, read_panels
 
 
 def _served() -> set[str]:
@@ -40,8 +29,7 @@ def test_every_query_is_of_metrics_that_are_exported() -> None:
         f"ray_{metric.name}{'_total' if metric.kind == 'counter' else ''}"
         for metric in TRAIN_METRICS
     }
-    queries = [target["expr"] for panel in _panels() for target in panel.get("targets", [])]
-    named = [set(_NAME.findall(query)) for query in queries]
+    named = named_metrics()
     assert all(named)
     assert set().union(*named) <= served | trained
     shown = {name.removeprefix("r1ray:") for name in set().union(*named) & served}
@@ -49,7 +37,7 @@ def test_every_query_is_of_metrics_that_are_exported() -> None:
 
 
 def test_panels_have_titles_and_places_of_their_own() -> None:
-    panels = _panels()
+    panels = read_panels()
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert all(panel["title"] for panel in panels)
     for one, other in itertools.combinations([panel["gridPos"] for panel in panels], 2):
