@@ -29,9 +29,9 @@ _DEADLINE_S = 900
 _SIZE = (1280, 800)
 _QUESTION = 'How many times does the letter "a" appear in the text: "a small demo"?'
 _SHORT = (
-    "train.num_steps=20",
-    "prepare.sources=[{type: tasks, num_samples: 400}]",
-    "evaluate.num_problems=8",
+    "train.num_steps=8",
+    "prepare.sources=[{type: tasks, num_samples: 200}]",
+    "evaluate.num_problems=4",
     "train.resources.num_workers=1",
 )
 
