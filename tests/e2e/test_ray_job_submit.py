@@ -227,6 +227,25 @@ def test_the_last_stages_and_the_pipeline_find_what_was_made(
     assert (run / "report.md").exists()
 
 
+def test_a_submitted_server_answers_until_its_job_is_stopped(
+    cluster: Cluster, overrides: list[str], trained: str
+) -> None:
+    name = "server"
+    options = ["--no-wait", "--submission-id", name]
+    _succeed(cluster.submit("serve", *overrides, options=options))
+    health = f"http://127.0.0.1:{overrides[-1].removeprefix('serve.port=')}/health"
+
+    def answers() -> bool:
+        try:
+            return httpx.get(health, timeout=30).is_success
+        except httpx.HTTPError:
+            return False
+
+    until(answers, 180)
+    _succeed(cluster.run_cli("stop", name))
+    until(lambda: not answers(), 60)
+
+
 def test_a_submitted_mistake_fails_the_job_with_the_reason_in_its_last_lines(
     cluster: Cluster, overrides: list[str]
 ) -> None:

@@ -3,8 +3,13 @@
 import ctypes
 import functools
 import importlib.machinery
+import importlib.metadata
+import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 
@@ -45,8 +50,8 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
-    folder = Path(__file__).parent
-    paths = [folder / f"_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    paths = (folder / f"_kernels{suffix}" for folder in _folders() for suffix in suffixes)
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
@@ -77,6 +82,21 @@ def _load() -> ctypes.CDLL | None:
     ):
         function.restype = number
     return library
+
+
+def _folders() -> Iterator[Path]:
+    """Beside this file; else where r1ray was installed on this machine.
+
+    A working directory that Ray ships has no kernels, since git ignores what is built.
+    """
+    yield Path(__file__).parent
+    try:
+        installed = importlib.metadata.distribution("r1ray")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    yield Path(str(installed.locate_file("r1ray/ops/native")))
+    if origin := installed.read_text("direct_url.json"):  # of an editable installation, say
+        yield Path(url2pathname(urlparse(json.loads(origin)["url"]).path)) / "r1ray/ops/native"
 
 
 @functools.cache

@@ -1,4 +1,8 @@
 import ctypes
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,3 +196,22 @@ def test_narrow_scales_and_another_default_dtype_change_nothing() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
+
+
+@needs_native
+def test_a_copy_without_kernels_takes_those_that_were_installed(tmp_path: Path) -> None:
+    source = Path(library.__file__).parents[2]
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(source, tmp_path / "r1ray", ignore=ignored)
+    code = (
+        "import r1ray; from r1ray.ops import native; print(r1ray.__file__, native.is_available())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == [str(tmp_path / "r1ray" / "__init__.py"), "True"], done.stderr
