@@ -68,15 +68,16 @@ def store_logits(
     teacher_dir: Path,
     batches_dir: Path,
     out_dir: Path,
-    name: str = "logits",
     on_batches: Callable[[int], None] = lambda _: None,
+    *,
+    name: str = "logits",
 ) -> dict[str, Any]:
     """Write the logit store of the BatchSet in `batches_dir` into `out_dir`; returns its index.
 
     Args:
         teacher_dir, batches_dir: every node must be able to read them.
-        name: of the data set in Ray's dashboard and metrics.
         on_batches: called with the number of micro-batches done so far.
+        name: of the data set in Ray's dashboard and metrics.
     """
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     options = ray.data.DataContext.get_current().execution_options

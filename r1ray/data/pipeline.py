@@ -67,16 +67,17 @@ def prepare_batches(
     model_dir: Path,
     heldout: list[Problem],
     out_dir: Path,
-    name: str = "prepare",
     on_rows: Callable[[int], None] = lambda _: None,
+    *,
+    name: str = "prepare",
 ) -> dict[str, Any]:
     """Write the BatchSet of `config`'s sources into `out_dir`; returns the summary's figures.
 
     Args:
         model_dir: holds the tokenizer; every node must be able to read it.
         heldout: problems whose questions must not be trained on.
-        name: of the data set in Ray's dashboard and metrics.
         on_rows: called with the number of rows read so far.
+        name: of the data set in Ray's dashboard and metrics.
     Raises:
         ArtifactError: too large a share of the rows had to be quarantined, or none is left.
     """

@@ -365,7 +365,10 @@ def test_global_weights_that_differ_are_found_at_the_next_flush() -> None:
         finally:
             worker.exchange.close()
 
-    assert all("global weights differ" in str(error) for error in run_workers(2, work))
+    errors = run_workers(2, work)
+    assert all(isinstance(error, Exception) for error in errors)
+    # Who finds it first ends the other's last collective, at times before that has seen it too.
+    assert any("global weights differ" in str(error) for error in errors)
 
 
 def test_bytes_at_100_local_steps_are_a_four_hundredth_of_ddp() -> None:
