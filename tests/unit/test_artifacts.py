@@ -1,5 +1,4 @@
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,7 @@ from pyarrow import fs
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.errors import ArtifactError
 from r1ray.manifest import MANIFEST_NAME, compute_run_id, read_commit
-
-CONFIG = {"size": 3}
-INPUTS = {"base": "abc"}
-
-
-def _body(text: str = "hello") -> Callable[[Path], Mapping[str, Any]]:
-    def write(directory: Path) -> Mapping[str, Any]:
-        (directory / "deep" / "er").mkdir(parents=True)
-        (directory / "deep" / "er" / "data.bin").write_bytes(bytes(range(256)))
-        (directory / "text.txt").write_text(text, encoding="utf-8")
-        return {"lines": 1}
-
-    return write
-
-
-def _never(directory: Path) -> Mapping[str, Any]:
-    raise AssertionError(f"the stage ran again in {directory}")
+from tests.unit.stage_bodies import CONFIG, INPUTS, never, stored, write_files
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -45,15 +28,9 @@ def _own_temp_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
 
 
-def _stored(tmp_path: Path, artifact: Artifact) -> Path:
-    """Where the artifact's files really lie, local or remote."""
-    location = artifact.location
-    return Path(location) if location.startswith("/") else tmp_path / "bucket" / location
-
-
 def test_a_finished_stage_is_a_no_op(store: ArtifactStore) -> None:
-    first = store.run("prepare", CONFIG, INPUTS, _body())
-    again = store.run("prepare", CONFIG, INPUTS, _never)
+    first = store.run("prepare", CONFIG, INPUTS, write_files())
+    again = store.run("prepare", CONFIG, INPUTS, never)
     assert again.manifest == first.manifest
     assert again.digest == first.digest
     assert (again.local_dir / "text.txt").read_text() == "hello"
@@ -61,7 +38,7 @@ def test_a_finished_stage_is_a_no_op(store: ArtifactStore) -> None:
 
 
 def test_the_manifest_records_what_was_made_and_from_what(store: ArtifactStore) -> None:
-    manifest = store.run("prepare", CONFIG, INPUTS, _body()).manifest
+    manifest = store.run("prepare", CONFIG, INPUTS, write_files()).manifest
     assert (manifest.stage, manifest.config, manifest.inputs) == ("prepare", CONFIG, INPUTS)
     assert manifest.metrics == {"lines": 1}
     assert [output.path for output in manifest.outputs] == ["deep/er/data.bin", "text.txt"]
@@ -83,8 +60,8 @@ def test_the_manifest_records_what_was_made_and_from_what(store: ArtifactStore) 
 def test_a_changed_config_input_or_stage_is_a_new_run(
     config: dict[str, Any], inputs: dict[str, str], stage: str, store: ArtifactStore
 ) -> None:
-    first = store.run("prepare", CONFIG, INPUTS, _body())
-    second = store.run(stage, config, inputs, _body("other"))
+    first = store.run("prepare", CONFIG, INPUTS, write_files())
+    second = store.run(stage, config, inputs, write_files("other"))
     assert second.manifest.run_id != first.manifest.run_id
     assert store.find("prepare", first.manifest.run_id) is not None
 
@@ -96,9 +73,9 @@ def test_a_run_id_does_not_depend_on_the_order_of_keys() -> None:
 
 
 def test_equal_contents_have_equal_digests(tmp_path: Path) -> None:
-    first = ArtifactStore(str(tmp_path / "a")).run("s", {"size": 1}, {}, _body())
-    second = ArtifactStore(str(tmp_path / "b")).run("s", {"size": 2}, {}, _body())
-    third = ArtifactStore(str(tmp_path / "c")).run("s", {"size": 1}, {}, _body("other"))
+    first = ArtifactStore(str(tmp_path / "a")).run("s", {"size": 1}, {}, write_files())
+    second = ArtifactStore(str(tmp_path / "b")).run("s", {"size": 2}, {}, write_files())
+    third = ArtifactStore(str(tmp_path / "c")).run("s", {"size": 1}, {}, write_files("other"))
     assert first.digest == second.digest
     assert first.digest != third.digest
 
@@ -118,7 +95,7 @@ def test_a_killed_stage_leaves_no_manifest_and_the_next_run_starts_clean(
 
     def check_clean(directory: Path) -> Mapping[str, Any]:
         assert list(directory.iterdir()) == []
-        return _body()(directory)
+        return write_files()(directory)
 
     artifact = store.run("prepare", CONFIG, INPUTS, check_clean)
     assert [output.path for output in artifact.manifest.outputs] == ["deep/er/data.bin", "text.txt"]
@@ -141,13 +118,13 @@ def test_kept_entries_survive_a_kill_and_are_gone_at_the_end(tmp_path: Path) -> 
     def resume(directory: Path) -> Mapping[str, Any]:
         assert sorted(entry.name for entry in directory.iterdir()) == [*keep]
         assert (directory / "checkpoints" / "step-1").read_text() == "resume me"
-        return _body()(directory)
+        return write_files()(directory)
 
     artifact = store.run("train", CONFIG, INPUTS, resume, keep=keep)
     names = sorted(entry.name for entry in artifact.local_dir.iterdir())
     assert names == ["deep", MANIFEST_NAME, "text.txt"]
     assert all(output.path.split("/")[0] not in keep for output in artifact.manifest.outputs)
-    assert store.run("train", CONFIG, INPUTS, _never, keep=keep).digest == artifact.digest
+    assert store.run("train", CONFIG, INPUTS, never, keep=keep).digest == artifact.digest
 
 
 def test_a_manifest_deeper_inside_is_an_output_like_any_other(store: ArtifactStore) -> None:
@@ -176,7 +153,7 @@ def test_published_files_lie_beside_the_stages(store: ArtifactStore, tmp_path: P
 
 def test_unverified_reading_leaves_digests_to_the_driver(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path / "runs"))
-    artifact = store.run("s", CONFIG, INPUTS, _body())
+    artifact = store.run("s", CONFIG, INPUTS, write_files())
     (artifact.local_dir / "text.txt").write_text("hallo")
     assert store.require("s", artifact.manifest.run_id, hint="", verify=False) is not None
     with pytest.raises(ArtifactError, match="sha256"):
@@ -191,7 +168,7 @@ def test_a_symlink_left_behind_is_removed_and_its_target_is_not(tmp_path: Path) 
     directory = Path(store.directory("s", compute_run_id("s", CONFIG, INPUTS)))
     directory.mkdir(parents=True)
     (directory / "link").symlink_to(precious)
-    store.run("s", CONFIG, INPUTS, _body())
+    store.run("s", CONFIG, INPUTS, write_files())
     assert (precious / "file").read_text() == "x"
     assert not (directory / "link").exists()
 
@@ -209,10 +186,10 @@ def test_a_damaged_file_is_named_with_what_does_not_agree(
     damage: Callable[[Path], object], complaint: str, tmp_path: Path
 ) -> None:
     store = ArtifactStore(str(tmp_path / "runs"))
-    artifact = store.run("prepare", CONFIG, INPUTS, _body())
+    artifact = store.run("prepare", CONFIG, INPUTS, write_files())
     damage(artifact.local_dir / "text.txt")
     with pytest.raises(ArtifactError, match=complaint) as caught:
-        store.run("prepare", CONFIG, INPUTS, _never)
+        store.run("prepare", CONFIG, INPUTS, never)
     assert str(artifact.local_dir / "text.txt") in str(caught.value)
 
 
@@ -222,24 +199,24 @@ def test_a_damaged_file_is_named_with_what_does_not_agree(
      '{"schema_version": 1, "outputs": 3}', '{"schema_version": 1, "outputs": [{"path": 1}]}'],
 )  # fmt: skip
 def test_a_corrupt_manifest_is_named(text: str, store: ArtifactStore, tmp_path: Path) -> None:
-    artifact = store.run("prepare", CONFIG, INPUTS, _body())
-    (_stored(tmp_path, artifact) / MANIFEST_NAME).write_text(text)
+    artifact = store.run("prepare", CONFIG, INPUTS, write_files())
+    (stored(tmp_path, artifact) / MANIFEST_NAME).write_text(text)
     with pytest.raises(ArtifactError, match="not a manifest") as caught:
-        store.run("prepare", CONFIG, INPUTS, _never)
+        store.run("prepare", CONFIG, INPUTS, never)
     assert f"{artifact.location}/{MANIFEST_NAME}" in str(caught.value)
 
 
 def test_another_schema_version_is_refused(store: ArtifactStore, tmp_path: Path) -> None:
-    artifact = store.run("prepare", CONFIG, INPUTS, _body())
-    path = _stored(tmp_path, artifact) / MANIFEST_NAME
+    artifact = store.run("prepare", CONFIG, INPUTS, write_files())
+    path = stored(tmp_path, artifact) / MANIFEST_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
     with pytest.raises(ArtifactError, match="schema version 99 is not 1"):
         store.find("prepare", artifact.manifest.run_id)
 
 
 def test_an_output_path_cannot_leave_the_artifact(store: ArtifactStore, tmp_path: Path) -> None:
-    artifact = store.run("prepare", CONFIG, INPUTS, _body())
-    path = _stored(tmp_path, artifact) / MANIFEST_NAME
+    artifact = store.run("prepare", CONFIG, INPUTS, write_files())
+    path = stored(tmp_path, artifact) / MANIFEST_NAME
     raw = json.loads(path.read_text())
     for escape in ("../escaped.txt", "/etc/hostname", "//etc/hostname", "a/../../b", ".", ""):
         raw["outputs"][0]["path"] = escape
@@ -252,8 +229,8 @@ def test_an_output_path_cannot_leave_the_artifact(store: ArtifactStore, tmp_path
 def test_an_output_that_no_file_can_be_is_named(
     name: str, store: ArtifactStore, tmp_path: Path
 ) -> None:
-    artifact = store.run("prepare", CONFIG, INPUTS, _body())
-    path = _stored(tmp_path, artifact) / MANIFEST_NAME
+    artifact = store.run("prepare", CONFIG, INPUTS, write_files())
+    path = stored(tmp_path, artifact) / MANIFEST_NAME
     raw = json.loads(path.read_text())
     raw["outputs"][0]["path"] = name
     path.write_text(json.dumps(raw))
@@ -263,7 +240,7 @@ def test_an_output_that_no_file_can_be_is_named(
 
 def test_an_output_that_is_a_link_out_of_the_artifact_is_refused(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path / "runs"))
-    artifact = store.run("s", CONFIG, INPUTS, _body())
+    artifact = store.run("s", CONFIG, INPUTS, write_files())
     inside = artifact.local_dir / "text.txt"
     inside.rename(tmp_path / "text.txt")
     inside.symlink_to(tmp_path / "text.txt")  # the same contents, from elsewhere
@@ -282,7 +259,7 @@ def test_a_link_out_of_the_root_is_neither_read_nor_emptied(level: str, tmp_path
     link.parent.mkdir(parents=True)
     link.symlink_to(precious)
     with pytest.raises(ArtifactError, match=r"symbolic link leads it to .*precious.*, out of"):
-        store.run("s", CONFIG, INPUTS, _never)
+        store.run("s", CONFIG, INPUTS, never)
     assert [path.name for path in precious.iterdir()] == ["file"]
 
 
@@ -290,15 +267,15 @@ def test_the_directory_of_runs_may_itself_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     store = ArtifactStore(str(tmp_path / "runs"), "mine")
-    artifact = store.run("s", CONFIG, INPUTS, _body())
+    artifact = store.run("s", CONFIG, INPUTS, write_files())
     assert (tmp_path / "disk" / "mine" / "s" / artifact.manifest.run_id / "text.txt").is_file()
 
 
 def test_a_manifest_of_another_artifact_or_size_is_refused(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifact = store.run("prepare", CONFIG, INPUTS, _body())
-    path = _stored(tmp_path, artifact) / MANIFEST_NAME
+    artifact = store.run("prepare", CONFIG, INPUTS, write_files())
+    path = stored(tmp_path, artifact) / MANIFEST_NAME
     raw = json.loads(path.read_text())
     for change in ({"run_id": "../../x"}, {"stage": "train"}):
         path.write_text(json.dumps(raw | change))
@@ -316,65 +293,12 @@ def test_require_says_how_to_make_what_is_not_there(store: ArtifactStore) -> Non
         store.require("train", "abc", hint="run jobs.train first")
 
 
-def test_a_remote_artifact_is_uploaded_and_downloaded(tmp_path: Path) -> None:
-    (tmp_path / "bucket").mkdir()
-    remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
-    written = ArtifactStore("runs", filesystem=remote).run("prepare", CONFIG, INPUTS, _body())
-    uploaded = tmp_path / "bucket" / "runs" / "prepare" / written.manifest.run_id
-    assert (uploaded / "deep/er/data.bin").read_bytes() == bytes(range(256))
-    found = ArtifactStore("runs", filesystem=remote).find("prepare", written.manifest.run_id)
-    assert found is not None
-    assert not found.local_dir.is_relative_to(tmp_path / "bucket")
-    assert (found.local_dir / "deep/er/data.bin").read_bytes() == bytes(range(256))
-
-
-def test_a_remote_file_cut_short_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bucket").mkdir()
-    remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
-    store = ArtifactStore("runs", filesystem=remote)
-    artifact = store.run("prepare", CONFIG, INPUTS, _body())
-    shutil.rmtree(artifact.local_dir)  # the copy that run() left for reading
-    (_stored(tmp_path, artifact) / "text.txt").write_text("hel")
-    with pytest.raises(ArtifactError, match=r"text\.txt: 3 bytes, the manifest says 5"):
-        store.find("prepare", artifact.manifest.run_id)
-
-
-def test_a_remote_file_that_is_gone_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bucket").mkdir()
-    remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
-    store = ArtifactStore("runs", filesystem=remote)
-    artifact = store.run("prepare", CONFIG, INPUTS, _body())
-    shutil.rmtree(artifact.local_dir)  # the copy that run() left for reading
-    (_stored(tmp_path, artifact) / "text.txt").unlink()
-    with pytest.raises(ArtifactError, match=r"text\.txt"):
-        store.find("prepare", artifact.manifest.run_id)
-
-
-def test_a_damaged_download_is_fetched_again(tmp_path: Path) -> None:
-    (tmp_path / "bucket").mkdir()
-    remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
-    store = ArtifactStore("runs", filesystem=remote)
-    run_id = store.run("prepare", CONFIG, INPUTS, _body()).manifest.run_id
-    first = store.find("prepare", run_id)
-    assert first is not None
-    (first.local_dir / "text.txt").write_text("hallo")  # the right size, the wrong contents
-    second = store.find("prepare", run_id)
-    assert second is not None
-    assert (second.local_dir / "text.txt").read_text() == "hello"
-
-
-def test_a_uri_and_a_path_name_the_same_artifact(tmp_path: Path) -> None:
-    by_path = ArtifactStore(str(tmp_path / "runs")).run("s", CONFIG, INPUTS, _body())
-    by_uri = ArtifactStore(f"file://{tmp_path}/runs").run("s", CONFIG, INPUTS, _never)
-    assert by_uri.digest == by_path.digest
-
-
 def test_a_relative_root_is_found_from_another_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     store = ArtifactStore("runs", "demo")
-    made = store.run("prepare", CONFIG, INPUTS, _body())
+    made = store.run("prepare", CONFIG, INPUTS, write_files())
     monkeypatch.chdir("/")
     assert store.root == str(tmp_path / "runs")
     found = ArtifactStore(store.root, store.name).find("prepare", made.manifest.run_id)
@@ -388,7 +312,7 @@ def test_a_second_process_on_the_same_run_is_refused_and_destroys_nothing(tmp_pa
     def body(out_dir: Path) -> dict[str, int]:
         (out_dir / "half.txt").write_text("mine")
         with pytest.raises(ArtifactError, match="another process is making it right now"):
-            ArtifactStore(str(tmp_path)).run("prepare", CONFIG, INPUTS, _never)
+            ArtifactStore(str(tmp_path)).run("prepare", CONFIG, INPUTS, never)
         assert (out_dir / "half.txt").read_text() == "mine"
         return {}
 
@@ -399,7 +323,7 @@ def test_a_second_process_on_the_same_run_is_refused_and_destroys_nothing(tmp_pa
 def test_what_another_process_finished_while_waiting_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = ArtifactStore(str(tmp_path)).run("prepare", CONFIG, INPUTS, _body())
+    made = ArtifactStore(str(tmp_path)).run("prepare", CONFIG, INPUTS, write_files())
     late = ArtifactStore(str(tmp_path))
     find, calls = late.find, []
 
@@ -408,7 +332,7 @@ def test_what_another_process_finished_while_waiting_is_kept(
         return None if len(calls) == 1 else find(stage, run_id)
 
     monkeypatch.setattr(late, "find", find_late)
-    assert late.run("prepare", CONFIG, INPUTS, _never).manifest == made.manifest
+    assert late.run("prepare", CONFIG, INPUTS, never).manifest == made.manifest
 
 
 def test_an_unusable_root_is_named() -> None:
@@ -419,13 +343,13 @@ def test_an_unusable_root_is_named() -> None:
 def test_a_root_below_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"file/prepare.*cannot be written"):
-        ArtifactStore(str(tmp_path / "file")).run("prepare", CONFIG, INPUTS, _never)
+        ArtifactStore(str(tmp_path / "file")).run("prepare", CONFIG, INPUTS, never)
 
 
 def test_a_link_leads_to_the_latest_artifact(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path))
     for size in (1, 2):
-        made = store.run("s", {"size": size}, {}, _body(str(size)))
+        made = store.run("s", {"size": size}, {}, write_files(str(size)))
         store.link("model", made)
         assert (tmp_path / "model").resolve() == made.local_dir
 

@@ -2,14 +2,11 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from r1ray.config import PipelineConfig, load_config
+from r1ray.config import load_config
 from r1ray.config.exchange import DenseExchangeConfig
 from r1ray.config.loader import describe_fields, parse_config
 from r1ray.config.prepare import (
@@ -20,34 +17,10 @@ from r1ray.config.prepare import (
 )
 from r1ray.config.schema import identity
 from r1ray.errors import ConfigError
+from tests.unit.config.minimal import MINIMAL, TEXT, parse, refuse
 
 DEMO = Path(__file__).parents[3] / "jobs" / "configs" / "demo.yaml"
 CONFIGS = sorted((Path(__file__).parents[3] / "jobs" / "configs").glob("*.yaml"))
-MINIMAL: dict[str, Any] = {
-    "run": {"name": "x"},
-    "base": {"source": "model"},
-    "tasks": {"families": [{"name": "gcd"}], "system_prompt": "Think."},
-    "prepare": {
-        "sources": [{"type": "tasks", "num_samples": 10}],
-        "max_tokens": 64,
-        "batch_tokens": 128,
-    },
-    "train": {"num_steps": 20},
-    "compress": {},
-    "evaluate": {},
-    "serve": {"model_name": "x"},
-}
-TEXT = yaml.safe_dump(MINIMAL)
-
-
-def _parse(*overrides: str) -> PipelineConfig:
-    return parse_config(TEXT, overrides)
-
-
-def _refuse(*overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        _parse(*overrides)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -60,7 +33,7 @@ def test_there_are_shipped_configurations() -> None:
 
 
 def test_all_mistakes_are_reported_at_once_with_paths_and_suggestions() -> None:
-    message = _refuse(
+    message = refuse(
         "train.learning_rat=1e-3",
         "train.learning_rate=7",
         "run.seed=-1",
@@ -93,13 +66,13 @@ def test_a_missing_key_and_a_value_in_place_of_a_section_are_named() -> None:
 def test_exponents_without_a_point_are_numbers() -> None:
     """PyYAML reads `1e-4` as a string."""
     assert yaml.safe_load("1e-4") == "1e-4"
-    assert _parse("train.learning_rate=1e-4").train.learning_rate == 1e-4
+    assert parse("train.learning_rate=1e-4").train.learning_rate == 1e-4
     text = TEXT.replace("num_steps: 20", "num_steps: 20\n  learning_rate: 1e-4")
     assert parse_config(text).train.learning_rate == 1e-4
 
 
 def test_overrides_apply_in_order_and_take_any_yaml_value() -> None:
-    config = _parse(
+    config = parse(
         "train.num_steps=30",
         "train.num_steps=40",
         "train.resources.num_workers=2",
@@ -113,7 +86,7 @@ def test_overrides_apply_in_order_and_take_any_yaml_value() -> None:
 
 
 def test_an_override_may_contain_an_equals_sign() -> None:
-    assert _parse("base.source=s3://bucket/a=b").base.source == "s3://bucket/a=b"
+    assert parse("base.source=s3://bucket/a=b").base.source == "s3://bucket/a=b"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +102,7 @@ def test_an_override_may_contain_an_equals_sign() -> None:
     ],
 )
 def test_wrong_overrides_are_named(override: str, complaint: str) -> None:
-    message = _refuse(override)
+    message = refuse(override)
     assert complaint in message
 
 
@@ -189,32 +162,32 @@ def test_wrong_overrides_are_named(override: str, complaint: str) -> None:
     ],
 )
 def test_rules_across_fields_name_both_values(overrides: list[str], complaint: str) -> None:
-    assert complaint in _refuse(*overrides)
+    assert complaint in refuse(*overrides)
 
 
 def test_variants_are_told_apart_by_type() -> None:
-    assert _parse().prepare.sources == [TaskSourceConfig(type="tasks", num_samples=10)]
-    assert _parse("train.exchange={type: dense, dtype: bf16}").train.exchange == (
+    assert parse().prepare.sources == [TaskSourceConfig(type="tasks", num_samples=10)]
+    assert parse("train.exchange={type: dense, dtype: bf16}").train.exchange == (
         DenseExchangeConfig(type="dense", dtype="bf16")
     )
-    message = _refuse("prepare.sources=[{type: tape}]")
+    message = refuse("prepare.sources=[{type: tape}]")
     assert "prepare.sources.0" in message
     assert "'files', 'tasks'" in message
 
 
 def test_batching_is_buckets_unless_it_says_packing() -> None:
-    assert _parse().prepare.batching == BucketsConfig(type="buckets")
-    assert _parse("prepare.batching={type: packing}").prepare.batching == (
+    assert parse().prepare.batching == BucketsConfig(type="buckets")
+    assert parse("prepare.batching={type: packing}").prepare.batching == (
         PackingConfig(type="packing")
     )
-    found = _parse(
+    found = parse(
         "prepare.batching={type: buckets, num_buckets: 8, max_padding_share: null, fit_rows: 10000}"
     )
     assert found.prepare.batching == BucketsConfig(
         type="buckets", num_buckets=8, max_padding_share=None, fit_rows=10_000
     )
-    assert identity(found.prepare) != identity(_parse().prepare)
-    message = _refuse("prepare.batching={type: sorting}")
+    assert identity(found.prepare) != identity(parse().prepare)
+    message = refuse("prepare.batching={type: sorting}")
     assert "prepare.batching" in message
     assert "'buckets', 'packing'" in message
 
@@ -229,7 +202,7 @@ def test_batching_is_buckets_unless_it_says_packing() -> None:
     ],
 )
 def test_values_of_batching_are_bounded(batching: str, complaint: str) -> None:
-    assert complaint in _refuse(f"prepare.batching={batching}")
+    assert complaint in refuse(f"prepare.batching={batching}")
 
 
 @pytest.mark.parametrize(
@@ -242,33 +215,33 @@ def test_values_of_batching_are_bounded(batching: str, complaint: str) -> None:
     ],
 )
 def test_an_unknown_key_of_a_variant_is_named_with_its_dotted_path(section: str, key: str) -> None:
-    assert f"{key}: unknown key" in _refuse(section)
+    assert f"{key}: unknown key" in refuse(section)
 
 
 def test_the_cost_of_the_longest_sample_may_be_all_of_a_batch() -> None:
-    assert _parse("prepare.quadratic_tokens=64").prepare.quadratic_tokens == 64  # 64 + 64²/64
-    message = _refuse("prepare.quadratic_tokens=64", "prepare.batch_tokens=127")
+    assert parse("prepare.quadratic_tokens=64").prepare.quadratic_tokens == 64  # 64 + 64²/64
+    message = refuse("prepare.quadratic_tokens=64", "prepare.batch_tokens=127")
     assert "batch_tokens (127) is below max_tokens (64, which cost 128)" in message
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "x" * 65])
 def test_a_run_name_is_one_plain_directory_name(name: str) -> None:
-    assert "run.name" in _refuse(f"run.name={name!r}")
+    assert "run.name" in refuse(f"run.name={name!r}")
 
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        _parse().run.seed = 3  # type: ignore[misc]
+        parse().run.seed = 3  # type: ignore[misc]
 
 
 def test_identity_ignores_where_a_stage_runs() -> None:
-    first = _parse("train.batches_per_step=4")
-    second = _parse("train.batches_per_step=4", "train.resources.num_workers=4")
-    third = _parse("train.batches_per_step=8")
+    first = parse("train.batches_per_step=4")
+    second = parse("train.batches_per_step=4", "train.resources.num_workers=4")
+    third = parse("train.batches_per_step=8")
     assert identity(first.train) == identity(second.train)
     assert identity(first.train) != identity(third.train)
     assert identity(first.prepare) == identity(
-        _parse("prepare.resources.num_cpus_per_task=2").prepare
+        parse("prepare.resources.num_cpus_per_task=2").prepare
     )
     assert set(identity(first.base, first.compress)) == {"BaseConfig", "CompressConfig"}
 
@@ -281,127 +254,6 @@ def test_every_key_is_described() -> None:
     assert "train.resources.num_workers" in described
     assert "prepare.sources.paths" in described
     assert "length buckets" in described["prepare.batching.num_buckets"]
-
-
-@pytest.mark.parametrize("text", ["", "3", "[]", "null", "a", "- run", "run: [", "\x00", "&a [*a]"])
-def test_text_that_is_no_configuration_is_a_config_error(text: str) -> None:
-    with pytest.raises(ConfigError):
-        parse_config(text)
-
-
-@pytest.mark.parametrize(
-    "value", ["!!timestamp x", "!!bool x", "!!int ''", "!!float x", "!!binary ä", "2001-99-99",
-              "{[1]: 2}", "{{a: 1}: 2}", "!!python/object/apply:os.system [ls]", "? ", "0x",
-              "!!set {a, b}", "!!omap [1]", "!!pairs [1]"],
-)  # fmt: skip
-def test_values_that_yaml_cannot_build_are_config_errors(value: str) -> None:
-    with pytest.raises(ConfigError):
-        parse_config(TEXT + f"extra: {value}\n")
-
-
-@pytest.mark.parametrize("place", ["run:\n  name: *l9", "run: *l9", "extra: *l9", "- *l9"])
-def test_nested_aliases_do_not_blow_up_the_message(place: str) -> None:
-    lines = ["l0: &l0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
-    for level in range(1, 10):
-        lines.append(f"l{level}: &l{level} [{', '.join([f'*l{level - 1}'] * 10)}]")
-    if place.startswith("-"):
-        place = "all: *l9"
-    with pytest.raises(ConfigError) as caught:
-        parse_config("\n".join([*lines, place]))
-    assert len(str(caught.value)) < 10_000
-
-
-@pytest.mark.parametrize("text", ["[" * 10_000, "{a: " * 33, "- " * 33, "[" * 33 + "]" * 33])
-def test_nesting_too_deep_is_a_config_error(text: str) -> None:
-    with pytest.raises(ConfigError, match="nested deeper than 32 levels"):
-        parse_config(text)
-    with pytest.raises(ConfigError, match="nested deeper than 32 levels"):
-        _parse(f"run.name={text}")
-
-
-def test_aliases_may_be_used_but_not_without_end() -> None:
-    text = TEXT.replace("batch_tokens: 128", "batch_tokens: &most 128").replace("64", "*most")
-    assert parse_config(text).prepare.max_tokens == 128
-    bomb = "".join(f"l{n}: &l{n} [{f'*l{n - 1}, ' * 10 if n else 1}]\n" for n in range(6))
-    with pytest.raises(ConfigError, match="more than 100000 values with all aliases"):
-        parse_config(bomb)
-    with pytest.raises(ConfigError, match="an alias contains itself"):
-        parse_config("run: &a {name: [*a]}")
-
-
-@pytest.mark.parametrize("value", ["0x" + "f" * 6000, "9" * 5000, "1" + ":59" * 3000])
-def test_a_whole_number_too_long_to_be_shown_is_a_config_error(value: str) -> None:
-    assert "a whole number of more than 400 digits" in _refuse(f"run.seed={value}")
-
-
-@pytest.mark.parametrize(
-    "key",
-    ["run.root", "base.source", "distill.teacher", "train.resources.tiers.directory",
-     "prepare.sources"],
-)  # fmt: skip
-@pytest.mark.parametrize("path", ["a\\0b", "a\\nb"])
-def test_a_path_with_control_characters_is_refused(key: str, path: str) -> None:
-    value = f'[{{type: files, paths: ["{path}"]}}]' if key.endswith("sources") else f'"{path}"'
-    more = ["train.resources.tiers={budget_mib: 64}"] if "tiers" in key else []
-    assert "has the control character" in _refuse(*more, f"{key}={value}")
-
-
-@pytest.mark.parametrize("number", [".nan", ".inf"])
-def test_options_of_tasks_are_finite(number: str) -> None:
-    message = _refuse(f"tasks.families=[{{name: gcd, options: {{a: {number}}}}}]")
-    assert "Input should be a finite number" in message
-
-
-_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10)
-_TREES = st.recursive(
-    _SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_SCALARS, inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(text=st.text(max_size=80))
-def test_any_text_is_a_configuration_or_a_config_error(text: str) -> None:
-    with pytest.raises(ConfigError):
-        parse_config(text)
-
-
-@settings(max_examples=150, deadline=None)
-@given(section=st.sampled_from(sorted(MINIMAL)), tree=_TREES)
-def test_any_section_is_accepted_or_a_config_error(section: str, tree: Any) -> None:
-    text = yaml.safe_dump({**MINIMAL, section: tree}, allow_unicode=True)
-    try:
-        config = parse_config(text)
-    except ConfigError:
-        return
-    assert isinstance(config, PipelineConfig)
-
-
-@settings(max_examples=150, deadline=None)
-@given(key=st.text(max_size=12), value=st.text(max_size=20))
-def test_any_override_is_applied_or_a_config_error(key: str, value: str) -> None:
-    try:
-        parse_config(TEXT, [f"{key}={value}", f"train.{key}={value}"])
-    except ConfigError:
-        return
-
-
-def test_an_unreadable_or_oversized_file_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
-        load_config(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_config(tmp_path)
-    (tmp_path / "latin.yaml").write_bytes("run: ä".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read"):
-        load_config(tmp_path / "latin.yaml")
-    (tmp_path / "large.yaml").write_text("#" * (1 << 20) + "\n")
-    with pytest.raises(ConfigError, match="larger than"):
-        load_config(tmp_path / "large.yaml")
-    with pytest.raises(ConfigError, match="larger than"):
-        load_config("/dev/zero")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_config("a\0b")
 
 
 def test_reading_a_configuration_imports_neither_torch_nor_ray() -> None:
