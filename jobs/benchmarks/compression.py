@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,25 @@ from jobs.benchmarks.compression_measure import (
     heldout_batches,
     measure_arm,
 )
-from jobs.benchmarks.compression_models import (
-    SEEDS,
-    STUDENT_STEPS,
-    Arm,
-    equal_compute_steps,
-    quantization_arms,
-    student_config,
-)
+from jobs.benchmarks.compression_models import NUM_PROBLEMS, Arm, quantization_arms
 from jobs.benchmarks.compression_report import write_report
 from jobs.benchmarks.compression_rows import OPTIONAL, build_rows
+from jobs.benchmarks.compression_students import (
+    SEEDS,
+    STUDENT_STEPS,
+    build_untrained,
+    equal_compute_steps,
+    train_student,
+    train_teacher,
+)
 from jobs.cli import connected_to_ray
 from r1ray.artifacts import Artifact
-from r1ray.config import PipelineConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.errors import ArtifactError
 from r1ray.evaluation.record import build_record, describe_circumstances, write_json
-from r1ray.models import ModelConfig
+from r1ray.models import load_model
+from r1ray.models.base import import_base, resolve_source
+from r1ray.models.quantization import quantize_modules
 from r1ray.pipeline import Pipeline
 
 __all__ = ["CompressionBenchmark"]
@@ -99,18 +101,17 @@ class CompressionBenchmark:
                 for name, arm in self._arms.items()
             ),
             ("uniform", "uniform", self._uniform),
-            ("distillation", "student_0", lambda: self._student(0)),
-            ("distillation", "latency", self._latency),
-            ("tails", "tails", self._tails),
+            ("latency", "latency", self._latency),
             ("layers", "layers_train", lambda: measure_layers("train")),
             ("layers", "layers_serve", lambda: measure_layers("serve")),
             ("exports", "exports", self._exports),
-            ("distillation", "untaught_0", lambda: self._untaught(0)),
+            ("distillation", "teacher", self._teacher),
             *(
                 ("distillation", f"{kind}_{seed}", lambda measure=measure, seed=seed: measure(seed))
-                for seed in SEEDS[1:]
+                for seed in SEEDS
                 for kind, measure in (("student", self._student), ("untaught", self._untaught))
             ),
+            ("distillation", "tails", self._tails),
         ]
         return [(name, measure) for part, name, measure in plan if parts is None or part in parts]
 
@@ -127,73 +128,57 @@ class CompressionBenchmark:
             trained.local_dir, prepared.local_dir, self._arms["codebook4"].config, self._heldout()
         )
 
+    def _teacher(self) -> dict[str, Any]:
+        """SmolLM2 tuned in this process, which is also where its students learn."""
+        base = self._work / "base"
+        if not base.exists():
+            partial = base.with_suffix(".partial")
+            partial.mkdir(parents=True, exist_ok=True)
+            import_base(resolve_source(self._arms["fp32"].config.base.source), partial)
+            partial.rename(base)
+        return train_teacher(base, self._work / "teacher", NUM_PROBLEMS)
+
     def _student(self, seed: int) -> dict[str, Any]:
         """One seed, taught, in float and INT8."""
-        taught = self._taught(seed)
-        with connected_to_ray():
-            pipeline = Pipeline(taught)
-            trained, compressed = pipeline.train(), pipeline.compress()
-            assert taught.distill is not None
-            assert taught.distill.logits.type == "stored"
-            stored = pipeline.logits(taught.distill, taught.distill.logits)
-        directories = {"kd": trained.local_dir, "kd_int8": compressed.local_dir}
-        return self._measure_students(taught, directories) | {"logits": stored.manifest.metrics}
+        return self._train_student(f"student_{seed}", seed, STUDENT_STEPS, has_teacher=True)
 
     def _untaught(self, seed: int) -> dict[str, Any]:
         """One seed, trained on the targets alone for as much work as the taught one was."""
-        taught = self._taught(seed)
-        teacher_dir = self._make(self._arms["fp32"]).local_dir
-        with connected_to_ray():
-            pipeline = Pipeline(taught)
-            trained = pipeline.train()
-            num_steps = equal_compute_steps(
-                teacher=ModelConfig.load(teacher_dir),
-                student=ModelConfig.load(trained.local_dir),
-                stored_tokens=pipeline.prepare().manifest.metrics["num_tokens"],
-                trained_tokens=trained.manifest.metrics["tokens"],
-                num_steps=STUDENT_STEPS,
-            )
-            plain = student_config(
-                self._work, teacher_dir, has_teacher=False, seed=seed, num_steps=num_steps
-            )
-            untaught = Pipeline(plain).train()
-        return self._measure_students(taught, {"sft": untaught.local_dir}) | {"steps": num_steps}
+        teacher = load_model(self._work / "teacher")
+        student = build_untrained(self._work / "teacher")
+        num_steps = equal_compute_steps(teacher, student, STUDENT_STEPS)
+        return self._train_student(f"untaught_{seed}", seed, num_steps, has_teacher=False)
 
-    def _taught(self, seed: int) -> PipelineConfig:
-        teacher_dir = self._make(self._arms["fp32"]).local_dir
-        return student_config(
-            self._work, teacher_dir, has_teacher=True, seed=seed, num_steps=STUDENT_STEPS
-        )
-
-    def _measure_students(
-        self, config: PipelineConfig, directories: Mapping[str, Path]
+    def _train_student(
+        self, name: str, seed: int, num_steps: int, *, has_teacher: bool
     ) -> dict[str, Any]:
-        arms = {
-            name: measure_arm(
-                Arm(name, config, is_compressed=name == "kd_int8"), directory, self._heldout()
-            )
-            for name, directory in directories.items()
-        }
-        paths = {
-            name: str(path.relative_to(self._work.resolve())) for name, path in directories.items()
-        }
-        return {"arms": arms, "directories": paths}
+        return train_student(
+            self._work / "teacher",
+            self._work / name,
+            has_teacher=has_teacher,
+            seed=seed,
+            num_steps=num_steps,
+            num_problems=NUM_PROBLEMS,
+        )
 
     def _latency(self) -> dict[str, Any]:
-        student = self._read("student_0")["directories"]
-        return compare_latency(
-            {
-                "teacher_fp32": self._make(self._arms["fp32"]).local_dir,
-                "teacher_int8": self._make(self._arms["int8_ptq"]).local_dir,
-                "student_fp32": self._work / student["kd"],
-                "student_int8": self._work / student["kd_int8"],
-            },
-            self._arms["fp32"].config,
-        )
+        """Of a student as it is cut: what a token costs does not depend on the weights' values."""
+        teacher_dir = self._make(self._arms["fp32"]).local_dir
+        models = {
+            "teacher_fp32": load_model(teacher_dir),
+            "teacher_int8": load_model(self._make(self._arms["int8_ptq"]).local_dir),
+            "student_fp32": build_untrained(teacher_dir),
+            "student_int8": build_untrained(teacher_dir),
+        }
+        quantize_modules(models["student_int8"])
+        return compare_latency(models, teacher_dir, self._arms["fp32"].config)
 
     def _tails(self) -> dict[str, Any]:
-        student = self._work / self._read("student_0")["directories"]["kd"]
-        return measure_tails(self._make(self._arms["fp32"]).local_dir, student, self._heldout())
+        """Between the teacher and the first taught student."""
+        directories = (self._work / "teacher", self._work / "student_0")
+        config = self._arms["fp32"].config
+        heldout = heldout_batches(config, directories[0], self._work / "heldout_students")
+        return measure_tails(*directories, heldout)
 
     def _exports(self) -> dict[str, Any]:
         return measure_exports(self._make(self._arms["int8_ptq"]).local_dir, self._work / "exports")

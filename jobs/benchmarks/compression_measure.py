@@ -105,13 +105,14 @@ def measure_resident(model_dir: Path) -> int:
     return result["grown_bytes"]
 
 
-def compare_latency(directories: Mapping[str, Path], config: PipelineConfig) -> dict[str, Any]:
-    """Seconds for the same answers of the teacher, by model; they take turns, one stream each.
+def compare_latency(
+    models: Mapping[str, Decoder], tokenizer_dir: Path, config: PipelineConfig
+) -> dict[str, Any]:
+    """Seconds for the same answers of `teacher_fp32`, by model; they take turns, one stream each.
 
     An answer is decoded token by token, each model being given the same tokens.
     """
-    models = {name: load_model(path) for name, path in directories.items()}
-    tokenizer = Tokenizer(directories["teacher_fp32"])
+    tokenizer = Tokenizer(tokenizer_dir)
     problems = draw_heldout(config.tasks, _TIMED_ANSWERS)
     answers = answer_problems(
         models["teacher_fp32"],

@@ -2,20 +2,21 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jobs.benchmarks.compression_codebook import TOP_KS
-from jobs.benchmarks.compression_models import SEEDS
+from jobs.benchmarks.compression_students import SEEDS
 from r1ray.evaluation.accuracy import paired_difference
 from r1ray.evaluation.record import Row
 
-__all__ = ["OPTIONAL", "QUANTIZED", "Results", "build_rows", "student_arms"]
+__all__ = ["OPTIONAL", "QUANTIZED", "Results", "build_rows", "list_students"]
 
 Results = Mapping[str, Mapping[str, Any]]
-OPTIONAL = ("student_1", "student_2", "untaught_")  # hours each: filed as far as measured
+OPTIONAL = ("student_1", "student_2", "untaught_")  # hours without a GPU: as far as measured
+_STUDENTS = ("untaught", "student")
 QUANTIZED = ("bf16", "int8_ptq", "int8_qat", "w4a8_ptq", "w4a8_qat", "codebook4")
 _EASY_NATS = 0.02  # less than that lost by rounding says nothing about what QAT recovers
 
@@ -162,12 +163,12 @@ def _codebook_rows(uniform: Mapping[str, Any]) -> list[Row]:
 
 
 def _distillation_rows(results: Results) -> list[Row]:
-    teacher = statistics.mean(results["quantization_fp32"]["is_correct"])
+    teacher = statistics.mean(results["teacher"]["arms"]["teacher"]["is_correct"])
     rows = []
     for name in ("sft", "kd", "kd_int8"):
         kept = [
             statistics.mean(arm["is_correct"]) / teacher
-            for (found, _), arm in student_arms(results).items()
+            for found, arm, _ in list_students(results)
             if found == name
         ]
         row_id = "compression.distilled_int8_accuracy_kept"
@@ -185,14 +186,12 @@ def _distillation_rows(results: Results) -> list[Row]:
     return [*rows, *_latency_rows(results["latency"]["seconds"])]
 
 
-def student_arms(results: Results) -> dict[tuple[str, int], Mapping[str, Any]]:
-    """What was measured of students, by arm and seed."""
-    return {
-        (name, seed): arm
-        for seed in SEEDS
-        for kind in ("untaught", "student")
-        for name, arm in results.get(f"{kind}_{seed}", {"arms": {}})["arms"].items()
-    }
+def list_students(results: Results) -> Iterator[tuple[str, Mapping[str, Any], float]]:
+    """(arm, what was measured, tokens trained on) of the teacher and every student there is."""
+    for part in ("teacher", *(f"{kind}_{seed}" for seed in SEEDS for kind in _STUDENTS)):
+        found = results.get(part, {"arms": {}})
+        for name, arm in found["arms"].items():
+            yield name, arm, found["tokens"]
 
 
 def _latency_rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:
