@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jobs.cli import run_guarded
 
-PARTS = ("quantization", "uniform", "latency", "layers", "exports", "distillation")
+PARTS = ("quantization", "uniform", "latency", "tails", "layers", "exports", "distillation")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

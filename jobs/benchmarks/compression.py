@@ -102,6 +102,7 @@ class CompressionBenchmark:
             ),
             ("uniform", "uniform", self._uniform),
             ("latency", "latency", self._latency),
+            ("tails", "tails", self._tails),
             ("layers", "layers_train", lambda: measure_layers("train")),
             ("layers", "layers_serve", lambda: measure_layers("serve")),
             ("exports", "exports", self._exports),
@@ -111,7 +112,6 @@ class CompressionBenchmark:
                 for seed in SEEDS
                 for kind, measure in (("student", self._student), ("untaught", self._untaught))
             ),
-            ("distillation", "tails", self._tails),
         ]
         return [(name, measure) for part, name, measure in plan if parts is None or part in parts]
 
@@ -174,11 +174,9 @@ class CompressionBenchmark:
         return compare_latency(models, teacher_dir, self._arms["fp32"].config)
 
     def _tails(self) -> dict[str, Any]:
-        """Between the teacher and the first taught student."""
-        directories = (self._work / "teacher", self._work / "student_0")
-        config = self._arms["fp32"].config
-        heldout = heldout_batches(config, directories[0], self._work / "heldout_students")
-        return measure_tails(*directories, heldout)
+        """Between the tuned model and what four bits leave of it, a student that has lost some."""
+        teacher, student = (self._make(self._arms[name]) for name in ("fp32", "w4a8_ptq"))
+        return measure_tails(teacher.local_dir, student.local_dir, self._heldout())
 
     def _exports(self) -> dict[str, Any]:
         return measure_exports(self._make(self._arms["int8_ptq"]).local_dir, self._work / "exports")

@@ -101,8 +101,8 @@ _NOTES = f"""
   measured.
 - Latency: the text of 40 answers of the tuned model, decoded token by token by each model in turn;
   the student there is one as it is cut, since a token costs the same whatever the weights hold.
-- KL errors: |KL - dense KL| of single targets, over the mean dense KL, between the tuned teacher
-  and the taught student; from logits as they are stored (16 bits).
+- KL errors: |KL - dense KL| of single targets, over the mean dense KL, between the tuned model
+  and its four-bit one; from logits as they are stored (16 bits).
 - Layers: SmolLM2's widths, a vocabulary of 4,096, random weights; 4 x 64 tokens a step, AdamW in
   float32; or a prompt of 32 tokens and 8 more, float32 weights. Peaks are the kernel's VmHWM above
   the process's baseline; the page cache, up to 16 bytes a parameter, is not in them. Sizes are
