@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jobs.benchmarks.compression_codebook import measure_tails, measure_uniform
 from jobs.benchmarks.compression_exports import measure_exports
 from jobs.benchmarks.compression_layers import measure_layers
@@ -38,6 +40,7 @@ from r1ray.pipeline import Pipeline
 __all__ = ["CompressionBenchmark"]
 
 _TARGET = Path("docs/benchmarks")
+_ELSEWHERE = _TARGET / "parts" / "compression"  # what a machine with a GPU has measured
 
 
 class CompressionBenchmark:
@@ -58,14 +61,17 @@ class CompressionBenchmark:
         for name, measure in self._plan(parts):
             if self._path(name).exists():
                 continue
+            if parts is None and name.startswith(OPTIONAL) and not torch.cuda.is_available():
+                print(f"{name} is left out: hours without a GPU; --only distillation trains it")
+                continue
             if self._deadline is not None and time.monotonic() > self._deadline:
                 print(f"the budget is spent; {name} and what follows is left")
                 return
             print(f"bench_compression: {name}", flush=True)
             result = {"circumstances": describe_circumstances(), **measure()}
-            partial = self._path(name).with_suffix(".tmp")
+            partial = self._work / f"{name}.tmp"
             write_json(partial, result)
-            partial.rename(self._path(name))
+            partial.rename(self._work / f"{name}.json")
 
     def file_record(self, command: str) -> str:
         """Write the record, its tables and the plots; returns the table of the record's rows.
@@ -144,22 +150,31 @@ class CompressionBenchmark:
 
     def _untaught(self, seed: int) -> dict[str, Any]:
         """One seed, trained on the targets alone for as much work as the taught one was."""
-        teacher = load_model(self._work / "teacher")
-        student = build_untrained(self._work / "teacher")
-        num_steps = equal_compute_steps(teacher, student, STUDENT_STEPS)
+        teacher_dir = self._teacher_dir()
+        student = build_untrained(teacher_dir)
+        num_steps = equal_compute_steps(load_model(teacher_dir), student, STUDENT_STEPS)
         return self._train_student(f"untaught_{seed}", seed, num_steps, has_teacher=False)
 
     def _train_student(
         self, name: str, seed: int, num_steps: int, *, has_teacher: bool
     ) -> dict[str, Any]:
         return train_student(
-            self._work / "teacher",
+            self._teacher_dir(),
             self._work / name,
             has_teacher=has_teacher,
             seed=seed,
             num_steps=num_steps,
             num_problems=NUM_PROBLEMS,
         )
+
+    def _teacher_dir(self) -> Path:
+        directory = self._work / "teacher"
+        if not directory.exists():
+            raise ArtifactError(
+                f"{directory} is not there: the teacher was measured on another machine; remove "
+                f"{_ELSEWHERE} to train it and its students here"
+            )
+        return directory
 
     def _latency(self) -> dict[str, Any]:
         """Of a student as it is cut: what a token costs does not depend on the weights' values."""
@@ -195,7 +210,9 @@ class CompressionBenchmark:
         return self._batches
 
     def _path(self, name: str) -> Path:
-        return self._work / f"{name}.json"
+        """Of a result: measured here, or on another machine where it was not."""
+        here, elsewhere = self._work / f"{name}.json", _ELSEWHERE / f"{name}.json"
+        return elsewhere if elsewhere.exists() and not here.exists() else here
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
