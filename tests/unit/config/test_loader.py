@@ -119,7 +119,7 @@ def test_wrong_overrides_are_named(override: str, complaint: str) -> None:
         ),
         (
             ["prepare.sources=[{type: tasks, num_samples: 1}, {type: tasks, num_samples: 2}]"],
-            "prepare: sources has more than one entry of type tasks; add up num_samples",
+            "prepare: sources has more than one entry of type tasks; give each its own families",
         ),
         (
             ["train.resources.num_workers=3"],
