@@ -64,12 +64,16 @@ class Pipeline:
 
     Args:
         only: run this stage alone and require the others; None runs whatever is missing.
+        memory: has a reservoir to begin with, where the base has none.
     """
 
-    def __init__(self, config: PipelineConfig, *, only: str | None = None) -> None:
+    def __init__(
+        self, config: PipelineConfig, *, only: str | None = None, memory: Artifact | None = None
+    ) -> None:
         self.config = config
         self.store = ArtifactStore(config.run.root, config.run.name)
         self._only = only
+        self._memory = memory
         self._made: dict[str, Artifact] = {}
 
     def base(self) -> Artifact:
@@ -143,6 +147,9 @@ class Pipeline:
             if phase > 0:
                 before = self._prepare(phase - 1)
                 inputs["prepare"] = before.digest
+            elif self._memory is not None:
+                before = self._memory
+                inputs["memory"] = before.digest
 
         def body(out_dir: Path) -> dict[str, Any]:
             with StageProgress(self._name("prepare", phase), "rows") as progress:

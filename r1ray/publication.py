@@ -41,8 +41,11 @@ def find_published(store: ArtifactStore) -> Published:
             "run.name first"
         )
     served = store.require("compress", target.name, hint="it was published a moment ago")
-    record = read_json(served.local_dir / QUANTIZATION_NAME)
-    run_id = record["provenance"]["trained_run_id"]
+    path = served.local_dir / QUANTIZATION_NAME
+    try:
+        run_id = str(read_json(path)["provenance"]["trained_run_id"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: does not say what was quantized ({error!r})") from error
     trained = store.require("train", run_id, hint="an update goes on from it; keep its directory")
     return Published(served, trained)
 

@@ -1,7 +1,8 @@
 """Updating a published model: learn new data from where it ended, judge, and only then publish.
 
 1. The sources of the configuration are learned in phases (`r1ray.pipeline`) that begin with the
-   published model's float weights and its memory.
+   published model's float weights and its memory. A model that was trained without `continual` has
+   none: its reservoir is drawn from its BatchSet.
 2. The quantized result and the published model answer the same held-out problems.
 3. Where a family lost more than `update.max_forgetting_points`, nothing is published. Else the link
    that servers follow is replaced.
@@ -11,16 +12,19 @@ Made again, an update that was published is found; a killed one goes on from whe
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.config.schema import BaseConfig, PipelineConfig, identity
+from r1ray.data.reservoir import Reservoir, read_samples
 from r1ray.errors import ConfigError, ForgettingError
 from r1ray.evaluation.forgetting import find_forgotten, measure_changes, render_changes
 from r1ray.evaluation.record import write_json
 from r1ray.manifest import compute_run_id
+from r1ray.models.memory import RESERVOIR_NAME, memory_path
 from r1ray.observability.progress import StageProgress
 from r1ray.pipeline import Pipeline, describe_sources
 from r1ray.publication import JUDGE, LINK, Published, find_published
@@ -58,9 +62,11 @@ def run_update(config: PipelineConfig) -> UpdateOutcome:
     learns = _identify(config)
     if (judged := _find_made(store, published, learns)) is not None:
         return UpdateOutcome(published.served.manifest.run_id, judged, is_new=False)
-    taught = _check_families(store, published, config)
+    taught = _find_taught(store, published)
+    _check_families(taught, config)
     base = BaseConfig(source=str(published.trained.local_dir))
-    pipeline = Pipeline(dataclasses.replace(config, base=base))
+    memory = _find_memory(store, published, config)
+    pipeline = Pipeline(dataclasses.replace(config, base=base), memory=memory)
     new = pipeline.compress(publish=False)
     judged = _judge(pipeline, published, new, taught, learns)
     if judged.manifest.metrics["forgotten"]:
@@ -100,21 +106,63 @@ def _find_made(store: ArtifactStore, published: Published, learns: str) -> Artif
     return None
 
 
-def _check_families(store: ArtifactStore, published: Published, config: PipelineConfig) -> set[str]:
-    """Names of the families that the published model was taught; all have to be asked again."""
-    taught = set[str]()
-    wanted: str | None = published.trained.manifest.inputs["prepare"]
-    by_digest = {item.digest: item.manifest for item in store.find_all("prepare")}
-    while wanted is not None and (manifest := by_digest.get(wanted)) is not None:
-        taught |= {family["name"] for family in manifest.config["TasksConfig"]["families"]}
-        wanted = manifest.inputs.get("prepare")
+def _check_families(taught: set[str], config: PipelineConfig) -> None:
+    """Refuse a configuration that does not ask for all that the published model was taught."""
     missing = sorted(taught - {family.name for family in config.tasks.families})
     if missing:
         raise ConfigError(
             f"the published model was taught {', '.join(missing)}, which tasks.families leaves "
             "out; list them all, or nobody would see what the update forgets"
         )
+
+
+def _find_taught(store: ArtifactStore, published: Published) -> set[str]:
+    """Names of the families that the published model was taught, over all updates."""
+    for judged in store.find_all(JUDGE):
+        if judged.manifest.inputs["new"] == published.served.digest:
+            return set(judged.manifest.metrics["taught"])
+    taught = set[str]()
+    by_digest = {item.digest: item.manifest for item in store.find_all("prepare")}
+    wanted: str | None = published.trained.manifest.inputs["prepare"]
+    while wanted is not None and (manifest := by_digest.get(wanted)) is not None:
+        sections = (manifest.config["PrepareConfig"], manifest.config["TasksConfig"])
+        taught |= _list_families(*sections)
+        wanted = manifest.inputs.get("prepare")
     return taught
+
+
+def _find_memory(
+    store: ArtifactStore, published: Published, config: PipelineConfig
+) -> Artifact | None:
+    """A reservoir of what the published model was trained on, where it has none itself."""
+    replay = None if config.continual is None else config.continual.replay
+    if replay is None or memory_path(published.trained.local_dir, RESERVOIR_NAME).is_file():
+        return None
+    digest = published.trained.manifest.inputs["prepare"]
+    found = [item for item in store.find_all("prepare") if item.digest == digest]
+    if not found:
+        logger.warning("the published model's BatchSet is gone; nothing of it can be replayed")
+        return None
+    prepared, seed = found[0], config.run.seed
+
+    def body(out_dir: Path) -> dict[str, Any]:
+        reservoir = Reservoir(replay.reservoir_rows, seed=seed)
+        for samples in read_samples(prepared.local_dir):
+            reservoir.add(samples)
+        path = memory_path(out_dir, RESERVOIR_NAME)
+        path.parent.mkdir()
+        reservoir.save(path)
+        return {"num_seen": reservoir.num_seen}
+
+    values = {"reservoir_rows": replay.reservoir_rows, "seed": seed}
+    return store.run("memory", values, {"prepare": digest}, body)
+
+
+def _list_families(prepare: Mapping[str, Any], tasks: Mapping[str, Any]) -> set[str]:
+    """Names of those that these sections write traces for."""
+    known = {family["name"] for family in tasks["families"]}
+    sources = [item for item in prepare["sources"] if item["type"] == "tasks"]
+    return {name for source in sources for name in source.get("families") or known}
 
 
 def _judge(
@@ -141,6 +189,7 @@ def _judge(
         (out_dir / "summary.md").write_text(render_changes(changes, max_points), encoding="utf-8")
         return {
             "forgotten": [item.family for item in find_forgotten(changes, max_points)],
+            "taught": sorted(taught | _list_families(asdict(config.prepare), asdict(config.tasks))),
             "points": {item.family: 100 * item.change[0] for item in changes},
         }
 

