@@ -45,7 +45,6 @@ from r1ray.models.base import (
 )
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.config import ModelConfig
-from r1ray.models.memory import RESERVOIR_NAME, memory_path
 from r1ray.models.student import build_student, plan_student
 from r1ray.observability.progress import StageProgress
 from r1ray.publication import LINK, has_replaced
@@ -171,10 +170,7 @@ class Pipeline:
         config, seed = self.config.continual, self.config.run.seed
         if config is None or config.replay is None:
             return None
-        path, rows = memory_path(before, RESERVOIR_NAME), config.replay.reservoir_rows
-        reservoir = (
-            Reservoir.load(path, rows, seed=seed) if path.is_file() else Reservoir(rows, seed=seed)
-        )
+        reservoir = Reservoir.recall(before, config.replay.reservoir_rows, seed=seed)
         max_tokens = self.config.prepare.max_tokens
         return Replay(reservoir, config.replay.share, seed=seed, max_tokens=max_tokens)
 

@@ -149,9 +149,7 @@ def _find_memory(
         reservoir = Reservoir(replay.reservoir_rows, seed=seed)
         for samples in read_samples(prepared.local_dir):
             reservoir.add(samples)
-        path = memory_path(out_dir, RESERVOIR_NAME)
-        path.parent.mkdir()
-        reservoir.save(path)
+        reservoir.save(out_dir)
         return {"num_seen": reservoir.num_seen}
 
     values = {"reservoir_rows": replay.reservoir_rows, "seed": seed}

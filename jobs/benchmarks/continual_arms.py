@@ -38,7 +38,6 @@ from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import Decoder, ModelConfig
 from r1ray.models.checkpoint import load_model, save_model
 from r1ray.models.config import RopeConfig
-from r1ray.models.memory import RESERVOIR_NAME, memory_path
 from r1ray.training.continual import begin, finish, hold, remember
 from r1ray.training.objective import CrossEntropy
 from r1ray.training.step import TrainState
@@ -195,15 +194,10 @@ def _mix(
     new: pa.Table, start: Path, config: ContinualConfig, seed: int, out: Path
 ) -> list[tuple[list[int], list[bool]]]:
     if config.replay is not None:
-        path = memory_path(start, RESERVOIR_NAME)
-        rows = config.replay.reservoir_rows
-        reservoir = (
-            Reservoir.load(path, rows, seed=seed) if path.is_file() else Reservoir(rows, seed=seed)
-        )
+        reservoir = Reservoir.recall(start, config.replay.reservoir_rows, seed=seed)
         replay = Replay(reservoir, config.replay.share, seed=seed, max_tokens=64)
         new = replay.mix(new)
-        memory_path(out, RESERVOIR_NAME).parent.mkdir(parents=True, exist_ok=True)
-        reservoir.save(memory_path(out, RESERVOIR_NAME))
+        reservoir.save(out)
     return list(zip(new["input_ids"].to_pylist(), new["is_target"].to_pylist(), strict=True))
 
 

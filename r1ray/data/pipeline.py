@@ -52,7 +52,6 @@ from r1ray.data.sources import list_files, read_file, rows_to_table
 from r1ray.data.summary import plot_summary, render_summary
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA, tokenize_table
 from r1ray.errors import R1RayError
-from r1ray.models.memory import RESERVOIR_NAME, memory_path
 from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["prepare_batches"]
@@ -112,9 +111,7 @@ def prepare_batches(
             raise error.cause from None  # the cause alone, without the remote traceback
         raise
     if replay is not None:
-        path = memory_path(out_dir, RESERVOIR_NAME)
-        path.parent.mkdir()
-        replay.reservoir.save(path)
+        replay.reservoir.save(out_dir)
     summary = {
         **collector.counts,
         "ignored_fields": dict(sorted(collector.ignored.items())),

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from r1ray.data.batch_set import BATCHES_NAME
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 from r1ray.errors import ArtifactError, ConfigError
+from r1ray.models.memory import RESERVOIR_NAME, memory_path
 
 __all__ = ["Replay", "Reservoir", "read_samples"]
 
@@ -68,15 +69,29 @@ class Reservoir:
         """What is kept: a table of SAMPLE_SCHEMA."""
         return pa.concat_tables([SAMPLE_SCHEMA.empty_table(), *self._rows]).combine_chunks()
 
-    def save(self, path: Path) -> None:
-        """Write it to the Parquet file `path`."""
+    def save(self, directory: Path) -> None:
+        """Write it into the memory of `directory`."""
+        path = memory_path(directory, RESERVOIR_NAME)
+        path.parent.mkdir(parents=True, exist_ok=True)
         record = {"capacity": self.capacity, "num_seen": self.num_seen}
         schema = SAMPLE_SCHEMA.with_metadata({_KEY: json.dumps(record).encode()})
         pq.write_table(self.samples().cast(schema), path, compression="zstd")
 
     @classmethod
+    def recall(cls, directory: Path, capacity: int, *, seed: int) -> "Reservoir":
+        """The reservoir in the memory of `directory`, as `load` has it; an empty one if none is.
+
+        Raises:
+            ArtifactError, ConfigError: as `load`.
+        """
+        path = memory_path(directory, RESERVOIR_NAME)
+        if not path.is_file():
+            return cls(capacity, seed=seed)
+        return cls.load(path, capacity, seed=seed)
+
+    @classmethod
     def load(cls, path: Path, capacity: int, *, seed: int) -> "Reservoir":
-        """What `save` wrote, to go on from; with a smaller capacity, an even choice of it.
+        """What `save` wrote to the file `path`, to go on from; if it holds more, an even choice.
 
         Raises:
             ArtifactError: the file is damaged.

@@ -7,6 +7,7 @@ import pytest
 from r1ray.data.reservoir import Replay, Reservoir, read_samples
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 from r1ray.errors import ArtifactError, ConfigError
+from r1ray.models.memory import RESERVOIR_NAME, memory_path
 from tests.unit.training.batches import random_samples, write_batch_set
 
 
@@ -41,8 +42,8 @@ def test_data_sets_count_by_their_size_whatever_their_order(tmp_path: Path) -> N
     for seed in range(200):
         first = Reservoir(20, seed=seed)
         first.add(_samples(0, 300))
-        first.save(tmp_path / "r.parquet")
-        second = Reservoir.load(tmp_path / "r.parquet", 20, seed=seed)
+        first.save(tmp_path)
+        second = Reservoir.recall(tmp_path, 20, seed=seed)
         second.add(_samples(1000, 100))
         assert second.num_seen == 400
         kept += _numbers(second.samples())
@@ -62,15 +63,16 @@ def test_the_outcome_does_not_depend_on_how_tables_are_cut_and_is_made_again() -
 
 
 def test_a_reservoir_goes_on_from_its_file(tmp_path: Path) -> None:
-    path = tmp_path / "r.parquet"
+    path = memory_path(tmp_path, RESERVOIR_NAME)
+    assert Reservoir.recall(tmp_path, 8, seed=0).num_seen == 0  # nothing lies there
     saved = Reservoir(8, seed=0)
     saved.add(_samples(0, 5))
-    saved.save(path)
+    saved.save(tmp_path)
     larger = Reservoir.load(path, 16, seed=0)  # nothing was let go yet
     larger.add(_samples(5, 11))
     assert _numbers(larger.samples()) == list(range(16))
     larger.add(_samples(16, 100))
-    larger.save(path)
+    larger.save(tmp_path)
     smaller = Reservoir.load(path, 4, seed=0)
     assert set(_numbers(smaller.samples())) < set(_numbers(larger.samples()))
     assert (len(_numbers(smaller.samples())), smaller.num_seen) == (4, 116)
