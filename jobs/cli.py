@@ -16,7 +16,7 @@ from pathlib import Path
 
 from r1ray.config import PipelineConfig, load_config
 from r1ray.config.loader import describe_fields
-from r1ray.errors import ConfigError, R1RayError
+from r1ray.errors import ConfigError, ForgettingError, R1RayError
 
 __all__ = ["connected_to_ray", "print_summary", "run_guarded", "run_job", "run_stage"]
 
@@ -31,6 +31,7 @@ for _name, _value in _RAY_DEFAULTS.items():  # here, since Ray reads some when i
     os.environ.setdefault(_name, _value)
 
 EXIT_ERROR = 2
+EXIT_REFUSED = 3
 EXIT_INTERRUPTED = 130
 
 
@@ -68,7 +69,7 @@ def run_guarded(body: Callable[[], None]) -> int:
         body()
     except (R1RayError, OSError, subprocess.SubprocessError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return EXIT_REFUSED if isinstance(error, ForgettingError) else EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from where it was", file=sys.stderr)
         return EXIT_INTERRUPTED

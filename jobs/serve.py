@@ -23,7 +23,7 @@ def serving(pipeline: "Pipeline") -> Iterator[str]:
     from r1ray.serving.app import start_server, stop_server
 
     config = pipeline.config.serve
-    model_dir = str(pipeline.compress().local_dir)
+    model_dir = str(pipeline.served_dir())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with StageProgress("serve", "replicas ready", config.num_replicas) as progress:
         url = start_server(model_dir, config)

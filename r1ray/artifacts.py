@@ -146,6 +146,17 @@ class ArtifactStore:
             )
         return artifact
 
+    def find_all(self, stage: str) -> list[Artifact]:
+        """The finished artifacts of a stage, the oldest first; their files are not looked at."""
+        selector = fs.FileSelector(f"{self._path}/{stage}", allow_not_found=True)
+        found = [
+            self.find(stage, info.base_name, verify=False)
+            for info in self._fs.get_file_info(selector)
+            if info.type == fs.FileType.Directory
+        ]
+        artifacts = [artifact for artifact in found if artifact is not None]
+        return sorted(artifacts, key=lambda artifact: artifact.manifest.finished_at)
+
     def run(
         self,
         stage: str,
@@ -217,6 +228,14 @@ class ArtifactStore:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(artifact.local_dir.relative_to(self._path), target_is_directory=True)
         temporary.replace(link)
+
+    def linked(self, name: str) -> Path | None:
+        """The directory that `link` let `<root>/<name>` lead to; None where it leads nowhere."""
+        link = Path(self._path) / name
+        if not self._is_local or not link.is_symlink() or not link.is_dir():
+            return None
+        self._check_confined(str(link))
+        return link.resolve()
 
     def publish(self, directory: Path) -> None:
         """Put the files in the local `directory` beside the stages, each replaced as a whole."""

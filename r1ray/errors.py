@@ -7,6 +7,7 @@ R1RayError
 ├── BudgetError      more memory is needed than the budget allows
 ├── ExchangeError    workers could not exchange gradients or weights
 ├── DivergenceError  training does not get better by trying again: its gradients are not finite
+├── ForgettingError  a new model has lost too much of what the published one knows
 └── ServingError     a request cannot be answered; carries the HTTP status and OpenAI's error code
 
 Messages name the value, the rule and the fix. `assert` is kept for r1ray's own invariants.
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigError",
     "DivergenceError",
     "ExchangeError",
+    "ForgettingError",
     "R1RayError",
     "ServingError",
     "ShapeError",
@@ -50,6 +52,10 @@ class ExchangeError(R1RayError):
 
 class DivergenceError(R1RayError):
     """Gradients are not finite, step after step, whatever was done against it."""
+
+
+class ForgettingError(R1RayError):
+    """A new model has lost more of what the published one knows than is allowed."""
 
 
 class ServingError(R1RayError):

@@ -8,8 +8,13 @@ The second and third line are there where the configuration has a `student` or `
 made with `base` and, the logits, with `train`. A stage that has finished with the same config and
 inputs is not run again. `only` restricts a pipeline to one stage: the ones before it must then have
 finished.
+
+With `continual` each source is learned in a phase of its own, of one `prepare` and one `train`: the
+former mixes in what the reservoir of the phase before holds, the latter begins with its weights.
+Phases that are the same as in an earlier run are found again, so that a source can be appended.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,11 +26,12 @@ from r1ray.compression.export import export_model
 from r1ray.compression.logits import PARTS_DIR, store_logits
 from r1ray.config.checks import check_lengths
 from r1ray.config.distill import DistillConfig, StoredLogitsConfig
-from r1ray.config.prepare import FileSourceConfig
+from r1ray.config.prepare import FileSourceConfig, PrepareConfig
 from r1ray.config.schema import ContextConfig, PipelineConfig, identity
 from r1ray.data.batch_set import BatchSet
 from r1ray.data.pipeline import prepare_batches
 from r1ray.data.reasoning import Problem, draw_heldout
+from r1ray.data.reservoir import Replay, Reservoir
 from r1ray.data.sources import describe_files
 from r1ray.errors import ConfigError
 from r1ray.evaluation.evaluate import evaluate_models
@@ -41,10 +47,11 @@ from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.config import ModelConfig
 from r1ray.models.student import build_student, plan_student
 from r1ray.observability.progress import StageProgress
+from r1ray.publication import LINK, has_replaced
 from r1ray.training.trainer import CHECKPOINTS_DIR, train_model
 from r1ray.training.worker import Teaching
 
-__all__ = ["STAGES", "Pipeline"]
+__all__ = ["STAGES", "Pipeline", "describe_sources"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +63,16 @@ class Pipeline:
 
     Args:
         only: run this stage alone and require the others; None runs whatever is missing.
+        memory: has a reservoir to begin with, where the base has none.
     """
 
-    def __init__(self, config: PipelineConfig, *, only: str | None = None) -> None:
+    def __init__(
+        self, config: PipelineConfig, *, only: str | None = None, memory: Artifact | None = None
+    ) -> None:
         self.config = config
         self.store = ArtifactStore(config.run.root, config.run.name)
         self._only = only
+        self._memory = memory
         self._made: dict[str, Artifact] = {}
 
     def base(self) -> Artifact:
@@ -109,31 +120,70 @@ class Pipeline:
 
         return self._stage("student", identity(config), {"base": base.digest}, body, job="train")
 
+    @property
+    def num_phases(self) -> int:
+        """Data sets that are learned one after the other."""
+        return 1 if self.config.continual is None else len(self.config.prepare.sources)
+
+    def _sources_of(self, phase: int) -> PrepareConfig:
+        prepare = self.config.prepare
+        if self.config.continual is None:
+            return prepare
+        return dataclasses.replace(prepare, sources=[prepare.sources[phase]])
+
     def prepare(self) -> Artifact:
-        """The BatchSet."""
-        config, base = self.config, self.base()
+        """The BatchSet; of the last phase, where there are several."""
+        return self._prepare(self.num_phases - 1)
+
+    def _prepare(self, phase: int) -> Artifact:
+        config, base, prepare = self.config, self.base(), self._sources_of(phase)
+        values = identity(prepare, config.tasks)
+        values["heldout_problems"] = config.evaluate.num_problems
+        inputs = {"base": base.digest, **describe_sources(prepare)}
+        before = base
+        if config.continual is not None and config.continual.replay is not None:
+            values |= identity(config.continual.replay) | {"seed": config.run.seed}
+            if phase > 0:
+                before = self._prepare(phase - 1)
+                inputs["prepare"] = before.digest
+            elif self._memory is not None:
+                before = self._memory
+                inputs["memory"] = before.digest
 
         def body(out_dir: Path) -> dict[str, Any]:
-            with StageProgress("prepare", "rows") as progress:
+            with StageProgress(self._name("prepare", phase), "rows") as progress:
                 return prepare_batches(
-                    config.prepare,
+                    prepare,
                     config.tasks,
                     base.local_dir,
                     self.heldout_problems(),
                     out_dir,
                     name=f"{self.store.name}-prepare",
                     on_rows=progress.update,
+                    replay=self._replay(before.local_dir),
                 )
 
-        inputs = {"base": base.digest, **_describe_sources(config)}
-        values = identity(config.prepare, config.tasks)
-        values["heldout_problems"] = config.evaluate.num_problems
-        return self._stage("prepare", values, inputs, body)
+        return self._stage("prepare", values, inputs, body, phase=phase)
+
+    def _replay(self, before: Path) -> Replay | None:
+        """Of what the directory `before` remembers; from the first phase on, samples are kept."""
+        config, seed = self.config.continual, self.config.run.seed
+        if config is None or config.replay is None:
+            return None
+        reservoir = Reservoir.recall(before, config.replay.reservoir_rows, seed=seed)
+        max_tokens = self.config.prepare.max_tokens
+        return Replay(reservoir, config.replay.share, seed=seed, max_tokens=max_tokens)
 
     def train(self) -> Artifact:
-        """The fine-tuned checkpoint."""
-        config, start, prepared = self.config, self.start(), self.prepare()
+        """The fine-tuned checkpoint; after the last phase, where there are several."""
+        return self._train(self.num_phases - 1)
+
+    def _train(self, phase: int) -> Artifact:
+        config, prepared = self.config, self._prepare(phase)
+        start = self.start() if phase == 0 else self._train(phase - 1)
         values = identity(config.train) | {"seed": config.run.seed}
+        if config.continual is not None:
+            values |= identity(config.continual)
         inputs = {start.manifest.stage: start.digest, "prepare": prepared.digest}
         if config.distill is not None:
             values |= identity(config.distill)
@@ -142,7 +192,8 @@ class Pipeline:
 
         def body(out_dir: Path) -> dict[str, Any]:
             teaching = None if config.distill is None else self._teaching(config.distill)
-            with StageProgress("train", "step", config.train.num_steps) as progress:
+            name = self._name("train", phase)
+            with StageProgress(name, "step", config.train.num_steps) as progress:
                 return train_model(
                     config.train,
                     seed=config.run.seed,
@@ -150,12 +201,13 @@ class Pipeline:
                     start=start,
                     prepared=prepared,
                     teaching=teaching,
+                    continual=config.continual,
                     run_id=self._run_id("train", values, inputs),
                     out_dir=out_dir,
                     on_step=lambda record: progress.update(record.step, record.describe()),
                 )
 
-        return self._stage("train", values, inputs, body, keep=(CHECKPOINTS_DIR,))
+        return self._stage("train", values, inputs, body, keep=(CHECKPOINTS_DIR,), phase=phase)
 
     def logits(self, config: DistillConfig, stored: StoredLogitsConfig) -> Artifact:
         """What the teacher thinks of every target of the BatchSet."""
@@ -184,8 +236,12 @@ class Pipeline:
             logits_run_id = self.logits(config, config.logits).manifest.run_id
         return Teaching(config, self.teacher(config).manifest.run_id, logits_run_id)
 
-    def compress(self) -> Artifact:
-        """The quantized model directory; `<root>/<run>/model` leads to it."""
+    def compress(self, *, publish: bool = True) -> Artifact:
+        """The quantized model directory.
+
+        Args:
+            publish: let `<root>/<run>/model` lead to it, unless updates of it are there already.
+        """
         trained, prepared = self.train(), self.prepare()
 
         def body(out_dir: Path) -> dict[str, Any]:
@@ -198,8 +254,17 @@ class Pipeline:
         exported = self._stage(
             "compress", identity(self.config.compress), {"train": trained.digest}, body
         )
-        self.store.link("model", exported)
+        if publish and not has_replaced(self.store, exported):
+            self.store.link(LINK, exported)
         return exported
+
+    def served_dir(self) -> Path:
+        """What a server is to serve: a link that leads to what is published, where there are links.
+
+        That is `compress`, or an update of it (`r1ray.updates`).
+        """
+        exported = self.compress()
+        return exported.local_dir if "://" in self.store.root else Path(self.store.path) / LINK
 
     def evaluate(self) -> Artifact:
         """Accuracy, perplexity, size and latency of base, tuned and quantized model."""
@@ -267,21 +332,31 @@ class Pipeline:
         body: Callable[[Path], dict[str, Any]],
         keep: tuple[str, ...] = (),
         job: str | None = None,
+        phase: int | None = None,
     ) -> Artifact:
-        """The artifact of `stage`, made by the job of that name, or by `job`."""
-        if stage not in self._made:
+        """The artifact of `stage`, made by the job of that name, or by `job`.
+
+        Args:
+            phase: of those that are learned one after the other, where the stage is of one.
+        """
+        key = stage if phase is None else self._name(stage, phase)
+        if key not in self._made:
             job = job or stage
             if self._only in (None, job):
-                self._made[stage] = self.store.run(
+                self._made[key] = self.store.run(
                     stage, _with_version(values), inputs, body, keep=keep
                 )
             else:
-                self._made[stage] = self.store.require(
+                self._made[key] = self.store.require(
                     stage,
                     self._run_id(stage, values, inputs),
                     hint=f"run `python -m jobs.{job}` with the same configuration first",
                 )
-        return self._made[stage]
+        return self._made[key]
+
+    def _name(self, stage: str, phase: int) -> str:
+        """Of one phase; the last one's is the stage's own."""
+        return stage if phase == self.num_phases - 1 else f"{stage} {phase + 1}"
 
     @staticmethod
     def _run_id(stage: str, values: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -292,9 +367,10 @@ def _with_version(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "r1ray": __version__}
 
 
-def _describe_sources(config: PipelineConfig) -> dict[str, str]:
+def describe_sources(prepare: PrepareConfig) -> dict[str, str]:
+    """Size and time of every file that the sources name."""
     described: dict[str, str] = {}
-    for source in config.prepare.sources:
+    for source in prepare.sources:
         if isinstance(source, FileSourceConfig):
             described |= describe_files(source.paths)
     return described

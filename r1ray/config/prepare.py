@@ -67,6 +67,8 @@ class TaskSourceConfig:
     """Rows written by program."""
     num_samples: Annotated[int, Field(ge=1, le=10_000_000)]
     """Training traces over all families together."""
+    families: Annotated[list[Name], Field(min_length=1)] | None = None
+    """Names of the families, out of those of `tasks`; null for all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -134,7 +136,7 @@ class PrepareConfig:
     """From rows of text to token-budget micro-batches."""
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
-    """Where rows come from; all sources together make one BatchSet."""
+    """Where rows come from; together they make one BatchSet, with `continual` one each."""
     max_tokens: Annotated[int, Field(ge=8, le=1_048_576)]
     """Longest sample in tokens."""
     overflow: Literal["reject", "truncate", "split"] = "reject"
@@ -149,9 +151,15 @@ class PrepareConfig:
     resources: PrepareResources = PrepareResources()
 
     @model_validator(mode="after")
-    def _one_task_source(self) -> "PrepareConfig":
-        if sum(source.type == "tasks" for source in self.sources) > 1:
-            raise ValueError("sources has more than one entry of type tasks; add up num_samples")
+    def _no_task_twice(self) -> "PrepareConfig":
+        sources = [source for source in self.sources if isinstance(source, TaskSourceConfig)]
+        named = [name for source in sources for name in source.families or ()]
+        has_all = any(source.families is None for source in sources)
+        if len(sources) > 1 and (has_all or len(set(named)) < len(named)):
+            raise ValueError(
+                "sources has more than one entry of type tasks; give each its own families, or "
+                "add up num_samples"
+            )
         return self
 
     @model_validator(mode="after")

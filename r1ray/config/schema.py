@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from r1ray.config.continual import ContinualConfig, UpdateConfig
 from r1ray.config.distill import DistillConfig
 from r1ray.config.names import ConfiguredPath, Name
 from r1ray.config.prepare import PrepareConfig, TasksConfig
@@ -136,6 +137,38 @@ class PipelineConfig:
     compress: CompressConfig
     evaluate: EvaluateConfig
     serve: ServeConfig
+    continual: ContinualConfig | None = None
+    update: UpdateConfig = UpdateConfig()
+
+    @model_validator(mode="after")
+    def _task_sources_name_families(self) -> "PipelineConfig":
+        known = {family.name for family in self.tasks.families}
+        for source in self.prepare.sources:
+            named = set((source.families or ()) if source.type == "tasks" else ())
+            if named - known:
+                raise ValueError(
+                    f"prepare.sources names the family {min(named - known)!r}, which is not in "
+                    "tasks.families; add it there"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _a_sequence_trains_the_model(self) -> "PipelineConfig":
+        train = self.train
+        if self.continual is None:
+            return self
+        others = (self.distill, train.gates, train.resources.tiers)
+        if any(other is not None for other in others):
+            raise ValueError(
+                "continual goes without distill, train.gates and train.resources.tiers; leave "
+                "them out, or continual"
+            )
+        if self.continual.lora is not None and train.fake_quant is not None:
+            raise ValueError(
+                f"continual.lora trains beside weights that train.fake_quant "
+                f"({train.fake_quant}) would round alone; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _teachers_stay_out_of_budgets(self) -> "PipelineConfig":

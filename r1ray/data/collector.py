@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from r1ray.config.prepare import BucketsConfig, PrepareConfig
 from r1ray.data.length_sketch import LengthSketch
+from r1ray.data.reservoir import Replay
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA
 from r1ray.errors import ArtifactError
 
@@ -29,10 +30,11 @@ class SampleCollector:
 
     Args:
         results: tables of `tokenize_table.RESULT_SCHEMA`.
+        replay: mixes earlier samples into them.
 
     Attributes:
-        counts, ignored, sketch, answers: complete once the iteration is over; `answers` counts
-            samples by their targets.
+        counts, ignored, sketch, answers: complete once the iteration is over; the last two count
+            what is trained on, replayed samples too, `answers` by their targets.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class SampleCollector:
         out_dir: Path,
         config: PrepareConfig,
         on_rows: Callable[[int], None],
+        replay: Replay | None = None,
     ) -> None:
+        self._replay = replay
         self._results, self._out_dir = results, out_dir
         self._max_quarantined_share = config.max_quarantined_share
         self._on_rows = on_rows
@@ -71,7 +75,7 @@ class SampleCollector:
                 self._count(table, good)
                 self._on_rows(self.counts["num_rows"])
                 if good.num_rows:
-                    yield good.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
+                    yield self._mix(good.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA))
         _check_counts(self.counts, self._max_quarantined_share, self._out_dir)
 
     def _count(self, table: pa.Table, good: pa.Table) -> None:
@@ -85,9 +89,14 @@ class SampleCollector:
         for name in table["ignored"].drop_null().combine_chunks().flatten().to_pylist():
             is_known = name in self.ignored or len(self.ignored) < _MAX_IGNORED_NAMES
             self.ignored[name if is_known else "others"] += 1
-        if good.num_rows:
-            self.sketch.add(pc.list_value_length(good["input_ids"]).to_numpy())
-            self.answers.add(_count_targets(good["is_target"].combine_chunks()))
+
+    def _mix(self, samples: pa.Table) -> pa.Table:
+        if self._replay is not None:
+            samples = self._replay.mix(samples)
+            self.counts["num_replayed"] = self._replay.num_replayed
+        self.sketch.add(pc.list_value_length(samples["input_ids"]).to_numpy())
+        self.answers.add(_count_targets(samples["is_target"].combine_chunks()))
+        return samples
 
 
 def _count_targets(is_target: pa.ListArray) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ for the next; that of tasks and of the object store by blocks of 4 MiB. The task
 from `model_dir`, which every node must see.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -46,6 +47,7 @@ from r1ray.data.planners import (
     fit_ceilings,
 )
 from r1ray.data.reasoning import Problem, build_messages, draw_training
+from r1ray.data.reservoir import Replay
 from r1ray.data.sources import list_files, read_file, rows_to_table
 from r1ray.data.summary import plot_summary, render_summary
 from r1ray.data.tokenize_table import SAMPLE_SCHEMA, tokenize_table
@@ -70,6 +72,7 @@ def prepare_batches(
     on_rows: Callable[[int], None] = lambda _: None,
     *,
     name: str = "prepare",
+    replay: Replay | None = None,
 ) -> dict[str, Any]:
     """Write the BatchSet of `config`'s sources into `out_dir`; returns the summary's figures.
 
@@ -78,6 +81,7 @@ def prepare_batches(
         heldout: problems whose questions must not be trained on.
         on_rows: called with the number of rows read so far.
         name: of the data set in Ray's dashboard and metrics.
+        replay: mixes earlier samples in; its reservoir is written beside the BatchSet.
     Raises:
         ArtifactError: too large a share of the rows had to be quarantined, or none is left.
     """
@@ -99,13 +103,15 @@ def prepare_batches(
     )
     dataset.set_name(name)
     tokenized: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-    collector = SampleCollector(tokenized, out_dir, config, on_rows)
+    collector = SampleCollector(tokenized, out_dir, config, on_rows, replay)
     try:
         written = _write_batches(config, collector, out_dir)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, R1RayError):
             raise error.cause from None  # the cause alone, without the remote traceback
         raise
+    if replay is not None:
+        replay.reservoir.save(out_dir)
     summary = {
         **collector.counts,
         "ignored_fields": dict(sorted(collector.ignored.items())),
@@ -184,7 +190,7 @@ def _read_sources(
     parts: list[ray.data.Dataset] = []
     for source in config.sources:
         if isinstance(source, TaskSourceConfig):
-            problems = draw_training(tasks, source.num_samples, heldout)
+            problems = draw_training(_only(tasks, source.families), source.num_samples, heldout)
             table = _write_traces(problems, tasks.system_prompt, out_dir)
             starts = range(0, table.num_rows, _TRACES_PER_BLOCK)
             blocks = [table.slice(start, _TRACES_PER_BLOCK) for start in starts]
@@ -214,6 +220,14 @@ def _read_sources(
                 )
             )
     return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
+
+
+def _only(tasks: TasksConfig, names: list[str] | None) -> TasksConfig:
+    """`tasks` with the families of these names; all of them if None."""
+    if names is None:
+        return tasks
+    chosen = [family for family in tasks.families if family.name in names]
+    return dataclasses.replace(tasks, families=chosen)
 
 
 def _write_traces(problems: list[Problem], system_prompt: str, out_dir: Path) -> pa.Table:

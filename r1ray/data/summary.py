@@ -23,6 +23,7 @@ def render_summary(summary: Mapping[str, Any]) -> str:
         ("over-long (by prepare.overflow)", f"{summary['num_over_long']:,}"),
         ("pieces without a target, dropped", f"{summary['num_dropped_pieces']:,}"),
         ("samples", f"{summary['num_samples']:,}"),
+        *_replayed(summary),
         ("tokens", f"{summary['num_tokens']:,}"),
         ("targets among them", f"{summary['num_targets'] / summary['num_tokens']:.1%}"),
         (
@@ -50,6 +51,12 @@ def render_summary(summary: Mapping[str, Any]) -> str:
     ]
     batches = [(name, f"{sum(count for _, count in chunk):,}") for name, chunk in shown]
     return table + "\n" + _table(("ceiling (tokens)", "batches"), batches)
+
+
+def _replayed(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of earlier data sets; none without replay."""
+    count = summary.get("num_replayed")
+    return [] if count is None else [("replayed samples besides", f"{count:,}")]
 
 
 def plot_summary(summary: Mapping[str, Any], path: Path) -> None:

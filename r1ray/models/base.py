@@ -10,6 +10,7 @@ from r1ray.models.checkpoint import QUANTIZATION_NAME, copy_tokenizer, load_mode
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
 from r1ray.models.gguf import load_gguf_model, save_gguf_tokenizer
+from r1ray.models.memory import copy_memory
 from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["check_same_vocabulary", "count_parameters", "import_base", "resolve_source"]
@@ -52,6 +53,8 @@ def import_base(
 ) -> dict[str, Any]:
     """Write the checkpoint at `source` into `target` as float32 safetensors; returns metrics.
 
+    What the model remembers of earlier data goes with it.
+
     Args:
         key: of the configuration, for messages.
         context: how its rotary positions are to be scaled.
@@ -66,6 +69,7 @@ def import_base(
             )
         model = load_model(source)
         copy_tokenizer(source, target)
+        copy_memory(source, target)
     else:
         model = load_gguf_model(source)
         save_gguf_tokenizer(source, target, max_tokens=model.config.max_positions)

@@ -2,7 +2,8 @@
 
 A plain Hugging Face checkpoint is a model directory. `r1ray.json` is there when r1ray quantized the
 weights: it names the scheme (`r1ray.models.quantization`). Gates of block-sparse attention, where
-there are any, lie beside them (`r1ray.models.gates`).
+there are any, lie beside them (`r1ray.models.gates`), and so do adapters that are not merged yet
+(`r1ray.models.lora`).
 """
 
 import json
@@ -22,6 +23,7 @@ from r1ray.files import read_json
 from r1ray.models.config import CONFIG_NAME, ModelConfig
 from r1ray.models.decoder import Decoder
 from r1ray.models.gates import is_gate, load_gates, save_gates
+from r1ray.models.lora import is_adapter, load_adapters, save_adapters
 from r1ray.models.quantization import (
     SCHEMES,
     pack_tensors,
@@ -71,6 +73,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Decoder
             tensors[name] = tensor.to(dtype)
     assign_weights(model, tensors, where=path)
     load_gates(model, path)
+    load_adapters(model, path)
     return model.eval()
 
 
@@ -87,12 +90,15 @@ def save_model(
     tensors = {
         name: tensor.detach().contiguous()
         for name, tensor in model.state_dict().items()
-        if not (model.config.tie_embeddings and name.startswith("lm_head.")) and not is_gate(name)
+        if not (model.config.tie_embeddings and name.startswith("lm_head."))
+        and not is_gate(name)
+        and not is_adapter(name)
     }
     if model.scheme is not None:
         tensors = pack_tensors(tensors, model.scheme)
     save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
     save_gates(model, path)
+    save_adapters(model, path)
     config = model.config.to_hf()
     config["torch_dtype"] = str(model.model.norm.weight.dtype).removeprefix("torch.")
     _write_json(path / CONFIG_NAME, config)

@@ -124,7 +124,7 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
         ConfigError: the port is taken, or the context is longer than the model's.
         ServingError: the server did not come up.
     """
-    model_dir = str(Path(model_dir).resolve())
+    model_dir = str(Path(model_dir).absolute())  # a link stays one, and is followed
     check_context(config.max_context_tokens, ModelConfig.load(model_dir))
     check_port_is_free(config.host, config.port)
     _check_serve_is_ours_to_start()

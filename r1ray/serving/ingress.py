@@ -72,14 +72,20 @@ class RemoteModel:
             if not finished:
                 response.cancel()
 
-    async def probe(self) -> None:
-        """Return once a replica's model has computed something.
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+        return self._args.model_name
+
+    async def probe(self) -> str:
+        """The version that a replica serves, once its model has computed something.
 
         Raises:
             ServingError: 503 when none does in time, with the reason.
         """
         try:
-            await asyncio.wait_for(_result(self._handle.probe.remote()), PROBE_TIMEOUT_S)
+            found = await asyncio.wait_for(_result(self._handle.probe.remote()), PROBE_TIMEOUT_S)
+            return str(found)
         except (RayError, RayServeException, TimeoutError) as error:
             app_name = serve.get_replica_context().app_name
             reason = await asyncio.to_thread(explain_waiting, app_name, self._args)
@@ -153,8 +159,9 @@ class OpenAIIngress:
 
     @app.get("/health")
     async def health(self) -> Response:
-        await asyncio.gather(*[model.probe() for model in self._models])
-        return json_response(Health().model_dump())
+        found = await asyncio.gather(*[model.probe() for model in self._models])
+        names = [model.name for model in self._models]
+        return json_response(Health(versions=dict(zip(names, found, strict=True))).model_dump())
 
     @app.get("/metrics")
     async def metrics(self) -> Response:

@@ -32,9 +32,14 @@ Reason = Literal["stop", "length"]
 
 
 class Health(BaseModel):
-    """The answer to GET /health where all is well."""
+    """The answer to GET /health where all is well.
+
+    Attributes:
+        versions: of each model, by its name: the directory that the replica that was asked serves.
+    """
 
     status: Literal["ok"] = "ok"
+    versions: dict[str, str]
 
 
 class ErrorDetails(BaseModel):

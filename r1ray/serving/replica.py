@@ -31,6 +31,7 @@ from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
 from r1ray.ops import native
 from r1ray.serving.engine import Engine
+from r1ray.serving.following import EngineFollower
 from r1ray.serving.scaling import TOKENS_DUE
 
 __all__ = ["Failure", "ModelReplica", "build_engine", "check_context", "compile_forms"]
@@ -110,14 +111,17 @@ def build_engine(model_dir: str, config: EngineConfig) -> Engine:
 
 
 class ModelReplica:
-    """Streams tokens for the ingress; unhealthy as soon as its engine computes nothing any more."""
+    """Streams tokens for the ingress; unhealthy as soon as its engine computes nothing any more.
+
+    Where `model_dir` is a link, the replica follows it (`r1ray.serving.following`).
+    """
 
     def __init__(self, args: ModelArgs) -> None:
         setup_logging()
         sys.setswitchinterval(SWITCH_S)
         num_threads = max(1, int(args.num_cpus_per_replica))
         torch.set_num_threads(num_threads)
-        self._engine = build_engine(args.model_dir, args)
+        self._follower = EngineFollower(args.model_dir, lambda path: build_engine(path, args))
         logger.info(
             "%s is loaded; %d torch threads; %s", args.model_dir, num_threads, native.describe()
         )
@@ -130,32 +134,37 @@ class ModelReplica:
         Cancelling the call, which Serve does when the client is gone, frees the request's memory.
         """
         try:
-            async with aclosing(self._engine.submit(request)) as batches:
-                async for events in batches:
-                    yield events
-                    await asyncio.sleep(COALESCE_S - time.monotonic() % COALESCE_S)
+            with self._follower.lease() as engine:
+                async with aclosing(engine.submit(request)) as batches:
+                    async for events in batches:
+                        yield events
+                        await asyncio.sleep(COALESCE_S - time.monotonic() % COALESCE_S)
         except ServingError as error:
             yield Failure.of(error)
 
-    async def probe(self) -> None:
-        """Return once the model has computed something."""
-        await self._engine.probe()
+    async def probe(self) -> str:
+        """The version that is served, once its model has computed something."""
+        with self._follower.lease() as engine:
+            version = self._follower.version
+            await engine.probe()
+        return version
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this raises or takes too long."""
-        await self._engine.probe()
+        await self.probe()
 
     async def read_metrics(self) -> tuple[str, list[Metric]]:
-        """(which replica this is, what its engine tells)."""
-        return serve.get_replica_context().replica_id.unique_id, self._engine.metrics()
+        """(which replica this is, what its engine tells); a new version counts from 0."""
+        return serve.get_replica_context().replica_id.unique_id, self._follower.engine.metrics()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, for `r1ray.serving.scaling`."""
-        return {TOKENS_DUE: self._engine.stats.num_tokens_due}
+        engines = self._follower.engines
+        return {TOKENS_DUE: sum(engine.stats.num_tokens_due for engine in engines)}
 
     def __del__(self) -> None:
-        if hasattr(self, "_engine"):  # absent when loading failed
-            self._engine.close()
+        if hasattr(self, "_follower"):  # absent when loading failed
+            self._follower.close()
 
 
 def _count_pages(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:

@@ -21,10 +21,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from r1ray.artifacts import Artifact, ArtifactStore
+from r1ray.config.continual import ContinualConfig
 from r1ray.config.training import TrainConfig
 from r1ray.errors import ArtifactError, ExchangeError, R1RayError
 from r1ray.files import read_json
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
+from r1ray.models.memory import copy_memory
+from r1ray.training import continual as sequence
 from r1ray.training.checkpoint import HISTORY_NAME, is_whole, load_history
 from r1ray.training.memory import KEEP_FREED_MEMORY
 from r1ray.training.step import StepRecord
@@ -73,6 +76,7 @@ def train_model(
     start: Artifact,
     prepared: Artifact,
     teaching: Teaching | None = None,
+    continual: ContinualConfig | None = None,
     run_id: str,
     out_dir: Path,
     on_step: Callable[[StepRecord], None] = lambda *_: None,
@@ -82,6 +86,7 @@ def train_model(
     Args:
         start: artifact of the model to start from.
         teaching: whom else to learn from than `prepared`'s targets.
+        continual: how this data set is learned as one of a sequence.
     Raises:
         ExchangeError: more workers failed than `train.resources.max_failures` allows.
         DivergenceError: the gradients are not finite, step after step.
@@ -103,6 +108,7 @@ def train_model(
         board=board,
         teaching=teaching,
         salvaged=None if salvaged is None else str(salvaged),
+        continual=continual,
     )
     trainer = TorchTrainer(
         run_worker,
@@ -132,7 +138,12 @@ def train_model(
     assert result.checkpoint is not None, "the last step reports a checkpoint"
     with result.checkpoint.as_directory() as directory:
         history = load_history(Path(directory))
-        save_model(load_model(directory), out_dir)
+        model = load_model(directory)
+        if continual is not None:
+            sequence.finish(model, continual, load_model(start.local_dir).state_dict())
+            copy_memory(Path(directory), out_dir)
+            copy_memory(prepared.local_dir, out_dir)
+        save_model(model, out_dir)
         (out_dir / HISTORY_NAME).write_bytes((Path(directory) / HISTORY_NAME).read_bytes())
     copy_tokenizer(start.local_dir, out_dir)
     return _summarize(history) | {"recoveries": [asdict(item) for item in recoveries]}

@@ -18,9 +18,10 @@ import torch
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.compression.logit_store import LogitStore
+from r1ray.config.continual import ContinualConfig
 from r1ray.config.distill import DistillConfig
 from r1ray.config.training import TrainConfig
-from r1ray.data.batch_set import BatchSet, plan_order
+from r1ray.data.batch_set import BatchSet, plan_order, shuffled
 from r1ray.errors import BudgetError, ConfigError, DivergenceError
 from r1ray.exchange import (
     CollectiveTransport,
@@ -37,6 +38,7 @@ from r1ray.models.quantization import fake_quantize_modules
 from r1ray.models.tiered import load_to_train
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
+from r1ray.training import continual
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
 from r1ray.training.gates import GateTraining
 from r1ray.training.metrics import StepMetrics
@@ -78,6 +80,7 @@ class WorkerJob:
         batches_run_id: the `prepare` artifact.
         board: actor that step records are posted to, and divergence.
         salvaged: checkpoint directory to go on from where Ray Train knows of none.
+        continual: how this data set is learned as one of a sequence; None where it is the only one.
     """
 
     config: TrainConfig
@@ -89,6 +92,7 @@ class WorkerJob:
     board: Any
     teaching: Teaching | None = None
     salvaged: str | None = None
+    continual: ContinualConfig | None = None
 
 
 def run_worker(loop_config: dict[str, Any]) -> None:
@@ -132,7 +136,7 @@ def _run(job: WorkerJob) -> None:
         if rank == 0:
             job.board.post.remote(record, state.exchange.plan)
         if is_saved:
-            _report(state, history, rank, world_size)
+            _report(job, state, batches, history, rank, world_size)
     state.exchange.close()
 
 
@@ -144,6 +148,10 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
     device = ray.train.torch.get_device()
     torch.manual_seed(job.seed)
     model, exchange = _build_model(job, device)
+    objective = _build_objective(job, device)
+    if job.continual is not None:
+        start = _read(job, *job.start).local_dir
+        objective = continual.hold(objective, model, job.continual, start)
     state = TrainState(
         model,
         job.config,
@@ -151,7 +159,7 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
         CollectiveTransport(timeout_s=job.config.resources.timeout_s)
         if world_size > 1
         else LocalTransport(),
-        _build_objective(job, device),
+        objective,
     )
     history: list[StepRecord] = []
     checkpoint = ray.train.get_checkpoint()
@@ -170,6 +178,8 @@ def _build_model(job: WorkerJob, device: torch.device) -> tuple[Decoder, Exchang
         model = load_model(source, dtype=torch.float32).to(device)
         if config.fake_quant is not None:
             fake_quantize_modules(model, config.fake_quant)
+        if job.continual is not None:
+            continual.begin(model, job.continual)
         if config.gates is not None:
             _train_gates_alone(model)
         elif detach_gates(model):
@@ -233,8 +243,30 @@ def _read(job: WorkerJob, stage: str, run_id: str) -> Artifact:
     return store.require(stage, run_id, hint="it must be readable from every node", verify=False)
 
 
-def _report(state: TrainState, history: list[StepRecord], rank: int, world_size: int) -> None:
+def _report(
+    job: WorkerJob,
+    state: TrainState,
+    batches: BatchSet,
+    history: list[StepRecord],
+    rank: int,
+    world_size: int,
+) -> None:
     with tempfile.TemporaryDirectory(prefix="r1ray-checkpoint-") as directory:
         save_checkpoint(Path(directory), state, history, rank=rank, world_size=world_size)
+        if rank == 0 and state.step == job.config.num_steps:
+            _remember(job, batches, Path(directory))
         checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report(asdict(history[-1]), checkpoint=checkpoint)
+
+
+def _remember(job: WorkerJob, batches: BatchSet, directory: Path) -> None:
+    """Measure what further data is not to change, on the model that the checkpoint will become."""
+    if job.continual is None or job.continual.ewc is None:
+        return
+    device = ray.train.torch.get_device()
+    start = _read(job, *job.start).local_dir
+    model = load_model(directory, dtype=torch.float32).to(device)
+    continual.finish(model, job.continual, load_model(start).state_dict())
+    chosen = shuffled(range(len(batches)), f"fisher-{job.seed}")[: job.continual.ewc.fisher_batches]
+    found = (batches.read(index).to(device) for index in chosen)
+    continual.remember(model, found, start, directory, seed=job.seed)

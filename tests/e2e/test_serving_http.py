@@ -107,7 +107,10 @@ def check_error(response: httpx.Response, status: int, code: str, param: str | N
 
 def test_health_and_models(client: openai.OpenAI, http: httpx.Client) -> None:
     health = http.get("/health")
-    assert (health.status_code, health.json()) == (200, {"status": "ok"})
+    assert (health.status_code, health.json()) == (
+        200,
+        {"status": "ok", "versions": {MODEL: "served0"}},
+    )
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "r1ray"
 

@@ -4,6 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from jobs.cli import run_guarded
+from r1ray.errors import ConfigError, ForgettingError, R1RayError
+
 
 def test_rays_settings_are_there_before_ray_is_imported() -> None:
     code = (
@@ -16,3 +21,14 @@ def test_rays_settings_are_there_before_ray_is_imported() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert finished.stdout.strip() == "token"
+
+
+@pytest.mark.parametrize(("error", "code"), [(ForgettingError, 3), (ConfigError, 2)])
+def test_a_refused_update_can_be_told_from_a_failure(
+    error: type[R1RayError], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> None:
+        raise error("it is so")
+
+    assert run_guarded(body) == code
+    assert capsys.readouterr().err == "error: it is so\n"

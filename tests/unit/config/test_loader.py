@@ -25,7 +25,8 @@ CONFIGS = sorted((Path(__file__).parents[3] / "jobs" / "configs").glob("*.yaml")
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
-    assert load_config(path).run.name == path.stem
+    updated = {"update": "demo"}  # a run of another configuration goes on
+    assert load_config(path).run.name == updated.get(path.stem, path.stem)
 
 
 def test_there_are_shipped_configurations() -> None:
@@ -119,7 +120,7 @@ def test_wrong_overrides_are_named(override: str, complaint: str) -> None:
         ),
         (
             ["prepare.sources=[{type: tasks, num_samples: 1}, {type: tasks, num_samples: 2}]"],
-            "prepare: sources has more than one entry of type tasks; add up num_samples",
+            "prepare: sources has more than one entry of type tasks; give each its own families",
         ),
         (
             ["train.resources.num_workers=3"],
