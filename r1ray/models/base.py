@@ -6,7 +6,7 @@ from typing import Any
 
 from r1ray.config.schema import ContextConfig
 from r1ray.errors import ArtifactError
-from r1ray.models.checkpoint import QUANTIZATION_NAME, copy_tokenizer, load_model, save_model
+from r1ray.models.checkpoint import copy_tokenizer, load_model, read_scheme, save_model
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
 from r1ray.models.gguf import load_gguf_model, save_gguf_tokenizer
@@ -60,7 +60,7 @@ def import_base(
             the positions are scaled already.
     """
     if source.is_dir():
-        if (source / QUANTIZATION_NAME).is_file():
+        if read_scheme(source) is not None:
             raise ArtifactError(
                 f"{source}: is quantized by r1ray; training starts from a float model"
             )

@@ -1,8 +1,9 @@
 """Model directories: `config.json`, `*.safetensors`, tokenizer files and `r1ray.json`.
 
 A plain Hugging Face checkpoint is a model directory. `r1ray.json` is there when r1ray quantized the
-weights: it names the scheme (`r1ray.models.quantization`). Gates of block-sparse attention, where
-there are any, lie beside them (`r1ray.models.gates`).
+weights, and names the scheme (`r1ray.models.quantization`), or where the model sees images
+(`r1ray.models.fusion_file`). Gates of block-sparse attention, where there are any, and what images
+are seen with lie beside the weights (`r1ray.models.gates`).
 """
 
 import json
@@ -21,6 +22,13 @@ from r1ray.errors import ArtifactError
 from r1ray.files import read_json
 from r1ray.models.config import CONFIG_NAME, ModelConfig
 from r1ray.models.decoder import Decoder
+from r1ray.models.fusion_file import (
+    RECORD_NAME,
+    describe_fusion,
+    is_fusion,
+    load_fusion,
+    save_fusion,
+)
 from r1ray.models.gates import is_gate, load_gates, save_gates
 from r1ray.models.quantization import (
     SCHEMES,
@@ -32,7 +40,6 @@ from r1ray.models.quantization import (
 from r1ray.models.tokenizer import TOKENIZER_FILES
 
 __all__ = [
-    "QUANTIZATION_NAME",
     "WEIGHTS_NAME",
     "assign_weights",
     "copy_tokenizer",
@@ -42,7 +49,6 @@ __all__ = [
     "save_model",
 ]
 
-QUANTIZATION_NAME = "r1ray.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -71,6 +77,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Decoder
             tensors[name] = tensor.to(dtype)
     assign_weights(model, tensors, where=path)
     load_gates(model, path)
+    load_fusion(model, path, dtype=dtype)
     return model.eval()
 
 
@@ -87,18 +94,23 @@ def save_model(
     tensors = {
         name: tensor.detach().contiguous()
         for name, tensor in model.state_dict().items()
-        if not (model.config.tie_embeddings and name.startswith("lm_head.")) and not is_gate(name)
+        if not (model.config.tie_embeddings and name.startswith("lm_head."))
+        and not is_gate(name)
+        and not is_fusion(name)
     }
     if model.scheme is not None:
         tensors = pack_tensors(tensors, model.scheme)
     save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
     save_gates(model, path)
+    save_fusion(model, path)
     config = model.config.to_hf()
     config["torch_dtype"] = str(model.model.norm.weight.dtype).removeprefix("torch.")
     _write_json(path / CONFIG_NAME, config)
+    record = describe_fusion(model)
     if model.scheme is not None:
-        record = {"quantization": {"scheme": model.scheme}, "provenance": dict(provenance or {})}
-        _write_json(path / QUANTIZATION_NAME, record)
+        record |= {"quantization": {"scheme": model.scheme}, "provenance": dict(provenance or {})}
+    if record:
+        _write_json(path / RECORD_NAME, record)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
@@ -114,11 +126,14 @@ def read_scheme(path: Path) -> Scheme | None:
     Raises:
         ArtifactError: `r1ray.json` is damaged or names another scheme.
     """
-    record_path = path / QUANTIZATION_NAME
+    record_path = path / RECORD_NAME
     if not record_path.is_file():
         return None
     try:
-        scheme = read_json(record_path)["quantization"]["scheme"]
+        record = read_json(record_path)
+        if "quantization" not in record and "fusion" in record:
+            return None
+        scheme = record["quantization"]["scheme"]
     except (ArtifactError, KeyError, TypeError) as error:
         raise ArtifactError(f"{record_path}: no quantization scheme in it ({error!r})") from error
     for known in SCHEMES:
