@@ -72,15 +72,15 @@ class RunSize:
 
 
 def decoder_config() -> ModelConfig:
-    """A Llama of 0.9 million parameters over the words."""
+    """A Llama of 0.3 million parameters over the words."""
     return ModelConfig(
         family="llama",
         vocab_size=len(VOCABULARY),
-        hidden_size=128,
-        intermediate_size=384,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=4,
+        hidden_size=96,
+        intermediate_size=256,
+        num_layers=3,
+        num_heads=3,
+        num_kv_heads=3,
         head_dim=32,
         max_positions=512,
         rms_norm_eps=1e-5,
@@ -100,17 +100,14 @@ def build_decoder(seed: int) -> Decoder:
 _ENCODER: dict[str, Any] = {
     "image_size": IMAGE_SIZE,
     "patch_size": IMAGE_SIZE // GRID,
-    "encoder_width": 128,
-    "encoder_heads": 4,
+    "encoder_width": 96,
+    "encoder_heads": 3,
+    "encoder_layers": 2,
 }
 _FUSIONS = {  # `measure_arms` says how equal they are
-    "early": FusionConfig(type="early", encoder_layers=2, encoder_mlp=384, **_ENCODER),
-    "mid": FusionConfig(
-        type="mid", encoder_layers=1, encoder_rounds=5, encoder_mlp=584, **_ENCODER
-    ),
-    "late": FusionConfig(
-        type="late", encoder_layers=1, encoder_rounds=4, encoder_mlp=896, **_ENCODER
-    ),
+    "early": FusionConfig(type="early", encoder_rounds=1, encoder_mlp=256, **_ENCODER),
+    "mid": FusionConfig(type="mid", encoder_rounds=4, encoder_mlp=88, **_ENCODER),
+    "late": FusionConfig(type="late", encoder_rounds=3, encoder_mlp=208, **_ENCODER),
 }
 
 
@@ -183,7 +180,7 @@ def pretrain(
         logits_PV = model.lm_head(model.hidden(ids_NL[chosen])[is_target_BL])
         loss = F.cross_entropy(logits_PV, labels_BL[is_target_BL])
         _update(optimizer, loss, size.text_learning_rate, step, steps)
-        if step % 200 == 199:
+        if step % 100 == 99:
             share = (logits_PV.argmax(-1) == labels_BL[is_target_BL]).float().mean()
             print(f"  text step {step + 1}: loss {float(loss):.3f}, right {float(share):.3f}")
     return model.eval()
@@ -268,6 +265,6 @@ def _update(optimizer: torch.optim.AdamW, loss: Tensor, peak: float, step: int, 
     [group] = optimizer.param_groups
     group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()

@@ -90,8 +90,14 @@ class Examples:
 
     def to(self, device: torch.device) -> "Examples":
         """The same on `device`."""
-        tensors = (self.pixels_N3SS, self.ids_NT, self.places_N, self.answers_N)
-        return Examples(*(tensor.to(device) for tensor in tensors), self.kinds, self.chances)
+        return Examples(
+            self.pixels_N3SS.to(device),
+            self.ids_NT.to(device),
+            self.places_N.to(device),
+            self.answers_N.to(device),
+            self.kinds,
+            self.chances,
+        )
 
 
 def write_examples(count: int, first_seed: int) -> Examples:

@@ -45,7 +45,7 @@ def compare(first_RQ: NDArray[np.bool_], second_RQ: NDArray[np.bool_]) -> Differ
     return _bootstrap(100.0 * (first_RQ.astype(float) - second_RQ))
 
 
-def _bootstrap(values_RQ: NDArray[np.float64]) -> Difference:
+def _bootstrap(values_RQ: NDArray[np.floating[Any]]) -> Difference:
     """Mean of `values_RQ` with its 95% interval.
 
     Source: percentile bootstrap, Efron 1979; of crossed factors, Owen 2007, arXiv:0711.2393.

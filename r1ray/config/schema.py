@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from r1ray.config.distill import DistillConfig
+from r1ray.config.fusion import FusionConfig
 from r1ray.config.names import ConfiguredPath, Name
 from r1ray.config.prepare import PrepareConfig, TasksConfig
 from r1ray.config.serving import ServeConfig
@@ -62,6 +63,8 @@ class BaseConfig:
     """A checkpoint directory, a .gguf file, or package:NAME for the .gguf in a Python package."""
     context: ContextConfig | None = None
     """Scaling of rotary positions for longer contexts; null leaves them as the checkpoint has."""
+    fusion: FusionConfig | None = None
+    """What the model is to see images with, untrained at first; null for what the source has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -158,6 +161,24 @@ class PipelineConfig:
                 "train.gates goes with prepare.batching {type: buckets} and without distill; "
                 "train the model first, and its gates in a run of their own"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fusion_goes_with(self) -> "PipelineConfig":
+        if self.base.fusion is None:
+            return self
+        excluded = {
+            "student": self.student is not None,
+            "distill": self.distill is not None,
+            "train.gates": self.train.gates is not None,
+            "train.resources.tiers": self.train.resources.tiers is not None,
+            "compress.scheme: codebook4": self.compress.scheme == "codebook4",
+            "compress.exports": bool(self.compress.exports),
+            "serve.budget_mib": self.serve.budget_mib is not None,
+        }
+        for name, is_there in excluded.items():
+            if is_there:
+                raise ValueError(f"base.fusion does not go with {name}; leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -20,15 +20,9 @@ from torch import Tensor
 from r1ray.config.schema import Scheme
 from r1ray.errors import ArtifactError
 from r1ray.files import read_json
-from r1ray.models.config import CONFIG_NAME, ModelConfig
+from r1ray.models.config import CONFIG_NAME, RECORD_NAME, ModelConfig
 from r1ray.models.decoder import Decoder
-from r1ray.models.fusion_file import (
-    RECORD_NAME,
-    describe_fusion,
-    is_fusion,
-    load_fusion,
-    save_fusion,
-)
+from r1ray.models.fusion_file import describe_fusion, is_fusion, load_fusion, save_fusion
 from r1ray.models.gates import is_gate, load_gates, save_gates
 from r1ray.models.quantization import (
     SCHEMES,

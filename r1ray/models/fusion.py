@@ -20,7 +20,7 @@ C channels of the fusion, N heads of cross-attention.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,37 @@ from r1ray.errors import ConfigError
 from r1ray.models.config import ModelConfig
 from r1ray.models.image_encoder import ImageEncoder
 
-__all__ = ["Fusion", "ImageContext", "ImageView", "PlacedImages", "build_fusion", "gather_images"]
+__all__ = [
+    "Fusion",
+    "ImageContext",
+    "ImageView",
+    "PlacedImages",
+    "RowImages",
+    "build_fusion",
+    "gather_images",
+]
 
 _NEVER = 2**62  # a place that no sequence reaches
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """The images of a batch.
+
+    Attributes:
+        pixels_I3SS: uint8.
+        rows: of the batch that they are in.
+        places, ends: as in `PlacedImages`, within the row.
+    """
+
+    pixels_I3SS: Tensor
+    rows: tuple[int, ...]
+    places: tuple[int, ...]
+    ends: tuple[int, ...] | None = None
+
+    def to(self, device: torch.device) -> "RowImages":
+        """The same on `device`."""
+        return replace(self, pixels_I3SS=self.pixels_I3SS.to(device))
 
 
 @dataclass(frozen=True)
@@ -124,14 +152,40 @@ class Fusion(nn.Module):
 
     Attributes:
         changes_layers: whether it is between the decoder's layers.
+        is_read_once: whether tokens behind an image's place need the image no more.
     """
 
     changes_layers = False
+    is_read_once = False
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = ImageEncoder(config)
+
+    def look(self, images: RowImages | None, num_rows: int) -> ImageContext | None:
+        """What a forward over `num_rows` rows takes in of their images; None without any."""
+        if images is None:
+            return None
+        features_IPE = self.encoder(images.pixels_I3SS)
+        rows: list[PlacedImages | None] = []
+        for row in range(num_rows):
+            own = [index for index, of in enumerate(images.rows) if of == row]
+            rows.append(
+                PlacedImages(
+                    features_IPE[own],
+                    [images.places[index] for index in own],
+                    None if images.ends is None else [images.ends[index] for index in own],
+                )
+            )
+        return gather_images(rows, self.encoder.positions_PE)
+
+    def list_products(self) -> tuple[nn.Module, ...]:
+        """The modules that multiply matrices, each called with float32 where that is asked."""
+        found: list[nn.Module] = []
+        for child in self.children():
+            found += child.values() if isinstance(child, nn.ModuleDict) else [child]
+        return tuple(found)
 
     def embed(self, x_BTD: Tensor, view: ImageView) -> Tensor:
         """Embeddings of the tokens, those at images' places replaced."""
@@ -148,6 +202,8 @@ class Fusion(nn.Module):
 
 class EarlyFusion(Fusion):
     """Patches as tokens."""
+
+    is_read_once = True
 
     def __init__(self, config: FusionConfig, decoder: ModelConfig) -> None:
         super().__init__(config)

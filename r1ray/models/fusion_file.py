@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from r1ray.config.fusion import FusionConfig
 from r1ray.errors import ArtifactError
 from r1ray.files import read_json
+from r1ray.models.config import RECORD_NAME
 from r1ray.models.decoder import Decoder
 from r1ray.models.fusion import build_fusion
 from r1ray.models.quantization import quantize_fusion
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 FUSION_NAME = "fusion.safetensors"
-RECORD_NAME = "r1ray.json"
 _PREFIX = "fusion."
 _KEY = "fusion"
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from r1ray.config.images import ImageLimits
 from r1ray.errors import ImageError
 
-__all__ = ["read_image", "write_png"]
+__all__ = ["read_image", "read_png", "write_png"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _GRAY = (128, 128, 128)
@@ -54,6 +54,12 @@ def read_image(data: bytes, size: int, limits: ImageLimits) -> NDArray[np.uint8]
             f"the image cannot be read as one of {formats} ({type(error).__name__}: {error})"
         ) from error
     return np.ascontiguousarray(np.asarray(fitted, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def read_png(data: bytes) -> NDArray[np.uint8]:
+    """The pixels, uint8 [3, S, S], that `write_png` wrote."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def write_png(pixels_3SS: NDArray[np.uint8]) -> bytes:
