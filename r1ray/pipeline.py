@@ -225,6 +225,8 @@ class Pipeline:
                 )
 
         inputs = {name: artifact.digest for name, artifact in models.items()}
+        if config.evaluate.images is not None:
+            inputs |= describe_files(config.evaluate.images.paths)
         return self._stage("evaluate", identity(config.evaluate, config.tasks), inputs, body)
 
     def write_report(self, *, command: str, serve_s: float | None = None) -> str:

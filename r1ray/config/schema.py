@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from r1ray.config.distill import DistillConfig
 from r1ray.config.fusion import FusionConfig
+from r1ray.config.images import ImageLimits
 from r1ray.config.names import ConfiguredPath, Name
 from r1ray.config.prepare import PrepareConfig, TasksConfig
 from r1ray.config.serving import ServeConfig
@@ -22,6 +23,7 @@ __all__ = [
     "CompressConfig",
     "ContextConfig",
     "EvaluateConfig",
+    "ImageQuestionsConfig",
     "PipelineConfig",
     "RunConfig",
     "Scheme",
@@ -108,6 +110,20 @@ class CompressConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class ImageQuestionsConfig:
+    """Held-out questions about images, each with its one right answer."""
+
+    paths: Annotated[list[ConfiguredPath], Field(min_length=1)]
+    """Parquet files with the columns question, answer, one of images, and perhaps kind."""
+    image_column: Annotated[str, Field(min_length=1, max_length=256)] = "image"
+    """As in prepare.sources of type images."""
+    limits: ImageLimits = ImageLimits()
+    """Others are an error here."""
+    num_questions: Annotated[int, Field(ge=1, le=1_000_000)] = 240
+    """The first of them that are asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class EvaluateConfig:
     """Held-out accuracy, perplexity, size and latency of base, tuned and INT8."""
 
@@ -123,6 +139,8 @@ class EvaluateConfig:
     """Context of the perplexity measurement in tokens."""
     latency_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
     """Tokens decoded one at a time for the latency figures."""
+    images: ImageQuestionsConfig | None = None
+    """Questions about images that are asked besides; null for none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from r1ray.config.images import ImageLimits
 from r1ray.config.prepare import ImageSourceConfig
 from r1ray.data.schemas import COLUMNS
 from r1ray.data.sources import check_row, rows_to_table
 from r1ray.errors import ArtifactError, ImageError
 from r1ray.models.images import read_image, write_png
 
-__all__ = ["read_image_file"]
+__all__ = ["list_images", "read_image_file"]
 
 _ROWS_AT_ONCE = 16
 
@@ -64,7 +65,8 @@ def _check(row: dict[str, Any], source: ImageSourceConfig, size: int) -> dict[st
     error = None
     try:
         images = [
-            write_png(read_image(data, size, source.limits)) for data in _list_images(found, source)
+            write_png(read_image(data, size, source.limits))
+            for data in list_images(found, source.image_column, source.limits)
         ]
     except ImageError as problem:
         error = str(problem)
@@ -72,13 +74,17 @@ def _check(row: dict[str, Any], source: ImageSourceConfig, size: int) -> dict[st
     return checked if checked.get("error") else {**checked, "images": images}
 
 
-def _list_images(found: Any, source: ImageSourceConfig) -> list[bytes]:
-    """The encoded images of a value of the column."""
+def list_images(found: Any, column: str, limits: ImageLimits) -> list[bytes]:
+    """The encoded images of a value of the column: bytes, a struct that has them, or a list.
+
+    Raises:
+        ImageError: there are none, or too many.
+    """
     values = found if isinstance(found, list) else [found]
-    if len(values) > source.limits.max_images:
-        raise ImageError(f"{len(values)} images, the most is {source.limits.max_images}")
+    if len(values) > limits.max_images:
+        raise ImageError(f"{len(values)} images, the most is {limits.max_images}")
     found_files = [value.get("bytes") if isinstance(value, dict) else value for value in values]
     files = [data for data in found_files if isinstance(data, bytes)]
     if not files or len(files) < len(values):
-        raise ImageError(f"column {source.image_column!r} has no bytes of an image")
+        raise ImageError(f"column {column!r} has no bytes of an image")
     return files
