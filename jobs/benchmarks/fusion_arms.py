@@ -180,9 +180,9 @@ def pretrain(
         logits_PV = model.lm_head(model.hidden(ids_NL[chosen])[is_target_BL])
         loss = F.cross_entropy(logits_PV, labels_BL[is_target_BL])
         _update(optimizer, loss, size.text_learning_rate, step, steps)
-        if step % 100 == 99:
+        if step % 200 == 199:
             share = (logits_PV.argmax(-1) == labels_BL[is_target_BL]).float().mean()
-            print(f"  text step {step + 1}: loss {float(loss):.3f}, right {float(share):.3f}")
+            print(f"  text step {step + 1}: loss {loss.item():.3f}, right {float(share):.3f}")
     return model.eval()
 
 
@@ -209,7 +209,7 @@ def train_arm(
         loss = F.cross_entropy(_answer(decoder, arm, train, chosen), train.answers_N[chosen])
         _update(optimizer, loss, learning_rate, step, size.steps)
         if step % 50 == 49:
-            losses.append(float(loss))
+            losses.append(loss.item())
     decoder.eval()
     with torch.inference_mode():
         right = [
