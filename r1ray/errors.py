@@ -4,6 +4,7 @@ R1RayError
 ├── ConfigError      a configuration value, key or override is wrong
 ├── ArtifactError    a file or directory is missing, damaged or of the wrong kind
 ├── ShapeError       a tensor or a list of lengths does not fit
+├── ImageError       bytes are no image, or one beyond the limits
 ├── BudgetError      more memory is needed than the budget allows
 ├── ExchangeError    workers could not exchange gradients or weights
 ├── DivergenceError  training does not get better by trying again: its gradients are not finite
@@ -20,6 +21,7 @@ __all__ = [
     "DivergenceError",
     "ExchangeError",
     "ForgettingError",
+    "ImageError",
     "R1RayError",
     "ServingError",
     "ShapeError",
@@ -40,6 +42,10 @@ class ArtifactError(R1RayError):
 
 class ShapeError(R1RayError):
     """A tensor, a list of lengths or an index does not fit."""
+
+
+class ImageError(R1RayError):
+    """Bytes are no image that can be read, or one beyond the limits."""
 
 
 class BudgetError(R1RayError):

@@ -26,7 +26,8 @@ from r1ray.compression.export import export_model
 from r1ray.compression.logits import PARTS_DIR, store_logits
 from r1ray.config.checks import check_lengths
 from r1ray.config.distill import DistillConfig, StoredLogitsConfig
-from r1ray.config.prepare import FileSourceConfig, PrepareConfig
+from r1ray.config.fusion import FusionConfig
+from r1ray.config.prepare import FileSourceConfig, ImageSourceConfig, PrepareConfig
 from r1ray.config.schema import ContextConfig, PipelineConfig, identity
 from r1ray.data.batch_set import BatchSet
 from r1ray.data.pipeline import prepare_batches
@@ -80,7 +81,7 @@ class Pipeline:
         if "base" in self._made:
             return self._made["base"]
         config = self.config.base
-        base = self._import("base", "base.source", config.source, config.context)
+        base = self._import("base", "base.source", config.source, config.context, config.fusion)
         shape = ModelConfig.load(base.local_dir)
         check_lengths(self.config, shape.max_context)
         if self.config.student is not None:
@@ -289,6 +290,8 @@ class Pipeline:
                 )
 
         inputs = {name: artifact.digest for name, artifact in models.items()}
+        if config.evaluate.images is not None:
+            inputs |= describe_files(config.evaluate.images.paths)
         return self._stage("evaluate", identity(config.evaluate, config.tasks), inputs, body)
 
     def write_report(self, *, command: str, serve_s: float | None = None) -> str:
@@ -306,7 +309,12 @@ class Pipeline:
         return draw_heldout(self.config.tasks, self.config.evaluate.num_problems)
 
     def _import(
-        self, stage: str, key: str, name: str, context: ContextConfig | None = None
+        self,
+        stage: str,
+        key: str,
+        name: str,
+        context: ContextConfig | None = None,
+        fusion: FusionConfig | None = None,
     ) -> Artifact:
         """The checkpoint at the source `name`, which `key` gives, as the artifact of `stage`."""
         if stage in self._made:
@@ -315,13 +323,22 @@ class Pipeline:
 
         def body(out_dir: Path) -> dict[str, Any]:
             with StageProgress(stage, "checkpoint", 1) as progress:
-                metrics = import_base(source, out_dir, key=key, context=context)
+                metrics = import_base(
+                    source,
+                    out_dir,
+                    key=key,
+                    context=context,
+                    fusion=fusion,
+                    seed=self.config.run.seed,
+                )
                 progress.update(1)
             return metrics
 
         values: dict[str, Any] = {"BaseConfig": {"source": name}}
         if context is not None:
             values |= identity(context)
+        if fusion is not None:
+            values |= identity(fusion) | {"seed": self.config.run.seed}
         return self._stage(stage, values, {"source": digest_path(source)}, body, job="base")
 
     def _stage(
@@ -371,6 +388,6 @@ def describe_sources(prepare: PrepareConfig) -> dict[str, str]:
     """Size and time of every file that the sources name."""
     described: dict[str, str] = {}
     for source in prepare.sources:
-        if isinstance(source, FileSourceConfig):
+        if isinstance(source, FileSourceConfig | ImageSourceConfig):
             described |= describe_files(source.paths)
     return described

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.errors import ArtifactError
 from r1ray.files import read_json
-from r1ray.models.checkpoint import QUANTIZATION_NAME
+from r1ray.models.config import RECORD_NAME
 
 __all__ = ["JUDGE", "LINK", "Published", "find_published", "has_replaced"]
 
@@ -41,7 +41,7 @@ def find_published(store: ArtifactStore) -> Published:
             "run.name first"
         )
     served = store.require("compress", target.name, hint="it was published a moment ago")
-    path = served.local_dir / QUANTIZATION_NAME
+    path = served.local_dir / RECORD_NAME
     try:
         run_id = str(read_json(path)["provenance"]["trained_run_id"])
     except (KeyError, TypeError) as error:

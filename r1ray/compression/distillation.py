@@ -65,7 +65,12 @@ def target_logits(model: Decoder, batch: MicroBatch) -> Tensor:
 
     The vocabulary projection, often the largest matrix of a small model, runs on these alone.
     """
-    hidden_BTD = model.hidden(batch.input_ids_BT, document_lengths=batch.document_lengths)
+    images = None
+    if model.fusion is not None:
+        images = model.fusion.look(batch.images, len(batch.input_ids_BT))
+    hidden_BTD = model.hidden(
+        batch.input_ids_BT, document_lengths=batch.document_lengths, images=images
+    )
     logits_PV: Tensor = model.lm_head(hidden_BTD[batch.labels_BT != IGNORED])
     return logits_PV
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from r1ray.artifacts import Artifact
 from r1ray.compression.codebook import measure_fisher, quantize_to_codebooks
@@ -21,6 +23,7 @@ from r1ray.data.batch_set import BatchSet, shuffled
 from r1ray.models.answer_lengths import write_answer_lengths
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.decoder import Decoder
+from r1ray.models.fusion import RowImages
 from r1ray.models.quantization import fake_quantize_modules, quantize_modules
 
 __all__ = ["EXPORTS_DIR", "export_model", "weight_bytes"]
@@ -68,9 +71,7 @@ def export_model(
 
 def _quantize(model: Decoder, config: CompressConfig, batches: BatchSet) -> dict[str, float]:
     """Quantize `model` in place; returns how far its logits are from what they were."""
-    probe_1T = torch.arange(64)[None] % model.config.vocab_size
-    with torch.inference_mode():
-        as_float = model(probe_1T)
+    as_float = _probe(model)
     if config.scheme == "codebook4":
         chosen = shuffled(range(len(batches)), "calibration")[: config.calibration_batches]
         fisher = measure_fisher(model, (batches.read(index) for index in chosen))
@@ -78,15 +79,26 @@ def _quantize(model: Decoder, config: CompressConfig, batches: BatchSet) -> dict
         as_trained = None
     else:
         fake_quantize_modules(model, config.scheme)
-        with torch.inference_mode():
-            as_trained = model(probe_1T)
+        as_trained = _probe(model)
         quantize_modules(model, config.scheme)
-    with torch.inference_mode():
-        as_served = model(probe_1T)
+    as_served = _probe(model)
     agreement = {"relative_logit_error": float((as_served - as_float).norm() / as_float.norm())}
     if as_trained is not None:
         agreement["max_fake_quant_difference"] = float((as_served - as_trained).abs().max())
     return agreement
+
+
+@torch.inference_mode()
+def _probe(model: Decoder) -> Tensor:
+    """Logits [1, T, V] of a fixed text, behind a fixed image where the model sees them."""
+    ids_1T, images = torch.arange(64)[None] % model.config.vocab_size, None
+    if model.fusion is not None:
+        config, generator = model.fusion.config, torch.Generator().manual_seed(0)
+        shape = (1, 3, config.image_size, config.image_size)
+        pixels = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+        images = model.fusion.look(RowImages(pixels, rows=(0,), places=(0,)), 1)
+        ids_1T = F.pad(ids_1T, (config.num_image_tokens, 0), value=-1)
+    return model(ids_1T, images=images)
 
 
 def weight_bytes(model_dir: Path) -> int:

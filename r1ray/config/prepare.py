@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from pydantic.dataclasses import dataclass
 
+from r1ray.config.images import ImageLimits
 from r1ray.config.names import ConfiguredPath, Name
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "BucketsConfig",
     "FamilyConfig",
     "FileSourceConfig",
+    "ImageSourceConfig",
     "LongContextSourceConfig",
     "PackingConfig",
     "PrepareConfig",
@@ -91,8 +93,23 @@ class LongContextSourceConfig:
         return self
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class ImageSourceConfig:
+    """Conversations about images in Parquet files; the base needs a `fusion`."""
+
+    type: Literal["images"]
+    """Rows with encoded images, which come before the text of the first user turn."""
+    paths: Annotated[list[ConfiguredPath], Field(min_length=1)]
+    """Parquet files, directories or globs."""
+    image_column: Annotated[str, Field(min_length=1, max_length=256)] = "image"
+    """Bytes of a PNG, JPEG, WebP or GIF file, a struct that has them in `bytes`, or a list."""
+    limits: ImageLimits = ImageLimits()
+    """Rows with other images are quarantined."""
+
+
 SourceConfig = Annotated[
-    FileSourceConfig | TaskSourceConfig | LongContextSourceConfig, Field(discriminator="type")
+    FileSourceConfig | TaskSourceConfig | LongContextSourceConfig | ImageSourceConfig,
+    Field(discriminator="type"),
 ]
 
 
@@ -149,6 +166,11 @@ class PrepareConfig:
     max_quarantined_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """The stage fails when a larger share of the rows had to be quarantined."""
     resources: PrepareResources = PrepareResources()
+
+    @property
+    def has_images(self) -> bool:
+        """Whether some source has images."""
+        return any(source.type == "images" for source in self.sources)
 
     @model_validator(mode="after")
     def _no_task_twice(self) -> "PrepareConfig":

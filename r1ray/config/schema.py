@@ -12,6 +12,8 @@ from pydantic.dataclasses import dataclass
 
 from r1ray.config.continual import ContinualConfig, UpdateConfig
 from r1ray.config.distill import DistillConfig
+from r1ray.config.fusion import FusionConfig
+from r1ray.config.images import ImageLimits
 from r1ray.config.names import ConfiguredPath, Name
 from r1ray.config.prepare import PrepareConfig, TasksConfig
 from r1ray.config.serving import ServeConfig
@@ -22,6 +24,7 @@ __all__ = [
     "CompressConfig",
     "ContextConfig",
     "EvaluateConfig",
+    "ImageQuestionsConfig",
     "PipelineConfig",
     "RunConfig",
     "Scheme",
@@ -63,6 +66,8 @@ class BaseConfig:
     """A checkpoint directory, a .gguf file, or package:NAME for the .gguf in a Python package."""
     context: ContextConfig | None = None
     """Scaling of rotary positions for longer contexts; null leaves them as the checkpoint has."""
+    fusion: FusionConfig | None = None
+    """What the model is to see images with, untrained at first; null for what the source has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -106,6 +111,20 @@ class CompressConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class ImageQuestionsConfig:
+    """Held-out questions about images, each with its one right answer."""
+
+    paths: Annotated[list[ConfiguredPath], Field(min_length=1)]
+    """Parquet files with the columns question, answer, one of images, and perhaps kind."""
+    image_column: Annotated[str, Field(min_length=1, max_length=256)] = "image"
+    """As in prepare.sources of type images."""
+    limits: ImageLimits = ImageLimits()
+    """Others are an error here."""
+    num_questions: Annotated[int, Field(ge=1, le=1_000_000)] = 240
+    """The first of them that are asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class EvaluateConfig:
     """Held-out accuracy, perplexity, size and latency of base, tuned and INT8."""
 
@@ -121,6 +140,8 @@ class EvaluateConfig:
     """Context of the perplexity measurement in tokens."""
     latency_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
     """Tokens decoded one at a time for the latency figures."""
+    images: ImageQuestionsConfig | None = None
+    """Questions about images that are asked besides; null for none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -157,6 +178,11 @@ class PipelineConfig:
         train = self.train
         if self.continual is None:
             return self
+        if any(source.type == "images" for source in self.prepare.sources):
+            raise ValueError(
+                "continual goes without sources of type images, which its reservoir does not "
+                "keep; train on them in a run of their own"
+            )
         others = (self.distill, train.gates, train.resources.tiers)
         if any(other is not None for other in others):
             raise ValueError(
@@ -191,6 +217,24 @@ class PipelineConfig:
                 "train.gates goes with prepare.batching {type: buckets} and without distill; "
                 "train the model first, and its gates in a run of their own"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fusion_goes_with(self) -> "PipelineConfig":
+        if self.base.fusion is None:
+            return self
+        excluded = {
+            "student": self.student is not None,
+            "distill": self.distill is not None,
+            "train.gates": self.train.gates is not None,
+            "train.resources.tiers": self.train.resources.tiers is not None,
+            "compress.scheme: codebook4": self.compress.scheme == "codebook4",
+            "compress.exports": bool(self.compress.exports),
+            "serve.budget_mib": self.serve.budget_mib is not None,
+        }
+        for name, is_there in excluded.items():
+            if is_there:
+                raise ValueError(f"base.fusion does not go with {name}; leave one of them out")
         return self
 
     @model_validator(mode="after")

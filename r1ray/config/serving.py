@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from r1ray.config.images import ImageLimits
 from r1ray.config.names import ConfiguredPath, Name
 
 __all__ = ["AttentionKind", "EngineConfig", "ModelArgs", "ServeConfig"]
@@ -49,6 +50,8 @@ class EngineConfig:
     """What a replica may take of memory (of the GPU's, for its weights); the rest is streamed."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600
     """How long a request may take, waiting included; it is ended with an error then."""
+    images: ImageLimits = ImageLimits()
+    """What images of a request may be, where the model sees any."""
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 60
     """How long a replica that is to stop may take for the answers it has begun."""
 

@@ -86,6 +86,8 @@ class TrainConfig:
     """Train through the rounding of this scheme (quantization-aware); null trains in float."""
     gates: GatesConfig | None = None
     """Train the gates of block-sparse attention; null trains the model."""
+    freeze_decoder: bool = False
+    """Train what sees images (base.fusion), and nothing else."""
     exchange: ExchangeConfig = DenseExchangeConfig(type="dense")
     resources: TrainResources = TrainResources()
 

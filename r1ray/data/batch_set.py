@@ -29,6 +29,8 @@ from torch import Tensor
 
 from r1ray.errors import ArtifactError, ShapeError
 from r1ray.files import TABLE_BYTES, read_json
+from r1ray.models.fusion import RowImages
+from r1ray.models.images import read_png
 
 __all__ = [
     "BATCHES_NAME",
@@ -45,6 +47,7 @@ __all__ = [
 BATCHES_NAME = "batches.parquet"
 SUMMARY_NAME = "summary.json"
 SIZE_KEY = "max_batch_tokens"  # in the summary: rows x columns of the largest batch
+IMAGES_NAME = "images"  # a column more where some batch has any: PNG files, sample by sample
 IGNORED = -100  # label of a position that the loss leaves out
 _CACHED_GROUPS = 16
 
@@ -71,6 +74,7 @@ class MicroBatch:
         document_lengths: of a packed batch (B = 1), the samples in the row; the padding at its end
             counts as one more, so that they add up to T. None where every row is one sample.
         index: its place in the BatchSet; None where it does not come from one.
+        images: of its samples, whose positions have negative ids; None where it is text.
     """
 
     input_ids_BT: Tensor
@@ -79,6 +83,7 @@ class MicroBatch:
     num_targets: int
     document_lengths: tuple[int, ...] | None = None
     index: int | None = None
+    images: RowImages | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on `device`."""
@@ -86,6 +91,7 @@ class MicroBatch:
             self,
             input_ids_BT=self.input_ids_BT.to(device),
             labels_BT=self.labels_BT.to(device),
+            images=None if self.images is None else self.images.to(device),
         )
 
 
@@ -122,7 +128,10 @@ class BatchSet:
             )
         except (OSError, ValueError, pa.ArrowException, ArtifactError) as error:
             raise ArtifactError(f"{path}: no readable BatchSet ({error})") from error
-        if self._file.schema_arrow.names != BATCH_SCHEMA.names or SIZE_KEY not in self.summary:
+        names = self._file.schema_arrow.names
+        self._has_images = names == [*BATCH_SCHEMA.names, IMAGES_NAME]
+        is_known = names == BATCH_SCHEMA.names or self._has_images
+        if not is_known or SIZE_KEY not in self.summary:
             raise ArtifactError(
                 f"{path}: written by another version of r1ray; remove it and prepare again"
             )
@@ -159,7 +168,10 @@ class BatchSet:
         into = (buffers or BatchBuffers(len(rows) * num_columns)).take(*shape)
         num_targets = _fill(into, rows, _shift(input_ids, is_target, lengths), input_ids)
         documents = None if rows is lengths else _add_padding(lengths.tolist(), num_columns)
-        return MicroBatch(*into, len(input_ids), num_targets, documents, index)
+        images = None
+        if self._has_images and (files := row.column(IMAGES_NAME)[0].as_py()):
+            images = _place_images(files, into[0].numpy(), documents)
+        return MicroBatch(*into, len(input_ids), num_targets, documents, index, images)
 
 
 def _shift(
@@ -184,6 +196,21 @@ def _fill(
     input_ids_BT.numpy()[is_real_BT] = input_ids
     labels_BT.numpy()[is_real_BT] = labels
     return int((labels != IGNORED).sum())
+
+
+def _place_images(
+    files: list[bytes], input_ids_BT: NDArray[np.int64], documents: tuple[int, ...] | None
+) -> RowImages:
+    """The images of a batch; each has as many positions, one after the other."""
+    pixels = [read_png(data) for data in files]
+    rows, columns = (input_ids_BT < 0).nonzero()
+    each = len(rows) // len(files)
+    rows, places = rows[::each].tolist(), columns[::each].tolist()
+    ends = None
+    if documents is not None:
+        bounds = np.cumsum(documents)
+        ends = tuple(bounds[np.searchsorted(bounds, places, side="right")].tolist())
+    return RowImages(torch.from_numpy(np.stack(pixels)), tuple(rows), tuple(places), ends)
 
 
 def _add_padding(lengths: list[int], num_columns: int) -> tuple[int, ...]:

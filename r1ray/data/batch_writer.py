@@ -24,7 +24,7 @@ from r1ray.config.prepare import BucketsConfig, PackingConfig, PrepareConfig
 from r1ray.data.batch_set import BATCH_SCHEMA, BATCHES_NAME
 from r1ray.data.bucketing import PlannedBatch
 from r1ray.data.planners import BatchPlanner
-from r1ray.data.tokenize_table import SAMPLE_SCHEMA
+from r1ray.data.tokenize_table import IMAGES, sample_schema
 
 __all__ = ["WINDOW_SAMPLES", "WINDOW_TOKENS", "BatchWriter"]
 
@@ -48,8 +48,9 @@ class BatchWriter:
             isinstance(config.batching, BucketsConfig) and config.batching.pad_to == "longest"
         )
         self._group_size = max(1, _GROUP_TOKENS // config.batch_tokens)
-        self._file = pq.ParquetWriter(directory / BATCHES_NAME, BATCH_SCHEMA, compression="zstd")
-        self._left = SAMPLE_SCHEMA.empty_table()
+        self._schema = BATCH_SCHEMA.append(IMAGES) if config.has_images else BATCH_SCHEMA
+        self._file = pq.ParquetWriter(directory / BATCHES_NAME, self._schema, compression="zstd")
+        self._left = sample_schema(config).empty_table()
         self._new: list[pa.Table] = []
         self._num_new = self._new_tokens = 0
         self._counts = Counter(num_batches=0, num_tokens=0, num_targets=0, computed=0)
@@ -72,7 +73,7 @@ class BatchWriter:
             self._file.close()
 
     def add(self, samples: pa.Table) -> None:
-        """Take in samples, a table of `SAMPLE_SCHEMA`."""
+        """Take in samples, a table of `sample_schema`."""
         self._new.append(samples)
         self._num_new += samples.num_rows
         self._new_tokens += pc.sum(pc.list_value_length(samples["input_ids"])).as_py() or 0
@@ -135,7 +136,11 @@ class BatchWriter:
             _lists(token_offsets, input_ids),
             _lists(token_offsets, is_target),
         ]
-        table = pa.Table.from_arrays(columns, schema=BATCH_SCHEMA)
+        if self._schema is not BATCH_SCHEMA:
+            images = samples[IMAGES.name].chunk(0)
+            counts = pc.fill_null(pc.list_value_length(images), 0).to_numpy()
+            columns.append(_lists(_offsets(counts)[row_offsets], images.flatten()))
+        table = pa.Table.from_arrays(columns, schema=self._schema)
         self._file.write_table(table, row_group_size=self._group_size)
         num_rows = np.ones(len(batches), int) if self._is_packed else np.diff(row_offsets)
         shapes = widths * num_rows

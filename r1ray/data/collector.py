@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from r1ray.config.prepare import BucketsConfig, PrepareConfig
 from r1ray.data.length_sketch import LengthSketch
 from r1ray.data.reservoir import Replay
-from r1ray.data.tokenize_table import SAMPLE_SCHEMA
+from r1ray.data.tokenize_table import sample_schema
 from r1ray.errors import ArtifactError
 
 __all__ = ["QUARANTINE_NAME", "SampleCollector"]
@@ -48,7 +48,7 @@ class SampleCollector:
         self._replay = replay
         self._results, self._out_dir = results, out_dir
         self._max_quarantined_share = config.max_quarantined_share
-        self._on_rows = on_rows
+        self._on_rows, self._schema = on_rows, sample_schema(config)
         self.counts = Counter(
             num_rows=0, num_samples=0, num_quarantined=0, num_over_long=0, num_dropped_pieces=0
         )
@@ -59,7 +59,7 @@ class SampleCollector:
         self.answers = LengthSketch()
 
     def __iter__(self) -> Iterator[pa.Table]:
-        """Tables of SAMPLE_SCHEMA.
+        """Tables of `tokenize_table.sample_schema`.
 
         Raises:
             ArtifactError: too large a share of the rows had to be quarantined, or none is left.
@@ -75,7 +75,7 @@ class SampleCollector:
                 self._count(table, good)
                 self._on_rows(self.counts["num_rows"])
                 if good.num_rows:
-                    yield self._mix(good.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA))
+                    yield self._mix(good.select(self._schema.names).cast(self._schema))
         _check_counts(self.counts, self._max_quarantined_share, self._out_dir)
 
     def _count(self, table: pa.Table, good: pa.Table) -> None:

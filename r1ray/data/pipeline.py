@@ -28,6 +28,7 @@ import ray.data
 
 from r1ray.config.prepare import (
     BucketsConfig,
+    ImageSourceConfig,
     LongContextSourceConfig,
     PackingConfig,
     PrepareConfig,
@@ -37,6 +38,7 @@ from r1ray.config.prepare import (
 from r1ray.data.batch_set import SUMMARY_NAME
 from r1ray.data.batch_writer import BatchWriter
 from r1ray.data.collector import SampleCollector
+from r1ray.data.image_rows import read_image_file
 from r1ray.data.length_sketch import LengthSketch
 from r1ray.data.long_context import write_conversation
 from r1ray.data.planners import (
@@ -50,8 +52,9 @@ from r1ray.data.reasoning import Problem, build_messages, draw_training
 from r1ray.data.reservoir import Replay
 from r1ray.data.sources import list_files, read_file, rows_to_table
 from r1ray.data.summary import plot_summary, render_summary
-from r1ray.data.tokenize_table import SAMPLE_SCHEMA, tokenize_table
-from r1ray.errors import R1RayError
+from r1ray.data.tokenize_table import sample_schema, tokenize_table
+from r1ray.errors import ConfigError, R1RayError
+from r1ray.models.fusion_file import read_fusion
 from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["prepare_batches"]
@@ -87,8 +90,14 @@ def prepare_batches(
     """
     # Ray Data announces every execution plan on the console; r1ray shows its own progress.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    fusion = read_fusion(model_dir)
+    if config.has_images and fusion is None:
+        raise ConfigError(
+            "prepare.sources has images, and the base model reads text alone; set base.fusion"
+        )
     tokenize = functools.partial(
         tokenize_table,
+        num_image_tokens=1 if fusion is None else fusion.num_image_tokens,
         heldout_questions=frozenset(problem.question.strip() for problem in heldout),
         tokenizer_dir=str(model_dir),
         max_tokens=config.max_tokens,
@@ -160,7 +169,7 @@ def _write_in_two_passes(
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with (
         pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_stream(sink, SAMPLE_SCHEMA, options=options) as stream,
+        pa.ipc.new_stream(sink, sample_schema(config), options=options) as stream,
     ):
         for samples in collector:
             stream.write_table(samples)
@@ -209,10 +218,15 @@ def _read_sources(
                 )
             )
         else:
+            read: Callable[[dict[str, Any]], Iterator[pa.Table]] = _read_files
+            if isinstance(source, ImageSourceConfig):
+                fusion = read_fusion(model_dir)
+                assert fusion is not None, "there are images"
+                read = functools.partial(_read_images, source, fusion.image_size)
             files = [{"path": path} for path in list_files(source.paths)]
             parts.append(
                 ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
-                    _read_files,
+                    read,
                     batch_size=1,
                     num_cpus=config.resources.num_cpus_per_task,
                     # Unlike the tokenizing tasks', or Ray makes one task of both: a core a file.
@@ -251,6 +265,11 @@ def _write_long(model_dir: str, max_tokens: int, batch: dict[str, Any]) -> pa.Ta
         source = "long_context" if is_task else "source_code"
         rows.append({"source": source, "row": number, "messages": json.dumps(messages)})
     return rows_to_table(rows)
+
+
+def _read_images(source: ImageSourceConfig, size: int, batch: dict[str, Any]) -> Iterator[pa.Table]:
+    for path in batch["path"]:
+        yield from read_image_file(str(path), source, size)
 
 
 def _read_files(batch: dict[str, Any]) -> Iterator[pa.Table]:

@@ -63,6 +63,8 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     ignored: tuple[str, ...] = ()
     """Sorted names of turn fields that held something and were not used, like `turn.weight`."""
+    num_images: int = 0
+    """Images that the first user turn begins with."""
 
 
 def normalize_row(value: Any) -> Conversation:

@@ -30,6 +30,7 @@ from r1ray.errors import ArtifactError, ConfigError
 
 __all__ = [
     "ROW_SCHEMA",
+    "check_row",
     "describe_files",
     "list_files",
     "read_file",
@@ -42,6 +43,7 @@ ROW_SCHEMA = pa.schema(
         ("row", pa.int64()),  # line or row number in it, from 0
         ("messages", pa.string()),  # JSON list of clean turns; null where error is set
         ("tools", pa.string()),  # JSON list of function definitions, or null
+        ("images", pa.list_(pa.binary())),  # PNG files that fit the encoder, or null
         ("ignored", pa.list_(pa.string())),  # names of fields left out, or null
         ("error", pa.string()),
         ("excerpt", pa.string()),  # the beginning of a bad row
@@ -165,7 +167,7 @@ def read_file(path: str) -> Iterator[pa.Table]:
             batch: list[dict[str, Any]] = []
             num_bytes = 0
             for number, read in enumerate(rows):
-                batch.append({"source": path, "row": number, **_check_row(*read)})
+                batch.append({"source": path, "row": number, **check_row(*read)})
                 num_bytes += sum(len(batch[-1].get(name) or "") for name in ("messages", "tools"))
                 if len(batch) == _TABLE_ROWS or num_bytes > _TABLE_BYTES:
                     yield rows_to_table(batch)
@@ -181,8 +183,13 @@ def rows_to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=ROW_SCHEMA)
 
 
-def _check_row(value: Any, error: str | None, shown: Any) -> dict[str, Any]:
-    """The text columns of one row."""
+def check_row(value: Any, error: str | None, shown: Any) -> dict[str, Any]:
+    """The text columns of one row, as `ROW_SCHEMA` has them.
+
+    Args:
+        value: as read; of no matter where there is an `error`.
+        shown: what the excerpt is made of should the row be bad.
+    """
     if error is None:
         try:
             found = normalize_row(value)

@@ -9,18 +9,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from r1ray.config.prepare import PrepareConfig
 from r1ray.data.schemas import Conversation, RowError
 from r1ray.data.tokenize import Overflow, OverLongError, TokenizedRow, tokenize_rows
 from r1ray.models.tokenizer import Tokenizer
 
-__all__ = ["RESULT_SCHEMA", "SAMPLE_SCHEMA", "tokenize_table"]
+__all__ = ["IMAGES", "RESULT_SCHEMA", "SAMPLE_SCHEMA", "sample_schema", "tokenize_table"]
 
 SAMPLE_SCHEMA = pa.schema(
     [("input_ids", pa.list_(pa.int32())), ("is_target", pa.list_(pa.bool_()))]
 )
+IMAGES = pa.field("images", pa.list_(pa.binary()))  # PNG files, in the order of their places
 RESULT_SCHEMA = pa.schema(
     [
         *SAMPLE_SCHEMA,  # null where error is set
+        IMAGES,  # or null
         ("piece", pa.int32()),  # number of a sample within its row
         ("was_over_long", pa.bool_()),
         ("num_dropped_pieces", pa.int32()),
@@ -31,6 +34,11 @@ RESULT_SCHEMA = pa.schema(
         ("excerpt", pa.string()),
     ]
 )
+
+
+def sample_schema(config: PrepareConfig) -> pa.Schema:
+    """Of the samples of this configuration: with their images where there are any."""
+    return SAMPLE_SCHEMA.append(IMAGES) if config.has_images else SAMPLE_SCHEMA
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,8 +54,13 @@ def tokenize_table(
     max_tokens: int,
     overflow: Overflow,
     heldout_questions: frozenset[str],
+    num_image_tokens: int = 1,
 ) -> pa.Table:
-    """Rows of ROW_SCHEMA as samples: one, several pieces, or an error where they have none."""
+    """Rows of ROW_SCHEMA as samples: one, several pieces, or an error where they have none.
+
+    Args:
+        num_image_tokens: positions that an image takes.
+    """
     rows = table.to_pylist()
     outcomes: list[TokenizedRow | RowError | None] = [None] * len(rows)
     usable, conversations = [], []
@@ -55,14 +68,19 @@ def tokenize_table(
         if row["error"] is not None:
             continue
         tools = json.loads(row["tools"]) if row["tools"] else None
-        conversation = Conversation(json.loads(row["messages"]), tools)
+        messages, num_images = json.loads(row["messages"]), len(row["images"] or ())
+        conversation = Conversation(messages, tools, num_images=num_images)
         if _is_held_out(conversation, heldout_questions):
             outcomes[index] = RowError("the question is held out for evaluation")
             continue
         usable.append(index)
         conversations.append(conversation)
     tokenized = tokenize_rows(
-        _load_tokenizer(tokenizer_dir), conversations, max_tokens=max_tokens, overflow=overflow
+        _load_tokenizer(tokenizer_dir),
+        conversations,
+        max_tokens=max_tokens,
+        overflow=overflow,
+        num_image_tokens=num_image_tokens,
     )
     for index, outcome in zip(usable, tokenized, strict=True):
         outcomes[index] = outcome
@@ -91,6 +109,7 @@ def _build_results(
                         "was_over_long": outcome.was_over_long and piece == 0,
                         "num_dropped_pieces": 0 if piece else outcome.num_dropped_pieces,
                         "ignored": None if piece else row["ignored"],
+                        "images": row["images"],
                     }
                 )
                 input_ids.append(sample.input_ids)

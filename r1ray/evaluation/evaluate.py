@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r1ray.compression.export import weight_bytes
-from r1ray.config.schema import EvaluateConfig
+from r1ray.config.schema import EvaluateConfig, ImageQuestionsConfig
 from r1ray.data.reasoning import Problem
 from r1ray.data.texts import read_english
 from r1ray.evaluation.accuracy import (
@@ -16,6 +16,11 @@ from r1ray.evaluation.accuracy import (
     answer_problems,
     paired_difference,
     proportion,
+)
+from r1ray.evaluation.image_accuracy import (
+    ImageQuestion,
+    answer_image_questions,
+    read_image_questions,
 )
 from r1ray.evaluation.latency import Latency, measure_latency
 from r1ray.evaluation.perplexity import measure_perplexity
@@ -63,7 +68,8 @@ def evaluate_models(
     """
     _, _, quantized = models
     text = read_english()
-    results, correct = {}, {}
+    questions = [] if config.images is None else read_image_questions(config.images)
+    results, correct, images = {}, {}, {}
     with (out_dir / REPLIES_NAME).open("w", encoding="utf-8") as stream:
         for name, directory in models.items():
             result, answers = _evaluate(
@@ -71,6 +77,8 @@ def evaluate_models(
             )
             results[name] = asdict(result)
             correct[name] = [answer.is_correct for answer in answers]
+            if config.images is not None:
+                images[name] = _ask_about_images(directory, config, config.images, questions)
             for answer in answers:
                 record = {"model": name, **asdict(answer)}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -80,8 +88,35 @@ def evaluate_models(
         "drop": paired_difference(correct["tuned"], correct[quantized]),
         "circumstances": describe_circumstances(),
     }
+    if images:
+        evaluation["images"] = images
     write_json(out_dir / EVALUATION_NAME, evaluation)
     return {name: result["accuracy"]["value"] for name, result in results.items()}
+
+
+def _ask_about_images(
+    directory: Path,
+    config: EvaluateConfig,
+    images: ImageQuestionsConfig,
+    questions: list[ImageQuestion],
+) -> dict[str, Any]:
+    """Accuracy on questions about images: of all, and by their kind."""
+    answers = answer_image_questions(
+        load_model(directory),
+        Tokenizer(directory),
+        questions,
+        images,
+        max_new_tokens=config.max_new_tokens,
+        max_concurrency=config.max_concurrency,
+    )
+    kinds = sorted({answer.kind for answer in answers})
+    return {
+        "accuracy": asdict(proportion([answer.is_correct for answer in answers])),
+        "by_kind": {
+            kind: asdict(proportion([a.is_correct for a in answers if a.kind == kind]))
+            for kind in kinds
+        },
+    }
 
 
 def _evaluate(

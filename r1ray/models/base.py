@@ -4,11 +4,13 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from r1ray.config.fusion import FusionConfig
 from r1ray.config.schema import ContextConfig
 from r1ray.errors import ArtifactError
-from r1ray.models.checkpoint import QUANTIZATION_NAME, copy_tokenizer, load_model, save_model
+from r1ray.models.checkpoint import copy_tokenizer, load_model, read_scheme, save_model
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
+from r1ray.models.fusion_file import attach_fusion
 from r1ray.models.gguf import load_gguf_model, save_gguf_tokenizer
 from r1ray.models.memory import copy_memory
 from r1ray.models.tokenizer import Tokenizer
@@ -49,7 +51,13 @@ def resolve_source(source: str, *, key: str = "base.source") -> Path:
 
 
 def import_base(
-    source: Path, target: Path, *, key: str = "base.source", context: ContextConfig | None = None
+    source: Path,
+    target: Path,
+    *,
+    key: str = "base.source",
+    context: ContextConfig | None = None,
+    fusion: FusionConfig | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Write the checkpoint at `source` into `target` as float32 safetensors; returns metrics.
 
@@ -58,12 +66,15 @@ def import_base(
     Args:
         key: of the configuration, for messages.
         context: how its rotary positions are to be scaled.
+        fusion: what it is to see images with; untrained.
+        seed: of the fusion's weights.
     Raises:
         ArtifactError: the weights or the tokenizer cannot be used, or do not belong together; or
-            the positions are scaled already.
+            the positions are scaled already, or it sees images already.
+        ConfigError: the fusion does not fit the decoder.
     """
     if source.is_dir():
-        if (source / QUANTIZATION_NAME).is_file():
+        if read_scheme(source) is not None:
             raise ArtifactError(
                 f"{source}: is quantized by r1ray; training starts from a float model"
             )
@@ -76,6 +87,10 @@ def import_base(
     _check_tokenizer(key, source, target, model.config.vocab_size)
     if context is not None:
         model.config = model.config.with_context(context.type, context.factor)
+    if fusion is not None:
+        if model.fusion is not None:
+            raise ArtifactError(f"{source}: sees images already; leave base.fusion out")
+        attach_fusion(model, fusion, seed=seed)
     save_model(model.float(), target)
     return {"parameters": count_parameters(model), "source": source.name}
 

@@ -6,7 +6,7 @@ import torch
 
 from r1ray.models.decoder import Decoder
 from r1ray.models.generation import BatchGenerator
-from r1ray.models.requests import GenerationRequest
+from r1ray.models.requests import GenerationRequest, RequestImage
 from r1ray.models.sampling import SamplingParams
 
 __all__ = ["generate_batch"]
@@ -23,6 +23,7 @@ def generate_batch(
     prefill_chunk: int = 1024,
     kv_dtype: torch.dtype | None = None,
     on_finish: Callable[[int], None] | None = None,
+    images: Sequence[Sequence[RequestImage]] | None = None,
 ) -> list[list[int]]:
     """Continuations of `prompts`, in their order.
 
@@ -30,6 +31,7 @@ def generate_batch(
         sampling: of all prompts, or one for each.
         prefill_chunk, kv_dtype: as in `BatchGenerator`.
         on_finish: called with the number of finished prompts each time one finishes.
+        images: of each prompt; None where all are text.
     """
     generator = BatchGenerator(
         model,
@@ -46,7 +48,12 @@ def generate_batch(
         outputs[str(index)] = []
         generator.add(
             GenerationRequest(
-                str(index), prompts[index], max_new_tokens, stop_token_ids, samplings[index]
+                str(index),
+                prompts[index],
+                max_new_tokens,
+                stop_token_ids,
+                samplings[index],
+                images=() if images is None else images[index],
             )
         )
     num_finished = 0

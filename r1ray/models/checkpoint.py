@@ -1,9 +1,9 @@
 """Model directories: `config.json`, `*.safetensors`, tokenizer files and `r1ray.json`.
 
 A plain Hugging Face checkpoint is a model directory. `r1ray.json` is there when r1ray quantized the
-weights: it names the scheme (`r1ray.models.quantization`). Gates of block-sparse attention, where
-there are any, lie beside them (`r1ray.models.gates`), and so do adapters that are not merged yet
-(`r1ray.models.lora`).
+weights, and names the scheme (`r1ray.models.quantization`), or where the model sees images
+(`r1ray.models.fusion_file`). Gates of block-sparse attention, what images are seen with, and
+adapters that are not merged yet lie beside the weights (`r1ray.models.gates`, `lora`).
 """
 
 import json
@@ -20,8 +20,9 @@ from torch import Tensor
 from r1ray.config.schema import Scheme
 from r1ray.errors import ArtifactError
 from r1ray.files import read_json
-from r1ray.models.config import CONFIG_NAME, ModelConfig
+from r1ray.models.config import CONFIG_NAME, RECORD_NAME, ModelConfig
 from r1ray.models.decoder import Decoder
+from r1ray.models.fusion_file import describe_fusion, is_fusion, load_fusion, save_fusion
 from r1ray.models.gates import is_gate, load_gates, save_gates
 from r1ray.models.lora import is_adapter, load_adapters, save_adapters
 from r1ray.models.quantization import (
@@ -34,7 +35,6 @@ from r1ray.models.quantization import (
 from r1ray.models.tokenizer import TOKENIZER_FILES
 
 __all__ = [
-    "QUANTIZATION_NAME",
     "WEIGHTS_NAME",
     "assign_weights",
     "copy_tokenizer",
@@ -44,7 +44,6 @@ __all__ = [
     "save_model",
 ]
 
-QUANTIZATION_NAME = "r1ray.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -74,6 +73,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Decoder
     assign_weights(model, tensors, where=path)
     load_gates(model, path)
     load_adapters(model, path)
+    load_fusion(model, path, dtype=dtype)
     return model.eval()
 
 
@@ -93,18 +93,22 @@ def save_model(
         if not (model.config.tie_embeddings and name.startswith("lm_head."))
         and not is_gate(name)
         and not is_adapter(name)
+        and not is_fusion(name)
     }
     if model.scheme is not None:
         tensors = pack_tensors(tensors, model.scheme)
     save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
     save_gates(model, path)
     save_adapters(model, path)
+    save_fusion(model, path)
     config = model.config.to_hf()
     config["torch_dtype"] = str(model.model.norm.weight.dtype).removeprefix("torch.")
     _write_json(path / CONFIG_NAME, config)
+    record = describe_fusion(model)
     if model.scheme is not None:
-        record = {"quantization": {"scheme": model.scheme}, "provenance": dict(provenance or {})}
-        _write_json(path / QUANTIZATION_NAME, record)
+        record |= {"quantization": {"scheme": model.scheme}, "provenance": dict(provenance or {})}
+    if record:
+        _write_json(path / RECORD_NAME, record)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
@@ -120,11 +124,14 @@ def read_scheme(path: Path) -> Scheme | None:
     Raises:
         ArtifactError: `r1ray.json` is damaged or names another scheme.
     """
-    record_path = path / QUANTIZATION_NAME
+    record_path = path / RECORD_NAME
     if not record_path.is_file():
         return None
     try:
-        scheme = read_json(record_path)["quantization"]["scheme"]
+        record = read_json(record_path)
+        if "quantization" not in record and "fusion" in record:
+            return None
+        scheme = record["quantization"]["scheme"]
     except (ArtifactError, KeyError, TypeError) as error:
         raise ArtifactError(f"{record_path}: no quantization scheme in it ({error!r})") from error
     for known in SCHEMES:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from r1ray.errors import ArtifactError
 from r1ray.files import read_json
 
-__all__ = ["CONFIG_NAME", "ModelConfig", "RopeConfig"]
+__all__ = ["CONFIG_NAME", "RECORD_NAME", "ModelConfig", "RopeConfig"]
 
 CONFIG_NAME = "config.json"
+RECORD_NAME = "r1ray.json"  # what Hugging Face's has no place for
 Family = Literal["llama", "qwen2", "qwen3"]
 _ARCHITECTURES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from r1ray.config.schema import Scheme
 from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
+from r1ray.models.fusion import Fusion, ImageContext, ImageView
 from r1ray.models.kv_cache import CacheSlice
 from r1ray.models.native_layers import NativeLayers, find_native_layers
 from r1ray.models.rope import apply_rotary, rotary_tables
@@ -161,13 +162,16 @@ class Decoder(nn.Module):
 
     Attributes:
         scheme: how its weights are quantized (`r1ray.models.quantization`); None in float.
+        fusion: what it sees images with (`r1ray.models.fusion_file`); None where it reads text.
     """
 
     scheme: Scheme | None = None
+    fusion: Fusion | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.fusion = None
         self.model = DecoderStack(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -195,8 +199,9 @@ class Decoder(nn.Module):
         input_ids_BT: Tensor,
         cache: CacheSlice | None = None,
         document_lengths: Sequence[int] | None = None,
+        images: ImageContext | None = None,
     ) -> Tensor:
-        """Final-norm hidden states [B, T, D].
+        """Final-norm hidden states [B, T, D], those of late fusion added.
 
         Args:
             input_ids_BT: int64; rows are padded on the right, where causality hides the padding.
@@ -206,19 +211,22 @@ class Decoder(nn.Module):
             document_lengths: of the documents packed into the one row (B = 1), in its order and
                 with a sum of T; padding counts as the last. Each document has the states that it
                 has alone: positions restart, and attention stays inside it.
+            images: of the rows; token ids at their places are negative. Places count from the
+                beginning of the row, or of the sequence that is in the cache.
         Raises:
-            ShapeError: `document_lengths` does not fit the row, or comes with a cache.
+            ShapeError: `document_lengths` does not fit the row, or comes with a cache; or there are
+                images, but no fusion.
         """
         documents = None
         if document_lengths is not None:
             documents = _build_documents(input_ids_BT, cache, document_lengths)
-        x_BTD, sparse = self._begin(input_ids_BT, cache)
-        layers = find_native_layers(self, x_BTD, cache, sparse)
+        x_BTD, sparse, view = self._begin(input_ids_BT, cache, images)
+        layers = self._find_layers(x_BTD, cache, sparse, view)
         if layers is not None and cache is not None:
             layers.run(x_BTD, cache, sparse)
         else:
-            x_BTD = self._run_blocks(x_BTD, cache, documents, sparse)
-        return self.model.norm(x_BTD)
+            x_BTD = self._run_blocks(x_BTD, cache, documents, sparse, view)
+        return self._finish(x_BTD, view)
 
     def next_logits(
         self,
@@ -226,8 +234,9 @@ class Decoder(nn.Module):
         cache: CacheSlice,
         last: Sequence[int],
         layers: NativeLayers | None = None,
+        images: ImageContext | None = None,
     ) -> Tensor:
-        """Logits [L, V] of what follows some of the new tokens; the cache as in `hidden`.
+        """Logits [L, V] of what follows some of the new tokens; cache and images as in `hidden`.
 
         Args:
             last: numbers of these tokens in [B · T].
@@ -235,25 +244,50 @@ class Decoder(nn.Module):
         Raises:
             ShapeError: as in `hidden`.
         """
-        x_BTD, sparse = self._begin(input_ids_BT, cache)
-        layers = find_native_layers(self, x_BTD, cache, sparse, layers)
-        if layers is not None and layers.has_head:
+        x_BTD, sparse, view = self._begin(input_ids_BT, cache, images)
+        layers = self._find_layers(x_BTD, cache, sparse, view, layers)
+        if layers is not None and layers.has_head and view is None:
             return layers.run(x_BTD, cache, sparse, last=last)
         if layers is not None:
             layers.run(x_BTD, cache, sparse)
         else:
-            x_BTD = self._run_blocks(x_BTD, cache, None, sparse)
-        x_LD = x_BTD.flatten(0, 1)[torch.tensor(last, device=x_BTD.device)]
-        return self.lm_head(self.model.norm(x_LD))
+            x_BTD = self._run_blocks(x_BTD, cache, None, sparse, view)
+        where = torch.tensor(last, device=x_BTD.device)
+        if view is None:
+            return self.lm_head(self.model.norm(x_BTD.flatten(0, 1)[where]))
+        return self.lm_head(self._finish(x_BTD, view).flatten(0, 1)[where])
 
     def _begin(
-        self, input_ids_BT: Tensor, cache: CacheSlice | None
-    ) -> tuple[Tensor, SparseForward | None]:
-        """(embeddings, what this forward chooses blocks for; None without blocks)."""
+        self, input_ids_BT: Tensor, cache: CacheSlice | None, images: ImageContext | None
+    ) -> tuple[Tensor, SparseForward | None, ImageView | None]:
+        """(embeddings, what this forward chooses blocks for, and sees; None without either)."""
         sparse = None
         if cache is not None and cache.keeps_blocks:
             sparse = SparseForward(self.config, cache, input_ids_BT.shape[1])
-        return self.model.embed_tokens(input_ids_BT), sparse
+        if images is None:
+            return self.model.embed_tokens(input_ids_BT), sparse, None
+        if self.fusion is None:
+            raise ShapeError("there are images, and this model reads text alone; attach a fusion")
+        view = images.view(None if cache is None else cache.starts_R, input_ids_BT.shape[1])
+        x_BTD = self.model.embed_tokens(input_ids_BT.clamp_min(0))
+        return self.fusion.embed(x_BTD, view), sparse, view
+
+    def _find_layers(
+        self,
+        x_BTD: Tensor,
+        cache: CacheSlice | None,
+        sparse: SparseForward | None,
+        view: ImageView | None,
+        known: NativeLayers | None = None,
+    ) -> NativeLayers | None:
+        """As `find_native_layers`; None where something comes in between the layers."""
+        if view is not None and self.fusion is not None and self.fusion.changes_layers:
+            return None
+        return find_native_layers(self, x_BTD, cache, sparse, known)
+
+    def _finish(self, x_BTD: Tensor, view: ImageView | None) -> Tensor:
+        h_BTD: Tensor = self.model.norm(x_BTD)
+        return h_BTD if view is None or self.fusion is None else self.fusion.after(h_BTD, view)
 
     def _run_blocks(
         self,
@@ -261,6 +295,7 @@ class Decoder(nn.Module):
         cache: CacheSlice | None,
         documents: Documents | None,
         sparse: SparseForward | None,
+        view: ImageView | None,
     ) -> Tensor:
         if documents is not None:
             positions_BT = documents.positions_1T
@@ -270,7 +305,9 @@ class Decoder(nn.Module):
             if cache is not None:
                 positions_BT = cache.starts_R[:, None] + positions_BT
             rotary = rotary_tables(self.config, positions_BT)
-        for block in self.model.layers:
+        for layer, block in enumerate(self.model.layers):
+            if view is not None and self.fusion is not None:
+                x_BTD = self.fusion.before_layer(layer, x_BTD, view)
             x_BTD = block(x_BTD, rotary, positions_BT, cache, documents, sparse)
         return x_BTD
 
@@ -279,9 +316,10 @@ class Decoder(nn.Module):
         input_ids_BT: Tensor,
         cache: CacheSlice | None = None,
         document_lengths: Sequence[int] | None = None,
+        images: ImageContext | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of the token after each position; arguments as in `hidden`."""
-        return self.lm_head(self.hidden(input_ids_BT, cache, document_lengths))
+        return self.lm_head(self.hidden(input_ids_BT, cache, document_lengths, images))
 
 
 def _build_documents(

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.models.answer_lengths import AnswerLengths
 from r1ray.models.decoder import Decoder
+from r1ray.models.fusion import ImageContext, PlacedImages, gather_images
 from r1ray.models.kv_cache import KVPool
 from r1ray.models.native_layers import NativeLayers
 from r1ray.models.pace import StepPace
@@ -43,6 +45,7 @@ class _Row:
     request: GenerationRequest
     sampler: RowSampler
     num_generated: int = 0
+    images: PlacedImages | None = None  # once they have been looked at
 
 
 class BatchGenerator:
@@ -160,9 +163,11 @@ class BatchGenerator:
         """Queue `request`; its events come from later steps.
 
         Raises:
-            ShapeError: the prompt is empty, prompt and output exceed max_context_tokens, or the
-                form is none.
+            ShapeError: the prompt is empty, prompt and output exceed max_context_tokens, the form
+                is none, or there are images and the model reads text.
         """
+        if request.images and self._model.fusion is None:
+            raise ShapeError("the prompt has images, and the model reads text alone")
         needed = len(request.prompt_ids) + request.max_new_tokens
         if needed > self._max_context_tokens:
             raise ShapeError(
@@ -174,7 +179,8 @@ class BatchGenerator:
             assert self._forms is not None, "a request has a form"
             form = self._forms.start(request.form)
         self._scheduler.add(request.request_id, request.prompt_ids, request.max_new_tokens)
-        sampler = RowSampler(request.sampling, request.prompt_ids, form)
+        words = [token_id for token_id in request.prompt_ids if token_id >= 0]
+        sampler = RowSampler(request.sampling, words, form)
         self._rows[request.request_id] = _Row(request, sampler)
 
     @torch.inference_mode()
@@ -269,6 +275,7 @@ class BatchGenerator:
             ]
         ).to(self._device)
         tables = [piece.sequence.pages for piece in group]
+        images = self._look(group)
         done = 0
         for ids in ids_BT.split(size, dim=1):
             starts = [piece.start + done for piece in group]
@@ -277,10 +284,26 @@ class BatchGenerator:
             ends = [piece.count - 1 - done if piece.is_last else width for piece in group]
             last = [row * width + end for row, end in enumerate(ends) if end < width]
             if last:
-                return self._model.next_logits(ids, rows, last, self._layers)
-            self._model.hidden(ids, rows)
+                return self._model.next_logits(ids, rows, last, self._layers, images)
+            self._model.hidden(ids, rows, images=images)
             done += width
         return None
+
+    def _look(self, group: Sequence[Piece]) -> ImageContext | None:
+        """The images that tokens of these pieces see; each is encoded once a request."""
+        fusion = self._model.fusion
+        if fusion is None or (fusion.is_read_once and not any(piece.is_prompt for piece in group)):
+            return None
+        placed: list[PlacedImages | None] = []
+        for piece in group:
+            row = self._rows[piece.sequence.request_id]
+            if row.images is None and row.request.images:
+                pixels = np.stack([image.pixels_3SS for image in row.request.images])
+                features_IPE = fusion.encoder(torch.from_numpy(pixels).to(self._device))
+                places = [image.place for image in row.request.images]
+                row.images = PlacedImages(features_IPE, places)
+            placed.append(row.images)
+        return gather_images(placed, fusion.encoder.positions_PE)
 
 
 def _attended_share(own: Sequence[int]) -> float:

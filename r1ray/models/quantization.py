@@ -5,8 +5,9 @@
     w4a8     -7 to 7, one scale a channel        4 bits             the same
     codebook4  16 values a row and outliers      4 bits and a bit   the same
 
-Embeddings are int8 per row; a tied head shares them, an untied one is int8. Norms and biases stay
-float. In memory every weight is int8, so all schemes run through the same operator.
+Embeddings are int8 per row; a tied head shares them, an untied one is int8. The linear layers of a
+fusion are int8 with every scheme. Norms and biases stay float. In memory every weight is int8, so
+all schemes run through the same operator.
 
 `quantize_modules` makes the served model; `fake_quantize_modules` makes the one that trains
 towards it.
@@ -31,6 +32,7 @@ __all__ = [
     "fake_quantize_modules",
     "list_linears",
     "pack_tensors",
+    "quantize_fusion",
     "quantize_modules",
     "tie_head",
     "unpack_tensors",
@@ -59,7 +61,14 @@ def quantize_modules(model: Decoder, scheme: Scheme = "w8a8") -> None:
         tie_head(model)
     else:
         model.lm_head = Int8Linear.from_float(head)
+    quantize_fusion(model)
     model.scheme = scheme
+
+
+def quantize_fusion(model: Decoder) -> None:
+    """Replace every linear layer of the fusion, where there is one, by its INT8 form, in place."""
+    for module, name, linear in list(_list_linears(model.fusion)):
+        setattr(module, name, Int8Linear.from_float(linear))
 
 
 def fake_quantize_modules(model: Decoder, scheme: Scheme) -> None:
@@ -69,6 +78,8 @@ def fake_quantize_modules(model: Decoder, scheme: Scheme) -> None:
         FakeQuantLinear.from_float(linear, _WEIGHT_LIMITS[scheme])
     FakeQuantEmbedding.from_float(embedding)
     FakeQuantLinear.from_float(head)
+    for _, _, linear in list(_list_linears(model.fusion)):
+        FakeQuantLinear.from_float(linear)
 
 
 def tie_head(model: Decoder) -> None:
@@ -145,7 +156,11 @@ def _is_layer_weight(name: str, tensor: Tensor) -> bool:
 
 def list_linears(model: Decoder) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """(parent, name, layer) of every linear layer inside the blocks."""
-    for module in model.model.layers.modules():
+    return _list_linears(model.model.layers)
+
+
+def _list_linears(root: nn.Module | None) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    for module in () if root is None else root.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 yield module, name, child

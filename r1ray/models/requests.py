@@ -4,11 +4,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from r1ray.models.sampling import SampledToken, SamplingParams
 
-__all__ = ["FinishReason", "GenerationRequest", "GeneratorStats", "TokenEvent"]
+__all__ = ["FinishReason", "GenerationRequest", "GeneratorStats", "RequestImage", "TokenEvent"]
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class RequestImage:
+    """An image of a prompt, as `r1ray.models.images` reads it, and where it begins.
+
+    Attributes:
+        place: of its first token; all of its tokens have negative ids, made of the image.
+    """
+
+    pixels_3SS: NDArray[np.uint8]
+    place: int
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,7 @@ class GenerationRequest:
         prompt_ids: at least one token.
         stop_token_ids: any of these ends the sequence; it is not part of the output.
         form: what the output has to be like (`r1ray.models.grammar`); None for anything.
+        images: of the prompt, in their order.
     """
 
     request_id: str
@@ -28,6 +44,7 @@ class GenerationRequest:
     stop_token_ids: frozenset[int]
     sampling: SamplingParams = SamplingParams()
     form: str | None = None
+    images: Sequence[RequestImage] = ()
 
 
 @dataclass(frozen=True)

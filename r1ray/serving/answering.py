@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 
 from r1ray.errors import ServingError, ShapeError
 from r1ray.models.grammar import FormCompiler
-from r1ray.models.requests import GenerationRequest, TokenEvent
+from r1ray.models.image_tokens import IMAGE_MARK, encode_marked, image_id
+from r1ray.models.requests import GenerationRequest, RequestImage, TokenEvent
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.serving.answer_text import AnswerText, Piece, join_pieces
 from r1ray.serving.answers import AnswerFormat, ChatFormat, CompletionFormat
@@ -46,6 +47,7 @@ from r1ray.serving.openai_schema import (
 )
 from r1ray.serving.parsing import error_body
 from r1ray.serving.reasoning import opens_reasoning
+from r1ray.serving.request_images import Vision, mark_images, read_images
 
 __all__ = ["Answer", "AnsweringModel", "Generate", "ServedModel"]
 
@@ -69,6 +71,7 @@ class ServedModel:
         vocab_size: of the model; token ids must be below it.
         forms: what says whether a form is one.
         created: seconds since the epoch, shown in /v1/models.
+        vision: how it sees images; None where it reads text.
     """
 
     name: str
@@ -78,6 +81,16 @@ class ServedModel:
     vocab_size: int
     created: int
     forms: FormCompiler
+    vision: Vision | None = None
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A chat as the model gets it, and its text."""
+
+    text: str
+    ids: list[int]
+    images: tuple[RequestImage, ...] = ()
 
 
 @dataclass
@@ -88,6 +101,7 @@ class _Exchange:
     prompt_ids: list[int]
     max_new_tokens: int
     format: AnswerFormat
+    images: Sequence[RequestImage] = ()
     texts: list[AnswerText] = field(default_factory=list)  # one for each answer
 
     @property
@@ -122,7 +136,8 @@ class AnsweringModel:
 
     async def chat(self, request: ChatRequest) -> Answer:
         """Answer a chat; ServingError says what is wrong with it."""
-        prompt_ids, is_open = await self._in_thread(lambda: self._encode_chat(request))
+        prompt = await self._in_thread(lambda: self._encode_chat(request.messages, opens=True))
+        is_open = opens_reasoning(prompt.text)
         if is_open and request.form is not None:
             raise ServingError(
                 "this model's chat template opens <think>, and a form would hold for the "
@@ -132,14 +147,16 @@ class AnsweringModel:
                 code="unsupported_value",
                 param="response_format",
             )
-        limit = self._limit(len(prompt_ids), request.max_tokens, default=None, param="messages")
+        limit = self._limit(len(prompt.ids), request.max_tokens, default=None, param="messages")
         answer_format = ChatFormat(
             f"chatcmpl-{uuid.uuid4().hex}",
             self._model.name,
             has_logprobs=request.num_logprobs is not None,
             is_open=is_open,
         )
-        return await self._answer(_Exchange(request, prompt_ids, limit, answer_format))
+        return await self._answer(
+            _Exchange(request, prompt.ids, limit, answer_format, prompt.images)
+        )
 
     async def complete(self, request: CompletionRequest) -> Answer:
         """Continue a text; ServingError says what is wrong with it."""
@@ -161,8 +178,8 @@ class AnsweringModel:
             tokens = await self._in_thread(lambda: self._model.tokenizer.encode(prompt))
         else:
             messages, opens = request.messages, request.add_generation_prompt
-            text = await self._in_thread(lambda: self._render(messages, opens=opens))
-            tokens = await self._in_thread(lambda: self._model.tokenizer.encode(text))
+            chat = await self._in_thread(lambda: self._encode_chat(messages, opens=opens))
+            tokens = chat.ids
         context = self._model.max_context_tokens
         return Tokenized(count=len(tokens), max_model_len=context, tokens=tokens).model_dump()
 
@@ -175,19 +192,33 @@ class AnsweringModel:
     async def _in_thread(self, compute: Callable[[], Value]) -> Value:
         return await asyncio.get_running_loop().run_in_executor(self._encoder, compute)
 
-    def _encode_chat(self, request: ChatRequest) -> tuple[list[int], bool]:
-        """(token ids, whether the answer begins inside `<think>`)."""
-        text = self._render(request.messages, opens=True)
-        return self._model.tokenizer.encode(text), opens_reasoning(text)
+    def _encode_chat(self, chat: Sequence[ChatMessage], *, opens: bool) -> "_Prompt":
+        """The prompt of a chat; `opens` adds the header of the next answer."""
+        vision, tokenizer = self._model.vision, self._model.tokenizer
+        pixels = read_images(chat, vision, self._model.name)
+        text = self._render(chat, opens=opens, has_images=bool(pixels))
+        if vision is None or not pixels:
+            return _Prompt(text, tokenizer.encode(text))
+        if text.count(IMAGE_MARK) != len(pixels):
+            raise ServingError(
+                "the model's chat template leaves out or repeats a message that has an image; "
+                "send the image in the last message",
+                status=400,
+                code="invalid_value",
+                param="messages",
+            )
+        image_ids = [image_id(image) for image in pixels]
+        ids, places = encode_marked(tokenizer, text, image_ids, vision.num_image_tokens)
+        return _Prompt(text, ids, tuple(map(RequestImage, pixels, places)))
 
-    def _render(self, chat: Sequence[ChatMessage], *, opens: bool) -> str:
-        """The text of a chat; `opens` adds the header of the next answer."""
+    def _render(self, chat: Sequence[ChatMessage], *, opens: bool, has_images: bool) -> str:
+        """The text of a chat, with a mark for each image."""
         messages = [
             {
                 "role": "system" if message.role == "developer" else message.role,
-                "content": message.content,
+                "content": mark_images(at, message, has_images=has_images),
             }
-            for message in chat
+            for at, message in enumerate(chat)
         ]
         try:
             return self._model.tokenizer.render_chat(messages, add_generation_prompt=opens)
@@ -266,6 +297,7 @@ class AnsweringModel:
             stop_token_ids=self._stop_token_ids(exchange.request),
             sampling=exchange.request.sampling(index),
             form=exchange.request.form,
+            images=exchange.images,
         )
         async with aclosing(self._generate(generation)) as batches:
             async for events in batches:

@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from r1ray.config.serving import ModelArgs
 from r1ray.errors import ServingError
 from r1ray.models import ModelConfig
+from r1ray.models.fusion_file import read_fusion
 from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
@@ -32,7 +33,14 @@ from r1ray.serving.openapi import describe_api
 from r1ray.serving.playground import read_page
 from r1ray.serving.readiness import explain_waiting
 from r1ray.serving.replica import Failure, compile_forms
-from r1ray.serving.responses import add_error_handlers, json_response, read_body, respond
+from r1ray.serving.request_images import Vision, count_image_bytes
+from r1ray.serving.responses import (
+    MAX_BODY_BYTES,
+    add_error_handlers,
+    json_response,
+    read_body,
+    respond,
+)
 from r1ray.serving.service import CompletionService
 
 __all__ = ["OpenAIIngress", "RemoteModel", "load_served_model"]
@@ -114,7 +122,15 @@ def load_served_model(args: ModelArgs) -> ServedModel:
         vocab_size=config.vocab_size,
         created=int(time.time()),
         forms=compile_forms(args.model_dir),
+        vision=_load_vision(args),
     )
+
+
+def _load_vision(args: ModelArgs) -> Vision | None:
+    fusion = read_fusion(args.model_dir)
+    if fusion is None:
+        return None
+    return Vision(fusion.image_size, fusion.num_image_tokens, args.images)
 
 
 def _unavailable(message: str) -> ServingError:
@@ -144,6 +160,8 @@ class OpenAIIngress:
         setup_logging()
         read_keys(os.environ.get(ENVIRONMENT_NAME))  # what is wrong with them is said at once
         self._page = read_page() if has_playground else None
+        limits = [model.images for model in models if read_fusion(model.model_dir) is not None]
+        self._max_chat_bytes = MAX_BODY_BYTES + max(map(count_image_bytes, limits), default=0)
         self._models = [RemoteModel(replicas[args.model_name], args) for args in models]
         self._service = CompletionService(
             AnsweringModel(load_served_model(args), model.generate)
@@ -191,7 +209,8 @@ class OpenAIIngress:
 
     @app.post("/v1/chat/completions", dependencies=KEYED)
     async def chat(self, request: Request) -> Response:
-        return respond(await self._service.chat(await read_body(request)))
+        body = await read_body(request, max_bytes=self._max_chat_bytes)
+        return respond(await self._service.chat(body))
 
     @app.post("/v1/completions", dependencies=KEYED)
     async def complete(self, request: Request) -> Response:

@@ -9,7 +9,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from r1ray.models.sampling import MAX_LOGPROBS, SamplingParams
@@ -17,10 +17,11 @@ from r1ray.serving.request_forms import read_response_format, read_structured_ou
 from r1ray.serving.request_rules import (
     NEUTRAL_IN_MESSAGES,
     NEUTRAL_VALUES,
+    Content,
     check_neutral,
-    flatten_content,
     list_biases,
     list_stops,
+    read_content,
     single_prompt,
 )
 
@@ -159,6 +160,24 @@ class TextPart(BaseModel):
     text: str
 
 
+class ImageUrl(BaseModel):
+    """An image inside the request: `data:image/png;base64,...`."""
+
+    model_config = _STRICT
+
+    url: str
+    detail: Literal["auto", "low"] | None = None
+
+
+class ImagePart(BaseModel):
+    """An image, which is read before the message's text wherever it stands."""
+
+    model_config = _STRICT
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class ChatMessage(BaseModel):
     """One turn of a conversation; `developer` is OpenAI's newer name of `system`."""
 
@@ -166,7 +185,8 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        str, BeforeValidator(flatten_content, json_schema_input_type=str | list[TextPart])
+        Content,
+        PlainValidator(read_content, json_schema_input_type=str | list[TextPart | ImagePart]),
     ]
     # Of an earlier answer: accepted and ignored, as reasoning models are trained.
     reasoning_content: str | None = None

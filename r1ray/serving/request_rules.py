@@ -4,6 +4,7 @@ Each raises `PydanticCustomError` with one of OpenAI's codes as its type, which 
 an error body.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import PydanticCustomError
@@ -11,10 +12,11 @@ from pydantic_core import PydanticCustomError
 __all__ = [
     "NEUTRAL_IN_MESSAGES",
     "NEUTRAL_VALUES",
+    "Content",
     "check_neutral",
-    "flatten_content",
     "list_biases",
     "list_stops",
+    "read_content",
     "single_prompt",
 ]
 
@@ -49,20 +51,51 @@ _MAX_STOPS = 4
 _MOST_BIAS = 100
 
 
-def flatten_content(value: Any) -> Any:
-    """The text of a message's content: a string, or text parts that are joined as they are."""
+@dataclass(frozen=True)
+class Content:
+    """What a message says.
+
+    Attributes:
+        text: its text parts, joined as they are.
+        images: number of the part and URL of each image.
+    """
+
+    text: str
+    images: tuple[tuple[int, str], ...] = ()
+
+
+def read_content(value: Any) -> Content:
+    """A message's content: a string, or parts that are texts and images."""
     if isinstance(value, str):
-        return value
+        return Content(value)
     if not isinstance(value, list) or not value:
-        raise PydanticCustomError("invalid_type", "must be a string or a list of text parts")
-    for part in value:
-        well_formed = isinstance(part, dict) and part.keys() == {"type", "text"}
-        if not well_formed or part["type"] != "text" or not isinstance(part["text"], str):
+        raise PydanticCustomError("invalid_type", "must be a string or a list of parts")
+    texts, images = [], []
+    for index, part in enumerate(value):
+        keys = part.keys() if isinstance(part, dict) else set()
+        if keys == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str):
+            texts.append(part["text"])
+        elif keys == {"type", "image_url"} and part["type"] == "image_url":
+            images.append((index, _read_image_url(part["image_url"])))
+        else:
             raise PydanticCustomError(
                 "invalid_value",
-                'only text parts are supported, each exactly {"type": "text", "text": "..."}',
+                'only text and image parts are supported, each exactly {"type": "text", "text": '
+                '"..."} or {"type": "image_url", "image_url": {"url": "data:image/..."}}',
             )
-    return "".join(part["text"] for part in value)
+    return Content("".join(texts), tuple(images))
+
+
+def _read_image_url(value: Any) -> str:
+    if not isinstance(value, dict) or not isinstance(value.get("url"), str):
+        raise PydanticCustomError("invalid_type", 'image_url must be {"url": "data:image/..."}')
+    if value.keys() - {"url", "detail"} or value.get("detail") not in (None, "auto", "low"):
+        raise PydanticCustomError(
+            "unsupported_value",
+            "image_url may have a url, and a detail of auto or low: all images are seen at the "
+            "model's one size",
+        )
+    return str(value["url"])
 
 
 def list_stops(value: Any) -> Any:

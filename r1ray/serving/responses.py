@@ -16,18 +16,18 @@ from starlette.exceptions import HTTPException
 from r1ray.errors import ServingError
 from r1ray.serving.parsing import error_body
 
-__all__ = ["add_error_handlers", "json_response", "read_body", "respond"]
+__all__ = ["MAX_BODY_BYTES", "add_error_handlers", "json_response", "read_body", "respond"]
 
 MAX_BODY_BYTES = 1 << 20
 BODY_TIMEOUT_S = 30.0
 RETRY_AFTER_S = 1
 
 
-async def read_body(request: Request) -> bytes:
+async def read_body(request: Request, *, max_bytes: int = MAX_BODY_BYTES) -> bytes:
     """The body of `request`.
 
     Raises:
-        ServingError: 413 when it is larger than MAX_BODY_BYTES, 408 when it takes longer to come
+        ServingError: 413 when it is larger than `max_bytes`, 408 when it takes longer to come
             than BODY_TIMEOUT_S.
     """
     body = bytearray()
@@ -35,9 +35,9 @@ async def read_body(request: Request) -> bytes:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for piece in request.stream():
                 body += piece
-                if len(body) > MAX_BODY_BYTES:
+                if len(body) > max_bytes:
                     raise ServingError(
-                        f"the request body is larger than {MAX_BODY_BYTES} bytes; shorten it",
+                        f"the request body is larger than {max_bytes} bytes; shorten it",
                         status=413,
                         code="request_too_large",
                     )

@@ -52,7 +52,7 @@ class TensorGroup:
 
 
 def split_groups(model: Decoder) -> list[TensorGroup]:
-    """Embedding, each layer, final norm and head; a group without trainable tensors is left out.
+    """Fusion, embedding, each layer, final norm and head; those with nothing to train are left out.
 
     A matrix that is embedding and head at once belongs to `head`, where it is multiplied.
     """
@@ -76,6 +76,11 @@ def split_groups(model: Decoder) -> list[TensorGroup]:
         shared = names[id(head.get_parameter("weight"))]
     else:
         groups.insert(0, TensorGroup("embedding", take(stack.embed_tokens), (), stack.embed_tokens))
+    if model.fusion is not None:
+        encoder = model.fusion.encoder
+        groups.insert(
+            0, TensorGroup("fusion", take(model.fusion), model.fusion.list_products(), encoder)
+        )
     groups.append(TensorGroup("head", take(stack.norm, head), (head,), None, shared))
     return [group for group in groups if group.tensors]
 

@@ -180,6 +180,8 @@ def _build_model(job: WorkerJob, device: torch.device) -> tuple[Decoder, Exchang
             fake_quantize_modules(model, config.fake_quant)
         if job.continual is not None:
             continual.begin(model, job.continual)
+        if config.freeze_decoder:
+            _train_fusion_alone(model)
         if config.gates is not None:
             _train_gates_alone(model)
         elif detach_gates(model):
@@ -205,6 +207,16 @@ def _train_gates_alone(model: Decoder) -> None:
     for attention in list_attentions(model):
         assert attention.gate is not None
         attention.gate.requires_grad_(True)
+
+
+def _train_fusion_alone(model: Decoder) -> None:
+    if model.fusion is None:
+        raise ConfigError(
+            "train.freeze_decoder leaves nothing to train: the model reads text alone; set "
+            "base.fusion or leave it out"
+        )
+    model.requires_grad_(False)
+    model.fusion.requires_grad_(True)
 
 
 def _build_objective(job: WorkerJob, device: torch.device) -> Objective:

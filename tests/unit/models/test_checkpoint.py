@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from r1ray.errors import ArtifactError
 from r1ray.models import ModelConfig, load_model, save_model
-from r1ray.models.checkpoint import QUANTIZATION_NAME, copy_tokenizer
-from r1ray.models.config import Family
+from r1ray.models.checkpoint import copy_tokenizer
+from r1ray.models.config import RECORD_NAME, Family
 from r1ray.models.quantization import quantize_modules
 from tests.fakes import tiny_config, tiny_model, write_tiny_model
 from tests.unit.oracle import FAMILIES, build_oracle, edit_config, random_ids, save_oracle
@@ -296,7 +296,7 @@ def test_an_int8_model_round_trips_with_identical_logits(
     model = tiny_model(family, tie_embeddings=tie_embeddings)
     quantize_modules(model)
     save_model(model, tmp_path, provenance={"base": "tiny"})
-    record = json.loads((tmp_path / QUANTIZATION_NAME).read_text())
+    record = json.loads((tmp_path / RECORD_NAME).read_text())
     assert record == {"quantization": {"scheme": "w8a8"}, "provenance": {"base": "tiny"}}
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
@@ -351,10 +351,10 @@ def test_quantizing_twice_is_refused() -> None:
 )
 def test_an_unknown_quantization_is_named(text: str, complaint: str, tmp_path: Path) -> None:
     save_model(tiny_model(), tmp_path)
-    (tmp_path / QUANTIZATION_NAME).write_text(text)
+    (tmp_path / RECORD_NAME).write_text(text)
     with pytest.raises(ArtifactError, match=complaint) as caught:
         load_model(tmp_path)
-    assert QUANTIZATION_NAME in str(caught.value)
+    assert RECORD_NAME in str(caught.value)
 
 
 def test_copy_tokenizer_takes_the_tokenizer_and_leaves_the_weights(tmp_path: Path) -> None:

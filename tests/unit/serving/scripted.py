@@ -9,6 +9,7 @@ from r1ray.models.grammar import FormCompiler
 from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.serving.answering import AnsweringModel, Generate, ServedModel
+from r1ray.serving.request_images import Vision
 from r1ray.serving.service import CompletionService
 from tests.fakes import EOS_ID, VOCAB_SIZE
 
@@ -41,11 +42,21 @@ class ScriptedModel:
 
 
 def service_over(
-    tokenizer: Tokenizer, model: ScriptedModel, generate: Generate | None = None
+    tokenizer: Tokenizer,
+    model: ScriptedModel,
+    generate: Generate | None = None,
+    vision: Vision | None = None,
 ) -> CompletionService:
     forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
     served = ServedModel(
-        "tiny", tokenizer, frozenset({EOS_ID}), CONTEXT, VOCAB_SIZE, created=1, forms=forms
+        "tiny",
+        tokenizer,
+        frozenset({EOS_ID}),
+        CONTEXT,
+        VOCAB_SIZE,
+        created=1,
+        forms=forms,
+        vision=vision,
     )
     return CompletionService([AnsweringModel(served, generate or model.generate)])
 

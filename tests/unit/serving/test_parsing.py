@@ -10,6 +10,7 @@ from r1ray.errors import ServingError
 from r1ray.models.sampling import SamplingParams
 from r1ray.serving.openai_schema import ChatRequest, CompletionRequest
 from r1ray.serving.parsing import error_body, parse_request
+from r1ray.serving.request_rules import Content
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 PLAIN: dict[str, Any] = {"model": "m", "prompt": "hi"}
@@ -60,12 +61,12 @@ def test_values_that_float32_rounds_to_zero_still_leave_something_to_sample() ->
 def test_text_parts_are_joined_and_developer_is_a_role() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = chat(messages=[{"role": "developer", "content": parts}])
-    assert request.messages[0].content == "ab"
+    assert request.messages[0].content == Content("ab")
 
 
 def test_an_answer_can_be_sent_back_as_a_message() -> None:
     answer = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None}
-    assert chat(messages=[answer]).messages[0].content == "x"
+    assert chat(messages=[answer]).messages[0].content.text == "x"
 
 
 @pytest.mark.parametrize(

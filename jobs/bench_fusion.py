@@ -1,0 +1,45 @@
+"""Compare early, mid and late fusion of pictures and text, with equal parameters and work.
+
+Every run is stored in --work as it finishes, and found there by the next start. All of them take
+hours on 2 cores, and minutes on a GPU. The figures go to docs/benchmarks/.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.cli import run_guarded
+
+PARTS = ("equality", "sweep", "arms", "easy_vqa")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the chosen parts; file the record once all of them are there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.bench_fusion",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to measure")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench_fusion"), metavar="DIR")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args(argv)
+    from jobs.benchmarks.fusion import FusionBenchmark
+
+    benchmark = FusionBenchmark(arguments.work, device=arguments.device)
+
+    def measure() -> None:
+        for part in arguments.only:
+            print(f"bench_fusion: {part}", flush=True)
+            getattr(benchmark, part)()
+        if set(arguments.only) == set(PARTS):
+            command = shlex.join(["python", "-m", "jobs.bench_fusion", *sys.argv[1:]])
+            print(benchmark.file_record(command))
+
+    return run_guarded(measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
