@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from jobs.benchmarks.compression_report import write_report
-from jobs.benchmarks.compression_rows import build_rows
+from jobs.benchmarks.compression_rows import QUANTIZED, build_rows
 from r1ray.evaluation.record import Row
 
 IDS = {
@@ -22,13 +22,18 @@ IDS = {
 }
 
 
-def _arm(correct: int, task: float, *, resident: int | None = 100) -> dict[str, Any]:
+def _arm(correct: int, task: float) -> dict[str, Any]:
     return {
         "is_correct": [index < correct for index in range(100)],
         "task_perplexity": task,
         "english_perplexity": 20.0,
-        "latency": {"decode_ms_per_token": 10.0, "prefill_ms": 1.0, "prompt_tokens": 8},
         "weight_bytes": 1000,
+    }
+
+
+def _costs(resident: int | None = 100) -> dict[str, Any]:
+    return {
+        "latency": {"decode_ms_per_token": 10.0, "prefill_ms": 1.0, "prompt_tokens": 8},
         "resident_bytes": resident,
     }
 
@@ -58,12 +63,15 @@ def _results(**changes: Any) -> dict[str, Any]:
     }
     return {
         "quantization_fp32": _arm(80, 1.20),
-        "quantization_bf16": _arm(80, 1.20, resident=None),
-        "quantization_int8_ptq": _arm(79, 1.21, resident=30),
+        "quantization_bf16": _arm(80, 1.20),
+        "quantization_int8_ptq": _arm(79, 1.21),
         "quantization_int8_qat": _arm(80, 1.205),
         "quantization_w4a8_ptq": _arm(50, 1.50),
         "quantization_w4a8_qat": _arm(75, 1.25),
         "quantization_codebook4": _arm(78, 1.22),
+        **{f"costs_{name}": _costs() for name in ("fp32", *QUANTIZED)},
+        "costs_bf16": _costs(resident=None),
+        "costs_int8_ptq": _costs(resident=30),
         "uniform": {
             "bits": {"codebook": 4.3, "symmetric": 4.3, "asymmetric": 4.4},
             "perplexity": {
