@@ -1,7 +1,7 @@
 """Measure quantization, codebooks, distillation and layered memory; file it in docs/benchmarks/.
 
 Every part is stored in --work as it finishes, and found there by the next start; models are
-artifacts there. Nothing else should run meanwhile. All but `distillation` take two hours on 2
+artifacts there. Nothing else should run while `costs`, `latency` and `layers` are measured. All but `distillation` take two hours on 2
 cores; `distillation` some ten minutes on a GPU, and hours for each student without.
 """
 
@@ -13,7 +13,16 @@ from pathlib import Path
 
 from jobs.cli import run_guarded
 
-PARTS = ("quantization", "uniform", "latency", "tails", "layers", "exports", "distillation")
+PARTS = (
+    "quantization",
+    "uniform",
+    "costs",
+    "latency",
+    "tails",
+    "layers",
+    "exports",
+    "distillation",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,8 @@ from jobs.benchmarks.compression_layers import measure_layers
 from jobs.benchmarks.compression_measure import (
     compare_latency,
     heldout_batches,
-    measure_arm,
+    measure_answers,
+    measure_costs,
 )
 from jobs.benchmarks.compression_models import NUM_PROBLEMS, Arm, quantization_arms
 from jobs.benchmarks.compression_report import write_report
@@ -103,10 +104,14 @@ class CompressionBenchmark:
         """(name of a result, what measures it) of these parts, or of all."""
         plan: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
             *(
-                ("quantization", f"quantization_{name}", lambda arm=arm: self._measure_arm(arm))
+                ("quantization", f"quantization_{name}", lambda arm=arm: self._answers(arm))
                 for name, arm in self._arms.items()
             ),
             ("uniform", "uniform", self._uniform),
+            *(
+                ("costs", f"costs_{name}", lambda arm=arm: self._costs(arm))
+                for name, arm in self._arms.items()
+            ),
             ("latency", "latency", self._latency),
             ("tails", "tails", self._tails),
             ("layers", "layers_train", lambda: measure_layers("train")),
@@ -121,9 +126,12 @@ class CompressionBenchmark:
         ]
         return [(name, measure) for part, name, measure in plan if parts is None or part in parts]
 
-    def _measure_arm(self, arm: Arm) -> dict[str, Any]:
+    def _answers(self, arm: Arm) -> dict[str, Any]:
         model_dir = self._make(arm).local_dir
-        return measure_arm(arm, model_dir, self._heldout())
+        return measure_answers(arm, model_dir, self._heldout())
+
+    def _costs(self, arm: Arm) -> dict[str, Any]:
+        return measure_costs(arm, self._make(arm).local_dir)
 
     def _uniform(self) -> dict[str, Any]:
         plain = self._arms["fp32"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.benchmarks.compression_models import NUM_PROBLEMS
-from jobs.benchmarks.compression_rows import QUANTIZED, Results, list_students
+from jobs.benchmarks.compression_rows import Results, list_students, quantization_arms
 from jobs.benchmarks.compression_students import STUDENT_STEPS
 from r1ray.evaluation.accuracy import proportion
 from r1ray.evaluation.record import Row, render_table
@@ -50,8 +50,7 @@ def _render_arms(results: Results) -> str:
         "| model | accuracy | task perplexity | English | MB on disk | MB resident | ms a token |",
         "|---|---|---|---|---|---|---|",
     ]
-    models = {name: results[f"quantization_{name}"] for name in ("fp32", *QUANTIZED)}
-    for name, arm in models.items():
+    for name, arm in quantization_arms(results).items():
         share = proportion(arm["is_correct"])
         resident = arm["resident_bytes"]
         low, high = 100 * share.low, 100 * share.high

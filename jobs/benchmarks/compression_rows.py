@@ -12,7 +12,7 @@ from jobs.benchmarks.compression_students import SEEDS
 from r1ray.evaluation.accuracy import paired_difference
 from r1ray.evaluation.record import Row
 
-__all__ = ["OPTIONAL", "QUANTIZED", "Results", "build_rows", "list_students"]
+__all__ = ["OPTIONAL", "QUANTIZED", "Results", "build_rows", "list_students", "quantization_arms"]
 
 Results = Mapping[str, Mapping[str, Any]]
 OPTIONAL = ("student_1", "student_2", "untaught_")  # hours without a GPU: as far as measured
@@ -34,7 +34,7 @@ def build_rows(results: Results) -> list[Row]:
 
 
 def _quantization_rows(results: Results) -> list[Row]:
-    arms = {name: results[f"quantization_{name}"] for name in ("fp32", *QUANTIZED)}
+    arms = quantization_arms(results)
     plain = arms["fp32"]
     rows = []
     for name in QUANTIZED:
@@ -187,6 +187,14 @@ def _distillation_rows(results: Results) -> list[Row]:
             )
         )
     return [*rows, *_latency_rows(results["latency"]["seconds"])]
+
+
+def quantization_arms(results: Results) -> dict[str, Mapping[str, Any]]:
+    """What was measured of each quantization arm."""
+    return {
+        name: {**results[f"quantization_{name}"], **results[f"costs_{name}"]}
+        for name in ("fp32", *QUANTIZED)
+    }
 
 
 def list_students(results: Results) -> Iterator[tuple[str, Mapping[str, Any], float]]:
