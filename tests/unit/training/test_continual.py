@@ -16,7 +16,7 @@ from r1ray.config.exchange import (
     StreamExchangeConfig,
 )
 from r1ray.config.training import TrainConfig
-from r1ray.exchange import build_exchange
+from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models.checkpoint import save_model
 from r1ray.models.lora import is_adapter
 from r1ray.models.memory import FISHER_NAME, memory_path
@@ -174,8 +174,7 @@ def test_an_interrupted_training_goes_on_with_its_adapters(start: Path, tmp_path
         begin(model, LORA)
         train = TrainConfig(num_steps=8, warmup_steps=1, learning_rate=1e-2, precision="fp32")
         exchange = build_exchange(DenseExchangeConfig(type="dense"))
-        [transport] = run_workers(1, lambda transport: transport)
-        return TrainState(model, train, exchange, transport)
+        return TrainState(model, train, exchange, LocalTransport())
 
     batch = random_batch(4, 16, seed=0)
     whole, half = build(), build()
@@ -189,3 +188,23 @@ def test_an_interrupted_training_goes_on_with_its_adapters(start: Path, tmp_path
     assert [record.loss for record in history] == [record.loss for record in records]
     for name, item in whole.model.state_dict().items():
         assert torch.equal(item, resumed.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("policy", ["range", "threshold"])
+def test_adapters_train_in_narrow_formats(policy: str, start: Path) -> None:
+    model = tiny_model()
+    begin(model, LORA)
+    train = TrainConfig(
+        num_steps=8,
+        warmup_steps=1,
+        learning_rate=1e-2,
+        precision="bf16",
+        precision_policy=policy,  # type: ignore[arg-type]
+    )
+    exchange = build_exchange(DenseExchangeConfig(type="dense"))
+    state = TrainState(model, train, exchange, LocalTransport())
+    batch = random_batch(4, 16, seed=0)
+    losses = [state.run_step([batch]).loss for _ in range(8)]
+    assert losses[0] is not None
+    assert losses[-1] is not None
+    assert losses[-1] < losses[0]
