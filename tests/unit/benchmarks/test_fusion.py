@@ -69,18 +69,18 @@ def test_controls_do_not_see_the_other_half(arm: Any, hidden: str) -> None:
         )
 
     found = [
-        train_arm(arm, "trained", 1e-3, 0, TINY, build_decoder(0), train, asked)["right"]
+        train_arm(arm, "trained", 1e-3, 0, TINY, build_decoder(0), train, {"test": asked})
         for asked in (test, changed)
     ]
 
-    assert found[0] == found[1]
+    assert found[0]["right"] == found[1]["right"]
 
 
 def test_a_frozen_decoder_stays_as_it_was() -> None:
     examples = write_examples(20, 7)
     decoder, before = build_decoder(0), build_decoder(0).state_dict()
 
-    train_arm("mid", "frozen", 1e-2, 0, TINY, decoder, examples, examples)
+    train_arm("mid", "frozen", 1e-2, 0, TINY, decoder, examples, {"test": examples})
 
     after = decoder.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)

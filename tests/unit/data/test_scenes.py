@@ -96,9 +96,7 @@ def test_questions_are_answered_by_what_is_in_the_scene(
 
 
 def test_a_description_names_every_thing() -> None:
-    assert describe_scene(SCENE[:2]) == (
-        "small red circle row 0 column 1 , large blue square row 1 column 0"
-    )
+    assert describe_scene(SCENE[:2]) == ("small red circle r0 c1 large blue square r1 c0")
 
 
 def test_a_picture_shows_things_in_their_squares() -> None:
