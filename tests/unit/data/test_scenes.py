@@ -73,6 +73,8 @@ SCENE: Scene = (
     [
         ("exist", "is there a small red circle ?", "yes"),
         ("exist", "is there a large red circle ?", "no"),
+        ("exist", "is there a blue thing ?", "yes"),
+        ("exist", "is there a small blue thing ?", "no"),
         ("count", "how many squares are there ?", "2"),
         ("count", "how many yellow things are there ?", "0"),
         ("query", "what color is the large square ?", "blue"),
