@@ -9,6 +9,7 @@ def test_the_exception_tree_is_exactly_what_the_module_draws() -> None:
         "ConfigError",
         "DivergenceError",
         "ExchangeError",
+        "ImageError",
         "R1RayError",
         "ServingError",
         "ShapeError",
