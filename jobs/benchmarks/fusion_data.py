@@ -44,8 +44,8 @@ IMAGE_SIZE = 48
 QUESTION_WORDS = 13  # the longest, its answer included
 _PAD = "<pad>"
 _WORDS = (
-    ", ? is there a the how many are things thing what color shape size more than left right above "
-    "below of row column yes no"
+    "? is there a the how many are things thing what color shape size more than left right above "
+    "below of yes no"
 )
 _EASY_WORDS = "does in image contain not present black brown gray teal rectangle"
 VOCABULARY = (
@@ -57,7 +57,8 @@ VOCABULARY = (
             *SHAPES,
             *(f"{shape}s" for shape in SHAPES),
             *SIZES,
-            *map(str, range(max(GRID, MAX_COUNT + 1))),
+            *map(str, range(MAX_COUNT + 1)),
+            *(f"{axis}{number}" for axis in "rc" for number in range(GRID)),
             *_EASY_WORDS.split(),
         ]
     ),

@@ -2,9 +2,9 @@
 
 1. A question is drawn first, then its answer, each possible one with the same chance, and last a
    scene in which that is the answer. Whoever sees questions alone is therefore at chance, whatever
-   the question; so is whoever sees pictures alone, up to how often an answer is possible.
-2. A scene has 3 to 6 things, each in a square of its own of a grid of 4 by 4, off its middle by up
-   to an eighth; colours and background are not quite even.
+   the question.
+2. A scene has 3 to 6 things, each in a square of its own of a grid of 4 by 4, off its middle by
+   some pixels; colours and background are not quite even.
 
 Price: about 0.2 ms a scene that is tried, of which few to some dozens are; 0.3 ms a picture.
 Source: Johnson et al. 2017 (CLEVR), arXiv:1612.06890; balance as in Goyal et al. 2017 (VQA v2),
@@ -50,6 +50,7 @@ COLORS = {
     "yellow": (235, 200, 40),
 }
 GRID = 4
+_FEATURES = ("size", "color", "shape")
 MAX_COUNT = 3
 _FEWEST, _MOST = 3, 6
 _YES_NO = ("yes", "no")
@@ -125,10 +126,9 @@ def draw_question(kind: Kind, chance: random.Random) -> Question:
 
 
 def describe_scene(scene: Scene) -> str:
-    """The scene in words, from which every question can be answered."""
-    return " , ".join(
-        f"{thing.size} {thing.color} {thing.shape} row {thing.row} column {thing.column}"
-        for thing in scene
+    """The scene in words, from which every question can be answered: r is a row, c a column."""
+    return " ".join(
+        f"{thing.size} {thing.color} {thing.shape} r{thing.row} c{thing.column}" for thing in scene
     )
 
 
@@ -174,12 +174,14 @@ def _mask(
 
 
 def _exist(chance: random.Random) -> Question:
-    size, color, shape = _draw_look(chance)
+    look = dict(zip(_FEATURES, _draw_look(chance), strict=True))
+    named = [name for name in _FEATURES if chance.random() < 0.5] or [chance.choice(_FEATURES)]
+    what = " ".join([look[name] for name in named] + ["thing"] * ("shape" not in named))
     return Question(
         "exist",
-        f"is there a {size} {color} {shape} ?",
+        f"is there a {what} ?",
         _YES_NO,
-        lambda scene: _yes_no(bool(_find(scene, size=size, color=color, shape=shape))),
+        lambda scene: _yes_no(bool(_find(scene, **{name: look[name] for name in named}))),
     )
 
 

@@ -51,7 +51,9 @@ def _config(workspace: Path, kind: str, *overrides: str) -> PipelineConfig:
             f"prepare.sources=[{{type: images, paths: ['{workspace / 'scenes.parquet'}']}}, "
             "{type: tasks, num_samples: 12}]",
             f"evaluate.images={{paths: ['{workspace / 'heldout.parquet'}']}}",
+            "train.num_steps=3",
             "evaluate.num_problems=2",
+            "evaluate.max_new_tokens=4",
             *overrides,
         ],
     )
@@ -61,7 +63,7 @@ def _config(workspace: Path, kind: str, *overrides: str) -> PipelineConfig:
     ("kind", "overrides"),
     [
         ("early", ["prepare.batching={type: packing}", "train.exchange={type: delta4}"]),
-        ("mid", ["train.freeze_decoder=true"]),
+        ("mid", ["train.freeze_decoder=true", "train.resources.num_workers=1"]),
         ("late", ["train.resources.num_workers=1"]),
     ],
 )
@@ -78,7 +80,6 @@ def test_images_go_from_files_to_an_int8_model(
         for line in (prepared.local_dir / "quarantine.jsonl").read_text().splitlines()
     ]
     compressed = pipeline.compress()
-    evaluated = pipeline.evaluate()
 
     assert sum(len(images.rows) for images in found if images is not None) == NUM_ROWS
     assert ["cannot be read" in row["error"] for row in bad] == [True]
@@ -94,6 +95,11 @@ def test_images_go_from_files_to_an_int8_model(
     assert isinstance(model.fusion.encoder.patch_proj, Int8Linear)
     # Trained through the rounding that it is served with: ties apart, the same logits.
     assert compressed.manifest.metrics["max_fake_quant_difference"] < 1e-3
+
+
+def test_questions_about_images_are_evaluated_by_kind(workspace: Path) -> None:
+    evaluated = Pipeline(_config(workspace, "late", "train.resources.num_workers=1")).evaluate()
+
     report = json.loads((evaluated.local_dir / "evaluation.json").read_text())
     assert set(report["images"]) == {"base", "tuned", "int8"}
     assert report["images"]["int8"]["accuracy"]["count"] == 10
@@ -101,7 +107,8 @@ def test_images_go_from_files_to_an_int8_model(
 
 
 def test_a_frozen_decoder_stays_as_it_was(workspace: Path) -> None:
-    pipeline = Pipeline(_config(workspace, "mid", "train.freeze_decoder=true"))
+    overrides = ["train.freeze_decoder=true", "train.resources.num_workers=1"]
+    pipeline = Pipeline(_config(workspace, "mid", *overrides))
 
     base, trained = (
         load_file(artifact.local_dir / "model.safetensors")

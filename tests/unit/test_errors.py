@@ -10,6 +10,7 @@ def test_the_exception_tree_is_exactly_what_the_module_draws() -> None:
         "DivergenceError",
         "ExchangeError",
         "ForgettingError",
+        "ImageError",
         "R1RayError",
         "ServingError",
         "ShapeError",

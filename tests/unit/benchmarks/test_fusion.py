@@ -69,18 +69,18 @@ def test_controls_do_not_see_the_other_half(arm: Any, hidden: str) -> None:
         )
 
     found = [
-        train_arm(arm, "trained", 1e-3, 0, TINY, build_decoder(0), train, asked)["right"]
+        train_arm(arm, "trained", 1e-3, 0, TINY, build_decoder(0), train, {"test": asked})
         for asked in (test, changed)
     ]
 
-    assert found[0] == found[1]
+    assert found[0]["right"] == found[1]["right"]
 
 
 def test_a_frozen_decoder_stays_as_it_was() -> None:
     examples = write_examples(20, 7)
     decoder, before = build_decoder(0), build_decoder(0).state_dict()
 
-    train_arm("mid", "frozen", 1e-2, 0, TINY, decoder, examples, examples)
+    train_arm("mid", "frozen", 1e-2, 0, TINY, decoder, examples, {"test": examples})
 
     after = decoder.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -166,11 +166,19 @@ def test_a_benchmark_goes_on_where_it_was_stopped(
     examples = write_examples(20, 7)
     monkeypatch.setattr(fusion_module, "read_easy_vqa", lambda: (examples, examples))
 
-    def build() -> FusionBenchmark:
-        return FusionBenchmark(tmp_path / "work", size=TINY, num_seeds=2, target=tmp_path / "docs")
+    def build(*shard: int) -> FusionBenchmark:
+        return FusionBenchmark(
+            tmp_path / "work",
+            size=TINY,
+            num_seeds=2,
+            target=tmp_path / "docs",
+            shard=(shard[0], 2) if shard else (0, 1),
+        )
 
-    build().sweep()
-    swept = {path.name for path in (tmp_path / "work").glob("*.json")}
+    counts = []
+    for number in (0, 1):
+        build(number).sweep()
+        counts.append(len(list((tmp_path / "work").glob("*_[01].json"))))
     build().file_record("python -m jobs.bench_fusion")
 
     record = json.loads((tmp_path / "docs" / "fusion.json").read_text())
@@ -178,7 +186,7 @@ def test_a_benchmark_goes_on_where_it_was_stopped(
     accuracies = {f"fusion.accuracy_{regime}_{arm}" for regime in REGIMES for arm in ARMS}
     assert accuracies <= rows
     assert {"fusion.mid_vs_best_other", "fusion.verdict_frozen", "fusion.verdict_trained"} <= rows
-    assert len(swept) == 30
+    assert counts == [15, 30]
     runs = {path.name for path in (tmp_path / "work").glob("*_[01].json")}
     assert len(runs) == 40, "30 of the sweep, and the second seed of each arm and regime"
     assert "FLOP" in (tmp_path / "docs" / "fusion.md").read_text()

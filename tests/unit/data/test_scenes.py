@@ -73,6 +73,8 @@ SCENE: Scene = (
     [
         ("exist", "is there a small red circle ?", "yes"),
         ("exist", "is there a large red circle ?", "no"),
+        ("exist", "is there a blue thing ?", "yes"),
+        ("exist", "is there a small blue thing ?", "no"),
         ("count", "how many squares are there ?", "2"),
         ("count", "how many yellow things are there ?", "0"),
         ("query", "what color is the large square ?", "blue"),
@@ -96,9 +98,7 @@ def test_questions_are_answered_by_what_is_in_the_scene(
 
 
 def test_a_description_names_every_thing() -> None:
-    assert describe_scene(SCENE[:2]) == (
-        "small red circle row 0 column 1 , large blue square row 1 column 0"
-    )
+    assert describe_scene(SCENE[:2]) == ("small red circle r0 c1 large blue square r1 c0")
 
 
 def test_a_picture_shows_things_in_their_squares() -> None:
