@@ -25,10 +25,10 @@ from ray.serve.request_router import (
 from r1ray.models.pages import chain_digests
 from r1ray.models.requests import GenerationRequest
 
-__all__ = ["PrefixMemory", "PrefixRouter"]
+__all__ = ["REMEMBERED", "PrefixMemory", "PrefixRouter"]
 
 Place = TypeVar("Place", bound=Hashable)
-_REMEMBERED = 1 << 16  # blocks
+REMEMBERED = 1 << 16  # blocks
 
 
 class PrefixMemory(Generic[Place]):
@@ -49,6 +49,13 @@ class PrefixMemory(Generic[Place]):
             self._places.move_to_end(digest)
         while len(self._places) > self._size:
             self._places.popitem(last=False)
+
+    def count_known(self, digests: Sequence[bytes]) -> int:
+        """Blocks of the longest beginning that went anywhere."""
+        for count in range(len(digests), 0, -1):
+            if digests[count - 1] in self._places:
+                return count
+        return 0
 
     def choose(
         self, digests: Sequence[bytes], loads: Mapping[Place, int], num_places: int
@@ -77,7 +84,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """Called by Serve, with `request_router_kwargs`."""
         self._max_concurrency: int = kwargs["max_concurrency"]
-        self._memory: PrefixMemory[ReplicaID] = PrefixMemory(_REMEMBERED)
+        self._memory: PrefixMemory[ReplicaID] = PrefixMemory(REMEMBERED)
 
     async def choose_replicas(
         self,
