@@ -179,7 +179,13 @@ class BatchGenerator:
         """
         spare = self._pool.slice([[self._pool.num_pages]], [0])
         ids_11 = torch.zeros(1, 1, dtype=torch.long)
-        if not self._backend.next_logits(ids_11, spare, [0]).isfinite().all():
+        if self._meter is not None:
+            self._backend.next_logits(ids_11, spare, [0])  # wakes what has slept
+        started = time.perf_counter()
+        logits_1V = self._backend.next_logits(ids_11, spare, [0])
+        if self._meter is not None:
+            self._meter.note_idle(time.perf_counter() - started)
+        if not logits_1V.isfinite().all():
             raise RuntimeError("the model's logits are not numbers")
 
     def cancel(self, request_id: str) -> None:

@@ -4,6 +4,8 @@
 2. Reading: the time of a prompt's token by how far into the prompt it is, in ranges that double:
    64, 128, 256, ... tokens.
 3. Both are running means. What a step takes beyond one that only writes is for what it read.
+4. Who has nothing to do would stay as slow, or as fast, as it once was. So where one forward that
+   belongs to nobody takes another time than the one before it, everything is taken to.
 
 Price: microseconds a step; at the start `measure_speed` takes the seconds that it is given.
 """
@@ -60,6 +62,7 @@ class SpeedMeter:
 
     _step_s: dict[int, float]
     _token_s: dict[int, float]
+    _idle_s: float | None
     _speed: Speed | None
 
     def __init__(self) -> None:
@@ -87,20 +90,37 @@ class SpeedMeter:
             each = max(seconds - beside, 0.0) / num_read
             for start, count in pieces:
                 _blend(self._token_s, _range_of(start + count), each)
+        self._idle_s = None
+        self._describe()
+
+    def note_idle(self, seconds: float) -> None:
+        """A forward for nobody took so long; steps since the one before were noted themselves."""
+        if self._idle_s is not None:
+            factor = 1 + _NEW * (seconds / self._idle_s - 1)
+            for means in (self._step_s, self._token_s):
+                for key in means:
+                    means[key] *= factor
+            seconds = factor * self._idle_s
+            self._describe()
+        self._idle_s = seconds
+
+    def forget(self) -> None:
+        """What was noted so far."""
+        self._step_s, self._token_s = {}, {}
+        self._idle_s = self._speed = None
+
+    def _describe(self) -> None:
         if self._step_s and self._token_s:
             self._speed = Speed(
                 tuple(sorted(self._step_s.items())), tuple(sorted(self._token_s.items()))
             )
-
-    def forget(self) -> None:
-        """What was noted so far."""
-        self._step_s, self._token_s, self._speed = {}, {}, None
 
 
 class _Generator(Protocol):
     def add(self, request: GenerationRequest) -> None: ...
     def cancel(self, request_id: str) -> None: ...
     def step(self) -> list[TokenEvent]: ...
+    def probe(self) -> None: ...
 
 
 def measure_speed(
@@ -140,6 +160,7 @@ def measure_speed(
     for length in _LENGTHS:
         if length < max_context_tokens and clock() < stop_at:
             answer([length], 1)
+    generator.probe()
 
 
 def _ids(length: int) -> list[int]:

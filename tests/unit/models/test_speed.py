@@ -40,6 +40,22 @@ def test_what_a_step_takes_beyond_writing_is_for_what_it_reads() -> None:
     assert before.writing_s(2) == 0.02  # what was given stays
 
 
+def test_who_is_idle_is_as_slow_as_a_forward_for_nobody_says() -> None:
+    meter = SpeedMeter()
+    meter.note(0.2, [(0, 10)], 0)
+    meter.note(0.01, [], 1)
+    meter.note_idle(0.1)  # the first says nothing: all was measured beside it
+    assert meter.speed == Speed(((1, 0.01),), ((64, 0.02),))
+    for _ in range(50):
+        meter.note_idle(0.05)
+    assert meter.speed is not None
+    assert meter.speed.writing_s(1) == pytest.approx(0.005, rel=1e-3)
+    assert meter.speed.reading_s(1) == pytest.approx(0.01, rel=1e-3)
+    meter.note(0.005, [], 1)
+    meter.note_idle(0.5)  # nor is one that follows a step
+    assert meter.speed.writing_s(1) == pytest.approx(0.005, rel=1e-3)
+
+
 class _Paced:
     """A generator whose steps take a time of their own, by a clock that it moves."""
 
@@ -56,6 +72,9 @@ class _Paced:
     def cancel(self, request_id: str) -> None:
         self._unread.pop(request_id, None)
         self._writing.discard(request_id)
+
+    def probe(self) -> None:
+        self._meter.note_idle(self._step_s)
 
     def step(self) -> list[TokenEvent]:
         pieces, num_written = [(0, count) for count in self._unread.values()], len(self._writing)
