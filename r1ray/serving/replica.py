@@ -28,6 +28,7 @@ from r1ray.observability.logging import setup_logging
 from r1ray.ops import native
 from r1ray.serving.devices import load_backend, plan_pages
 from r1ray.serving.engine import Engine
+from r1ray.serving.engine_metrics import describe_speed
 from r1ray.serving.scaling import TOKENS_DUE
 
 __all__ = ["Failure", "ModelReplica", "build_engine", "check_context", "compile_forms"]
@@ -164,8 +165,11 @@ class ModelReplica:
         await self._engine.probe()
 
     async def read_metrics(self) -> tuple[str, list[Metric]]:
-        """(which replica this is, what its engine tells)."""
-        return serve.get_replica_context().replica_id.unique_id, self._engine.metrics()
+        """(which replica this is, what its engine tells and what was measured)."""
+        found, speed = self._engine.metrics(), await self.read_speed()
+        if speed is not None:
+            found += describe_speed(speed)
+        return serve.get_replica_context().replica_id.unique_id, found
 
     async def read_speed(self) -> Speed | None:
         """What it has measured by now; None where it was not asked to."""

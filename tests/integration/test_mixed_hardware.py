@@ -81,14 +81,19 @@ def ask(base_url: str, *prompts: str, max_tokens: int = 8) -> list[httpx.Respons
     return asyncio.run(answer())
 
 
+def read_metric(base_url: str, name: str) -> list[tuple[dict[str, str], float]]:
+    """Values with their labels."""
+    text = httpx.get(f"{base_url}/metrics", timeout=30).raise_for_status().text
+    families = text_string_to_metric_families(text)
+    samples = [sample for family in families for sample in family.samples]
+    return [(sample.labels, sample.value) for sample in samples if sample.name == name]
+
+
 def count_answers(base_url: str) -> Counter[str]:
     """By group."""
-    text = httpx.get(f"{base_url}/metrics", timeout=30).raise_for_status().text
     found = Counter[str]()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == "r1ray:request_success_total":
-                found[sample.labels["group"]] += round(sample.value)
+    for labels, value in read_metric(base_url, "r1ray:request_success_total"):
+        found[labels["group"]] += round(value)
     return found
 
 
@@ -105,8 +110,10 @@ def find_replica(name: str) -> Any:
 def test_requests_go_to_the_fast_group_until_it_is_full(base_url: str) -> None:
     [first] = ask(base_url, "a short prompt")
     assert first.status_code == 200, first.text
-    before = count_answers(base_url)
-    assert before == {"npu": 1}
+    assert count_answers(base_url) == {"npu": 1}
+    steps = read_metric(base_url, "r1ray:measured_step_seconds")
+    alone = {labels["group"]: value for labels, value in steps if labels["sequences"] == "1"}
+    assert alone["slow"] >= STEP_S > alone["npu"]
     # Two are decoded and two wait there; the others would be refused.
     answers = ask(base_url, *[f"number {number}" for number in range(7)], max_tokens=60)
     assert [answer.status_code for answer in answers] == [200] * 7
