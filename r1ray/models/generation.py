@@ -182,10 +182,10 @@ class BatchGenerator:
         if self._meter is not None:
             self._backend.next_logits(ids_11, spare, [0])  # wakes what has slept
         started = time.perf_counter()
-        logits_1V = self._backend.next_logits(ids_11, spare, [0])
-        if self._meter is not None:
+        is_sound = bool(self._backend.next_logits(ids_11, spare, [0]).isfinite().all())
+        if self._meter is not None:  # a GPU is done now
             self._meter.note_idle(time.perf_counter() - started)
-        if not logits_1V.isfinite().all():
+        if not is_sound:
             raise RuntimeError("the model's logits are not numbers")
 
     def cancel(self, request_id: str) -> None:

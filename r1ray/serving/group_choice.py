@@ -23,7 +23,7 @@ from r1ray.models.pages import chain_digests
 from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.speed import Speed
 from r1ray.ops.block_selection import BLOCK
-from r1ray.serving.routing import REMEMBERED, PrefixMemory
+from r1ray.serving.prefixes import REMEMBERED, PrefixMemory
 
 __all__ = ["GroupBoard", "GroupLimits", "Work", "estimate_s"]
 
@@ -110,27 +110,22 @@ class GroupBoard:
         """What the group's replicas have measured: those that answer; none where it is gone."""
         self._groups[name].speeds = tuple(speeds)
 
-    def choose(
-        self, request: GenerationRequest, without: Collection[str | None] = ()
-    ) -> str | None:
-        """The group that should answer.
+    def rank(self, request: GenerationRequest) -> list[str | None]:
+        """The groups that may answer, in the order in which they should be asked.
 
-        Of those that have replicas and a place to wait, the one that is done first; else one that
-        has replicas; else the first.
-
-        Args:
-            without: groups that are out of the question; not all of them.
+        Those that have replicas: first where there is a place to wait, then by who is done first.
+        All where none has.
         """
-        left = {name: group for name, group in self._groups.items() if name not in without}
-        if len(left) == 1:
-            return next(iter(left))
-        present = {name: group for name, group in left.items() if group.speeds}
-        free = {name: group for name, group in present.items() if not group.is_full}
-        found = free or present
-        if not found:
-            return next(iter(left))
+        present = {name: group for name, group in self._groups.items() if group.speeds}
+        if len(present) <= 1:
+            return list(present or self._groups)
         digests = chain_digests(request.prompt_ids)
-        return min(found, key=lambda name: self._estimate(found[name], request, digests))
+
+        def cost(name: str | None) -> tuple[bool, float]:
+            group = present[name]
+            return group.is_full, self._estimate(group, request, digests)
+
+        return sorted(present, key=cost)
 
     @contextmanager
     def give(self, name: str | None, request: GenerationRequest) -> Iterator["_Progress"]:

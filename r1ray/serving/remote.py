@@ -56,10 +56,8 @@ class RemoteModel:
             ServingError: the one that the replica raised, or 503 when no replica answers.
         """
         await self._watch()
-        tried: set[str | None] = set()
-        while True:
-            name = self._board.choose(request, without=tried)
-            tried.add(name)
+        *rest, last = self._board.rank(request)
+        for name in (*rest, last):
             has_begun = False
             try:
                 with self._board.give(name, request) as progress:
@@ -70,8 +68,7 @@ class RemoteModel:
                             yield events
                 return
             except ServingError as error:
-                is_final = has_begun or len(tried) == len(self._groups)
-                if is_final or error.status not in _ELSEWHERE:
+                if has_begun or name == last or error.status not in _ELSEWHERE:
                     raise
 
     async def probe(self) -> None:

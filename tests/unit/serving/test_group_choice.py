@@ -28,6 +28,10 @@ def board(lengths: dict[int, int] | None = None, **speeds: Speed) -> GroupBoard:
     return found
 
 
+def choose(found: GroupBoard, request: GenerationRequest) -> str | None:
+    return found.rank(request)[0]
+
+
 def test_alone_a_request_takes_its_reading_and_its_steps() -> None:
     seconds = estimate_s(Work(0, 100, 10), [], FAST, num_replicas=1, max_concurrency=2)
     assert seconds == pytest.approx(100 * 0.0001 + 10 * 0.01)
@@ -60,13 +64,13 @@ def test_more_ahead_never_takes_less_time() -> None:
 
 def test_long_prompts_go_to_who_reads_fast_and_long_answers_to_who_writes_fast() -> None:
     found = board(reader=READER, writer=WRITER)
-    assert found.choose(ask(num_prompt=1000, num_new=1)) == "reader"
-    assert found.choose(ask(num_prompt=10, num_new=100)) == "writer"
+    assert choose(found, ask(num_prompt=1000, num_new=1)) == "reader"
+    assert choose(found, ask(num_prompt=10, num_new=100)) == "writer"
 
 
 def test_answers_count_as_long_as_they_are_predicted() -> None:
     found = board({2: 10}, reader=READER, writer=WRITER)
-    assert found.choose(ask(num_prompt=1000, num_new=500)) == "reader"
+    assert choose(found, ask(num_prompt=1000, num_new=500)) == "reader"
 
 
 def test_the_slow_group_gets_what_would_wait_longer_at_the_fast_one() -> None:
@@ -75,7 +79,7 @@ def test_the_slow_group_gets_what_would_wait_longer_at_the_fast_one() -> None:
     with ExitStack() as open_requests:  # none is done before the others
         for number in range(10):
             request = ask(num_new=20, first=number)
-            names.append(found.choose(request))
+            names.append(choose(found, request))
             open_requests.enter_context(found.give(names[-1], request))
     assert names[:4] == ["fast"] * 4
     assert names.count("slow") >= 3
@@ -85,16 +89,16 @@ def test_the_slow_group_gets_what_would_wait_longer_at_the_fast_one() -> None:
 def test_who_is_done_makes_room() -> None:
     found = board(fast=FAST, slow=SLOW)
     with found.give("fast", ask(num_prompt=100_000)):
-        assert found.choose(ask()) == "slow"
-    assert found.choose(ask()) == "fast"
+        assert choose(found, ask()) == "slow"
+    assert choose(found, ask()) == "fast"
 
 
 def test_progress_counts_what_is_left() -> None:
     found = board(fast=FAST, slow=SLOW)
     with found.give("fast", ask(num_prompt=100_000)) as progress:
-        assert found.choose(ask()) == "slow"
+        assert choose(found, ask()) == "slow"
         progress.note([TokenEvent("r", 1, None)])  # all of the prompt was read
-        assert found.choose(ask()) == "fast"
+        assert choose(found, ask()) == "fast"
 
 
 def test_what_was_read_before_need_not_be_read_again() -> None:
@@ -102,8 +106,8 @@ def test_what_was_read_before_need_not_be_read_again() -> None:
     prompt = ask(num_prompt=100_000, num_new=1)
     with found.give("slow", prompt) as progress:
         progress.note([TokenEvent("r", 1, "length")])
-    assert found.choose(prompt) == "slow"
-    assert found.choose(ask(num_prompt=100_000, num_new=1, first=7)) == "fast"
+    assert choose(found, prompt) == "slow"
+    assert choose(found, ask(num_prompt=100_000, num_new=1, first=7)) == "fast"
 
 
 @pytest.mark.parametrize(
@@ -119,14 +123,18 @@ def test_a_group_that_is_gone_gets_nothing(
 ) -> None:
     found = board(fast=FAST, slow=SLOW)
     change(found)
-    assert found.choose(ask()) == expected
+    assert choose(found, ask()) == expected
 
 
-def test_what_was_tried_is_not_tried_again() -> None:
-    found = board(fast=FAST, slow=SLOW)
-    assert found.choose(ask(), without={"fast"}) == "slow"
-    found.report("slow", [])
-    assert found.choose(ask(), without={"fast"}) == "slow"
+def test_all_that_have_replicas_are_ranked_and_the_full_come_last() -> None:
+    found = board(slow=SLOW, fast=FAST, gone=FAST)
+    found.report("gone", [])
+    assert found.rank(ask()) == ["fast", "slow"]
+    with ExitStack() as open_requests:
+        for number in range(LIMITS.max_concurrency + LIMITS.max_queued_requests):
+            short = ask(num_prompt=1, num_new=1, first=number)
+            open_requests.enter_context(found.give("fast", short))
+        assert found.rank(ask()) == ["slow", "fast"]
 
 
 def test_answers_that_end_teach_how_long_answers_are() -> None:

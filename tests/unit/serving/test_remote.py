@@ -148,6 +148,12 @@ def test_errors_that_stay_are_passed_on(tmp_path: Path, failure: Failure, num_as
     assert len(slow.responses) + len(fast.responses) == num_asked
 
 
+def test_a_refusal_is_not_hidden_by_a_group_that_is_gone(tmp_path: Path) -> None:
+    fast, gone = _Handle("fast", FAST, steps=[BUSY]), _Handle("gone")
+    with pytest.raises(ServingError, match="busy"):
+        run(tmp_path, read, gone=gone, fast=fast)
+
+
 def test_who_stops_reading_cancels_the_call(tmp_path: Path) -> None:
     slow, fast = _Handle("slow", SLOW), _Handle("fast", FAST)
 
