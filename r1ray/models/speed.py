@@ -81,6 +81,8 @@ class SpeedMeter:
             num_written: sequences that each got a token beside.
         """
         num_read = sum(count for _, count in pieces)
+        if not num_read and not num_written:
+            return
         if not num_read:
             _blend(self._step_s, num_written, seconds)
         else:
@@ -164,7 +166,7 @@ def measure_speed(
 
 
 def _ids(length: int) -> list[int]:
-    """Tokens that every vocabulary has, and no two prompts of different lengths begin with."""
+    """Tokens that every vocabulary has; prompts of these lengths differ from the first one on."""
     return [(length + number) % 100 for number in range(length)]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from r1ray.config.serving import ReplicaConfig
 from r1ray.models.answer_lengths import AnswerLengths
 from r1ray.models.pages import chain_digests
 from r1ray.models.requests import GenerationRequest, TokenEvent
@@ -25,7 +26,7 @@ from r1ray.models.speed import Speed
 from r1ray.ops.block_selection import BLOCK
 from r1ray.serving.prefixes import REMEMBERED, PrefixMemory
 
-__all__ = ["GroupBoard", "GroupLimits", "Work", "estimate_s"]
+__all__ = ["GroupBoard", "Work", "estimate_s"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,6 @@ class Work:
     num_known: int
     num_to_read: int
     num_to_write: int
-
-
-@dataclass(frozen=True)
-class GroupLimits:
-    """Of one replica: sequences that it decodes together, and others that may wait."""
-
-    max_concurrency: int
-    max_queued_requests: int
 
 
 def estimate_s(
@@ -81,7 +74,7 @@ class _Given:
 
 @dataclass
 class _Group:
-    limits: GroupLimits
+    config: ReplicaConfig
     speeds: Sequence[Speed] = ()
     given: list[_Given] = field(default_factory=list)
     memory: PrefixMemory[None] = field(default_factory=lambda: PrefixMemory(REMEMBERED))
@@ -89,8 +82,8 @@ class _Group:
     @property
     def is_full(self) -> bool:
         """Whether another request would be refused."""
-        limits = self.limits
-        most = len(self.speeds) * (limits.max_concurrency + limits.max_queued_requests)
+        each = self.config.max_concurrency + self.config.max_queued_requests
+        most = len(self.speeds) * each
         return len(self.given) >= most
 
 
@@ -102,8 +95,8 @@ class GroupBoard:
         lengths: of answers; learns from those that end.
     """
 
-    def __init__(self, groups: Mapping[str | None, GroupLimits], lengths: AnswerLengths) -> None:
-        self._groups = {name: _Group(limits) for name, limits in groups.items()}
+    def __init__(self, groups: Mapping[str | None, ReplicaConfig], lengths: AnswerLengths) -> None:
+        self._groups = {name: _Group(config) for name, config in groups.items()}
         self._lengths = lengths
 
     def report(self, name: str | None, speeds: Sequence[Speed]) -> None:
@@ -150,7 +143,7 @@ class GroupBoard:
                 ahead,
                 speed,
                 num_replicas=len(group.speeds),
-                max_concurrency=group.limits.max_concurrency,
+                max_concurrency=group.config.max_concurrency,
             )
             for speed in group.speeds
         ]

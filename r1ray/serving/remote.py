@@ -22,7 +22,7 @@ from r1ray.errors import ServingError
 from r1ray.models.answer_lengths import AnswerLengths, read_answer_lengths
 from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.speed import Speed
-from r1ray.serving.group_choice import GroupBoard, GroupLimits
+from r1ray.serving.group_choice import GroupBoard
 from r1ray.serving.readiness import explain_waiting
 from r1ray.serving.replica import Failure
 
@@ -42,11 +42,8 @@ class RemoteModel:
     def __init__(self, handles: Mapping[str | None, DeploymentHandle], args: ModelArgs) -> None:
         self._args = args
         self._groups = {name: _Group(handle) for name, handle in handles.items()}
-        limits = {
-            name: GroupLimits(group.max_concurrency, group.max_queued_requests)
-            for name, group in list_groups(args).items()
-        }
-        self._board = GroupBoard(limits, AnswerLengths(read_answer_lengths(args.model_dir)))
+        lengths = AnswerLengths(read_answer_lengths(args.model_dir))
+        self._board = GroupBoard(list_groups(args), lengths)
         self._watchers: list[asyncio.Task[None]] = []
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[TokenEvent]]:
@@ -91,15 +88,15 @@ class RemoteModel:
 
     async def read_metrics(self) -> list[tuple[dict[str, str], list[Metric]]]:
         """Of every replica, with labels that name it; empty where there is none."""
+        answers = await asyncio.gather(
+            *[group.ask("read_metrics") for group in self._groups.values()]
+        )
         found = []
-        for name, group in self._groups.items():
+        for name, replicas in zip(self._groups, answers, strict=True):
             labels = {"model_name": self._args.model_name}
             if name is not None:
                 labels["group"] = name
-            found += [
-                ({**labels, "replica": replica}, read)
-                for replica, read in await group.ask("read_metrics")
-            ]
+            found += [({**labels, "replica": replica}, read) for replica, read in replicas]
         return found
 
     async def _watch(self) -> None:

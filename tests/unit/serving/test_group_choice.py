@@ -5,16 +5,17 @@ from contextlib import ExitStack
 
 import pytest
 
+from r1ray.config.serving import ReplicaConfig
 from r1ray.models.answer_lengths import AnswerLengths
 from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.speed import Speed
-from r1ray.serving.group_choice import GroupBoard, GroupLimits, Work, estimate_s
+from r1ray.serving.group_choice import GroupBoard, Work, estimate_s
 
 FAST = Speed(((1, 0.01), (8, 0.02)), ((64, 0.0001),))
 SLOW = Speed(((1, 0.1), (8, 0.2)), ((64, 0.002),))
 READER = Speed(((1, 0.1),), ((64, 0.0001),))
 WRITER = Speed(((1, 0.01),), ((64, 0.002),))
-LIMITS = GroupLimits(max_concurrency=2, max_queued_requests=3)
+LIMITS = ReplicaConfig(max_concurrency=2, max_queued_requests=3)
 
 
 def ask(num_prompt: int = 10, num_new: int = 10, first: int = 0) -> GenerationRequest:
