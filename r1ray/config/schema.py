@@ -16,7 +16,7 @@ from r1ray.config.fusion import FusionConfig
 from r1ray.config.images import ImageLimits
 from r1ray.config.names import ConfiguredPath, Name
 from r1ray.config.prepare import PrepareConfig, TasksConfig
-from r1ray.config.serving import ServeConfig
+from r1ray.config.serving import ServeConfig, list_groups
 from r1ray.config.training import TrainConfig
 
 __all__ = [
@@ -239,12 +239,14 @@ class PipelineConfig:
 
     @model_validator(mode="after")
     def _a_budget_streams_int8(self) -> "PipelineConfig":
-        is_on_cpu = self.serve.num_gpus_per_replica == 0
-        if self.serve.budget_mib is not None and is_on_cpu and self.compress.scheme != "w8a8":
-            raise ValueError(
-                f"serve.budget_mib goes with compress.scheme w8a8, not with {self.compress.scheme},"
-                " whose weights are decoded when they are loaded; change one of them"
-            )
+        for group in list_groups(self.serve).values():
+            is_on_cpu = group.num_gpus_per_replica == 0
+            if group.budget_mib is not None and is_on_cpu and self.compress.scheme != "w8a8":
+                raise ValueError(
+                    "serve.budget_mib goes with compress.scheme w8a8, not with "
+                    f"{self.compress.scheme}, whose weights are decoded when they are loaded; "
+                    "change one of them"
+                )
         return self
 
     @model_validator(mode="after")

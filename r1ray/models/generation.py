@@ -22,17 +22,16 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.models.answer_lengths import AnswerLengths
+from r1ray.models.backend import Backend, DecoderBackend
 from r1ray.models.decoder import Decoder
 from r1ray.models.fusion import ImageContext, PlacedImages, gather_images
-from r1ray.models.kv_cache import KVPool
-from r1ray.models.native_layers import NativeLayers
 from r1ray.models.pace import StepPace
 from r1ray.models.pages import PagePool
 from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
 from r1ray.models.sampling import RowSampler, SampledToken, sample_tokens
-from r1ray.models.scheduler import Piece, Scheduler
+from r1ray.models.scheduler import Piece, Scheduler, Step
+from r1ray.models.speed import SpeedMeter
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS, count_chosen
-from r1ray.ops.int8 import Int8Linear
 
 if TYPE_CHECKING:
     from r1ray.models.grammar import FormCompiler  # its library is there where answers are served
@@ -62,16 +61,18 @@ class BatchGenerator:
         prefill_chunk: tokens of a longer prompt that go through one forward; it bounds the memory
             of activations, and where attention is sparse has to be a multiple of 64.
         num_pages: of 64 tokens, for all sequences; None for as many as they can need.
-        kv_dtype: of cached keys and values, a floating point one or int8; None for the weights'.
+        kv_dtype: of a decoder's cached keys and values, a floating point one or int8; None for the
+            weights'. A backend has its own.
         lengths: how long answers are, and will learn; None reserves as much as each may have.
         forms: for requests that have a form; None where there are none.
+        meter: notes how long every step takes, if there is one.
     Raises:
         ShapeError: attention is sparse and prefill_chunk cuts a block.
     """
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | Backend,
         *,
         max_concurrency: int,
         max_context_tokens: int,
@@ -82,14 +83,13 @@ class BatchGenerator:
         kv_dtype: torch.dtype | None = None,
         lengths: AnswerLengths | None = None,
         forms: "FormCompiler | None" = None,
+        meter: SpeedMeter | None = None,
     ) -> None:
-        weight = model.model.norm.weight
-        self._model = model
-        self._device = weight.device
-        self._layers = NativeLayers.of(model)
+        backend = DecoderBackend(model, kv_dtype) if isinstance(model, Decoder) else model
+        self._backend = backend
         self._max_context_tokens = max_context_tokens
         self._prefill_chunk = prefill_chunk
-        self._is_sparse = model.is_sparse
+        self._is_sparse = backend.is_sparse
         if self._is_sparse and prefill_chunk % BLOCK:
             raise ShapeError(
                 f"prefill_chunk ({prefill_chunk}) is not a multiple of {BLOCK}, the tokens "
@@ -97,23 +97,16 @@ class BatchGenerator:
             )
         # Rotary positions that turn with a sequence's length: prompts are read whole, and what is
         # known of another is of no use.
-        self._is_whole = model.config.rope.depends_on_length
+        self._is_whole = backend.config.rope.depends_on_length
         if self._is_whole:
             max_step_tokens = max_concurrency * (max_context_tokens + 1)
         self._max_step_tokens = max_step_tokens
         is_paced = max_step_s is not None and not self._is_whole
         self._pace = StepPace(max_step_s or 0.0) if is_paced else None
-        # Padding would pass for length there. And INT8 models say the same in any company: what of
-        # a prompt is a whole block would depend on the padding.
-        self._may_pad = not self._is_whole and not isinstance(model.lm_head, Int8Linear)
+        # Padding would pass for length there.
+        self._may_pad = not self._is_whole and backend.may_pad
         count = num_pages or max_concurrency * -(-max_context_tokens // BLOCK)
-        self._pool = KVPool(
-            model.config,
-            count,
-            dtype=kv_dtype or weight.dtype,
-            device=weight.device,
-            summary_size=model.summary_size,
-        )
+        self._pool = backend.build_pool(count)
         self._pages = PagePool(count)
         self._scheduler = Scheduler(
             self._pages,
@@ -122,7 +115,7 @@ class BatchGenerator:
             lengths=lengths,
             shares_beginnings=not self._is_whole,
         )
-        self._lengths, self._forms = lengths, forms
+        self._lengths, self._forms, self._meter = lengths, forms, meter
         self._num_new_tokens = 0
         self._sparse_share = 1.0
         self._rows: dict[str, _Row] = {}
@@ -166,7 +159,7 @@ class BatchGenerator:
             ShapeError: the prompt is empty, prompt and output exceed max_context_tokens, the form
                 is none, or there are images and the model reads text.
         """
-        if request.images and self._model.fusion is None:
+        if request.images and self._backend.fusion is None:
             raise ShapeError("the prompt has images, and the model reads text alone")
         needed = len(request.prompt_ids) + request.max_new_tokens
         if needed > self._max_context_tokens:
@@ -191,8 +184,14 @@ class BatchGenerator:
             RuntimeError: the logits are not numbers.
         """
         spare = self._pool.slice([[self._pool.num_pages]], [0])
-        ids_11 = torch.zeros(1, 1, dtype=torch.long).to(self._device)
-        if not self._model.next_logits(ids_11, spare, [0], self._layers).isfinite().all():
+        ids_11 = torch.zeros(1, 1, dtype=torch.long)
+        if self._meter is not None:
+            self._backend.next_logits(ids_11, spare, [0])  # wakes what has slept
+        started = time.perf_counter()
+        is_sound = bool(self._backend.next_logits(ids_11, spare, [0]).isfinite().all())
+        if self._meter is not None:  # a GPU is done now
+            self._meter.note_idle(time.perf_counter() - started)
+        if not is_sound:
             raise RuntimeError("the model's logits are not numbers")
 
     def cancel(self, request_id: str) -> None:
@@ -222,9 +221,7 @@ class BatchGenerator:
                 if event.finish_reason is None and event.failure is None:
                     chosen[row.request.request_id] = sampled.token_id
         self._scheduler.report(step, chosen)
-        if self._pace is not None:
-            num_read = sum(piece.count for piece in step.longer)
-            self._pace.note(time.perf_counter() - started, num_read, is_writing=bool(step.single))
+        self._note_time(time.perf_counter() - started, step)
         self._num_new_tokens += sum(event.token_id is not None for event in events)
         if self._is_sparse and step.single:
             self._sparse_share = _attended_share([piece.start // BLOCK for piece in step.single])
@@ -235,6 +232,14 @@ class BatchGenerator:
                     self._lengths.observe(num_written, was_cut=event.finish_reason == "length")
                 self.cancel(event.request_id)
         return events
+
+    def _note_time(self, seconds: float, step: Step) -> None:
+        if self._pace is not None:
+            num_read = sum(piece.count for piece in step.longer)
+            self._pace.note(seconds, num_read, is_writing=bool(step.single))
+        if self._meter is not None:
+            pieces = [(piece.start, piece.count) for piece in step.longer]
+            self._meter.note(seconds, pieces, len(step.single))
 
     def _group(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
         """Pieces that go through one forward, padded to the longest: short ones of prompts."""
@@ -273,7 +278,7 @@ class BatchGenerator:
                 + [0] * (longest - piece.count)
                 for piece in group
             ]
-        ).to(self._device)
+        )
         tables = [piece.sequence.pages for piece in group]
         images = self._look(group)
         done = 0
@@ -284,14 +289,14 @@ class BatchGenerator:
             ends = [piece.count - 1 - done if piece.is_last else width for piece in group]
             last = [row * width + end for row, end in enumerate(ends) if end < width]
             if last:
-                return self._model.next_logits(ids, rows, last, self._layers, images)
-            self._model.hidden(ids, rows, images=images)
+                return self._backend.next_logits(ids, rows, last, images)
+            self._backend.read(ids, rows, images)
             done += width
         return None
 
     def _look(self, group: Sequence[Piece]) -> ImageContext | None:
         """The images that tokens of these pieces see; each is encoded once a request."""
-        fusion = self._model.fusion
+        fusion = self._backend.fusion
         if fusion is None or (fusion.is_read_once and not any(piece.is_prompt for piece in group)):
             return None
         placed: list[PlacedImages | None] = []
@@ -299,7 +304,8 @@ class BatchGenerator:
             row = self._rows[piece.sequence.request_id]
             if row.images is None and row.request.images:
                 pixels = np.stack([image.pixels_3SS for image in row.request.images])
-                features_IPE = fusion.encoder(torch.from_numpy(pixels).to(self._device))
+                device = fusion.encoder.positions_PE.device
+                features_IPE = fusion.encoder(torch.from_numpy(pixels).to(device))
                 places = [image.place for image in row.request.images]
                 row.images = PlacedImages(features_IPE, places)
             placed.append(row.images)

@@ -7,7 +7,14 @@ gives to the same things, with `r1ray:` for `vllm:`, and are at `/metrics` of th
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["SERVE_HISTOGRAMS", "SERVE_METRICS", "TRAIN_METRICS", "Histogram", "Metric"]
+__all__ = [
+    "SERVE_HISTOGRAMS",
+    "SERVE_METRICS",
+    "SPEED_METRICS",
+    "TRAIN_METRICS",
+    "Histogram",
+    "Metric",
+]
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,21 @@ SERVE_METRICS = (
     ),
     Metric("r1ray:prefix_cache_hits", "counter", "num_cached_tokens", "Prompt tokens known."),
 )
+
+# What a replica of a group has measured of itself: from a field of its speed to name, label of each
+# value, and description.
+SPEED_METRICS = {
+    "step_s": (
+        "r1ray:measured_step_seconds",
+        "sequences",
+        "A step that writes a token for each of so many sequences.",
+    ),
+    "token_s": (
+        "r1ray:measured_prompt_token_seconds",
+        "position",
+        "A token of a prompt, before that position.",
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from r1ray.config.serving import EngineConfig, ModelArgs, ServeConfig
+from r1ray.config.serving import EngineConfig, ModelArgs, ServeConfig, list_groups
 from r1ray.errors import ConfigError, ServingError
 from r1ray.models import ModelConfig
 from r1ray.serving.ingress import OpenAIIngress
@@ -58,7 +58,7 @@ class ServeArgs(BaseModel):
 
 
 def build_app(args: ServeArgs) -> Application:
-    """The Serve application: HTTP ingress in front of the replicas of every model."""
+    """The Serve application: HTTP ingress in front of every model's groups of replicas."""
     ingress = serve.deployment(
         max_ongoing_requests=sum(map(_most_requests, args.models)) + HEADROOM,
         graceful_shutdown_timeout_s=max(model.drain_s for model in args.models) + 5,
@@ -66,17 +66,21 @@ def build_app(args: ServeArgs) -> Application:
         ray_actor_options={"num_cpus": args.num_cpus_for_ingress},
     )(OpenAIIngress)
     return ingress.bind(
-        {model.model_name: _bind_replicas(model) for model in args.models},
+        {model.model_name: _bind_groups(model) for model in args.models},
         args.models,
         has_playground=args.playground,
     )
 
 
-def _bind_replicas(args: ModelArgs) -> Application:
+def _bind_groups(args: ModelArgs) -> dict[str | None, Application]:
+    return {name: _bind_replicas(group, name) for name, group in list_groups(args).items()}
+
+
+def _bind_replicas(args: ModelArgs, group: str | None) -> Application:
     is_fixed = args.max_replicas is None
     scaling = None if is_fixed else _autoscaling(args, args.max_replicas or 1)
     return serve.deployment(
-        name=deployment_name(args.model_name),
+        name=deployment_name(args.model_name, group),
         num_replicas=args.num_replicas if is_fixed else None,
         autoscaling_config=scaling,
         max_ongoing_requests=_most_at_once(args),
@@ -90,8 +94,9 @@ def _bind_replicas(args: ModelArgs) -> Application:
         ray_actor_options={
             "num_cpus": args.num_cpus_per_replica,
             "num_gpus": args.num_gpus_per_replica,
+            "resources": args.resources_per_replica,
         },
-    )(ModelReplica).bind(args)
+    )(ModelReplica).bind(args, group)
 
 
 def _autoscaling(args: EngineConfig, max_replicas: int) -> AutoscalingConfig:
@@ -114,7 +119,8 @@ def _most_at_once(args: EngineConfig) -> int:
 
 
 def _most_requests(args: EngineConfig) -> int:
-    return (args.max_replicas or args.num_replicas) * _most_at_once(args)
+    groups = list_groups(args).values()
+    return sum((item.max_replicas or item.num_replicas) * _most_at_once(item) for item in groups)
 
 
 def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.0) -> str:

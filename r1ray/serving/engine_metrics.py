@@ -13,9 +13,10 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from r1ray.models.requests import GeneratorStats
-from r1ray.observability.metrics import SERVE_HISTOGRAMS, SERVE_METRICS
+from r1ray.models.speed import Speed
+from r1ray.observability.metrics import SERVE_HISTOGRAMS, SERVE_METRICS, SPEED_METRICS
 
-__all__ = ["EngineMetrics", "render_metrics"]
+__all__ = ["EngineMetrics", "describe_speed", "render_metrics"]
 
 
 class EngineMetrics:
@@ -63,6 +64,17 @@ class EngineMetrics:
             family = GaugeMetricFamily if item.kind == "gauge" else CounterMetricFamily
             families.append(family(item.name, item.description, value=values[item.field]))
         return families
+
+
+def describe_speed(speed: Speed) -> list[Metric]:
+    """What was measured, as gauges."""
+    families: list[Metric] = []
+    for field, (name, label, description) in SPEED_METRICS.items():
+        family = GaugeMetricFamily(name, description, labels=[label])
+        for key, seconds in getattr(speed, field):
+            family.add_metric([str(key)], seconds)
+        families.append(family)
+    return families
 
 
 def render_metrics(found: Iterable[tuple[Mapping[str, str], Iterable[Metric]]]) -> bytes:

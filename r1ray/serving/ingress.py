@@ -7,22 +7,17 @@ defined: routes and helpers come before it or from other modules, and the class 
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
 
 from fastapi import Depends, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from prometheus_client.metrics_core import Metric
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
 from r1ray.config.serving import ModelArgs
 from r1ray.errors import ServingError
 from r1ray.models import ModelConfig
 from r1ray.models.fusion_file import read_fusion
-from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
 from r1ray.serving.answering import AnsweringModel, ServedModel
@@ -31,8 +26,8 @@ from r1ray.serving.engine_metrics import render_metrics
 from r1ray.serving.openai_answers import Health
 from r1ray.serving.openapi import describe_api
 from r1ray.serving.playground import read_page
-from r1ray.serving.readiness import explain_waiting
-from r1ray.serving.replica import Failure, compile_forms
+from r1ray.serving.remote import RemoteModel
+from r1ray.serving.replica import compile_forms
 from r1ray.serving.request_images import Vision, count_image_bytes
 from r1ray.serving.responses import (
     MAX_BODY_BYTES,
@@ -43,71 +38,12 @@ from r1ray.serving.responses import (
 )
 from r1ray.serving.service import CompletionService
 
-__all__ = ["OpenAIIngress", "RemoteModel", "load_served_model"]
+__all__ = ["OpenAIIngress", "load_served_model"]
 
-PROBE_TIMEOUT_S = 5.0
 KEYED = [Depends(require_key)]
 
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 add_error_handlers(app)
-
-
-class RemoteModel:
-    """The model replicas behind a Serve handle, as the service wants to see them."""
-
-    def __init__(self, handle: DeploymentHandle, args: ModelArgs) -> None:
-        self._handle, self._args = handle, args
-        # Ray's own pickle takes several times as long for what needs none of what it can do.
-        self._generate = handle.options(stream=True, response_serialization="pickle").generate
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[TokenEvent]]:
-        """The tokens of `request`; closing the iterator cancels it on the replica.
-
-        Raises:
-            ServingError: the one that the replica raised, or 503 when no replica answers.
-        """
-        response = cast(DeploymentResponseGenerator[Any], self._generate.remote(request))
-        finished = False
-        try:
-            async for item in response:
-                if isinstance(item, Failure):
-                    raise item.to_error()
-                yield item
-            finished = True
-        except (RayError, RayServeException) as error:
-            raise _unavailable("the model replica was lost") from error
-        finally:
-            if not finished:
-                response.cancel()
-
-    @property
-    def name(self) -> str:
-        """What requests call it."""
-        return self._args.model_name
-
-    async def probe(self) -> str:
-        """The version that a replica serves, once its model has computed something.
-
-        Raises:
-            ServingError: 503 when none does in time, with the reason.
-        """
-        try:
-            found = await asyncio.wait_for(_result(self._handle.probe.remote()), PROBE_TIMEOUT_S)
-            return str(found)
-        except (RayError, RayServeException, TimeoutError) as error:
-            app_name = serve.get_replica_context().app_name
-            reason = await asyncio.to_thread(explain_waiting, app_name, self._args)
-            raise _unavailable(f"{self._args.model_name} does not answer: {reason}") from error
-
-    async def read_metrics(self) -> list[tuple[dict[str, str], list[Metric]]]:
-        """Of every replica, with labels that name it; empty where there is none."""
-        name = self._args.model_name
-        try:
-            response = self._handle.broadcast("read_metrics")
-            found = await asyncio.wait_for(response.results_async(), PROBE_TIMEOUT_S)
-        except (RayError, RayServeException, TimeoutError):
-            return []
-        return [({"model_name": name, "replica": replica}, read) for replica, read in found]
 
 
 def load_served_model(args: ModelArgs) -> ServedModel:
@@ -133,26 +69,18 @@ def _load_vision(args: ModelArgs) -> Vision | None:
     return Vision(fusion.image_size, fusion.num_image_tokens, args.images)
 
 
-def _unavailable(message: str) -> ServingError:
-    return ServingError(f"{message}; try again later", status=503, code="service_unavailable")
-
-
-async def _result(response: Any) -> Any:
-    return await response
-
-
 @serve.ingress(app)
 class OpenAIIngress:
     """Parses, tokenizes and detokenizes; each model runs in a deployment of its own.
 
     Args:
-        replicas: of each model, by its name.
+        replicas: of each model, by its name and those of its groups.
         has_playground: whether there is a page at /.
     """
 
     def __init__(
         self,
-        replicas: Mapping[str, DeploymentHandle],
+        replicas: Mapping[str, Mapping[str | None, DeploymentHandle]],
         models: Sequence[ModelArgs],
         *,
         has_playground: bool,

@@ -10,14 +10,14 @@ from typing import Any
 import ray
 from ray import serve
 
-from r1ray.config.serving import EngineConfig
+from r1ray.config.serving import EngineConfig, list_groups
 
 __all__ = ["deployment_name", "explain_waiting", "find_failure"]
 
 
-def deployment_name(model_name: str) -> str:
-    """Of the replicas of a model."""
-    return f"engine-{model_name}"
+def deployment_name(model_name: str, group: str | None = None) -> str:
+    """Of the replicas of a model, or of a group of them. No model's name has the sign between."""
+    return f"engine-{model_name}" if group is None else f"engine-{model_name}@{group}"
 
 
 def find_failure(app_name: str) -> str | None:
@@ -34,25 +34,39 @@ def find_failure(app_name: str) -> str | None:
 
 def explain_waiting(app_name: str, config: EngineConfig) -> str:
     """Why no replica of a model answers, in one line. Blocks for what Ray has to say."""
+    reasons = {
+        name: _explain(app_name, deployment_name(config.model_name, name), group)
+        for name, group in list_groups(config).items()
+    }
+    return "; ".join(
+        reason if name is None else f"group {name}: {reason}" for name, reason in reasons.items()
+    )
+
+
+def _explain(app_name: str, deployment: str, config: EngineConfig) -> str:
     application = serve.status().applications.get(app_name)
-    deployments = {} if application is None else application.deployments
-    found = deployments.get(deployment_name(config.model_name))
+    found = None if application is None else application.deployments.get(deployment)
     if found is not None and found.message:
         return found.message.strip().splitlines()[-1].strip()
     states: Mapping[Any, int] = {} if found is None else found.replica_states
     if not states.get("STARTING"):
         return "no replica has been started"
-    for kind, needed in (
-        ("CPU", config.num_cpus_per_replica),
-        ("GPU", config.num_gpus_per_replica),
-    ):
+    wanted = {
+        "num_cpus_per_replica": ("CPU", config.num_cpus_per_replica),
+        "num_gpus_per_replica": ("GPU", config.num_gpus_per_replica),
+        **{
+            f"resources_per_replica.{kind}": (kind, amount)
+            for kind, amount in config.resources_per_replica.items()
+        },
+    }
+    for key, (kind, needed) in wanted.items():
         free, there_are = (
             found.get(kind, 0) for found in (ray.available_resources(), ray.cluster_resources())
         )
         if needed > there_are:
             return (
                 f"a replica needs {needed:g} {kind} and the cluster has {there_are:g}; lower "
-                f"num_{kind.lower()}s_per_replica, or add nodes"
+                f"{key}, or add nodes"
             )
         if needed > free:  # which may be what this replica has taken
             return (

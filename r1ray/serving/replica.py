@@ -17,20 +17,18 @@ from ray import serve
 
 from r1ray.config.serving import EngineConfig, ModelArgs
 from r1ray.errors import ConfigError, ServingError
-from r1ray.models import ModelConfig, load_model
+from r1ray.models import ModelConfig
 from r1ray.models.answer_lengths import AnswerLengths, read_answer_lengths
-from r1ray.models.decoder import Decoder
-from r1ray.models.gates import set_attention
 from r1ray.models.generation import BatchGenerator
 from r1ray.models.grammar import FormCompiler
-from r1ray.models.kv_cache import count_pages, page_bytes
-from r1ray.models.quantization import tie_head
 from r1ray.models.requests import GenerationRequest, TokenEvent
-from r1ray.models.tiered import load_to_serve, move_to_device
+from r1ray.models.speed import Speed, SpeedMeter, measure_speed
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
 from r1ray.ops import native
+from r1ray.serving.devices import load_backend, plan_pages
 from r1ray.serving.engine import Engine
+from r1ray.serving.engine_metrics import describe_speed
 from r1ray.serving.following import EngineFollower
 from r1ray.serving.scaling import TOKENS_DUE
 
@@ -79,31 +77,44 @@ def compile_forms(model_dir: str) -> FormCompiler:
     return FormCompiler(tokenizer, vocab_size=config.vocab_size, stop_token_ids=stops)
 
 
-def build_engine(model_dir: str, config: EngineConfig) -> Engine:
-    """An engine over the model in `model_dir`, on the GPU that Ray gave this process, if any.
+def build_engine(
+    model_dir: str, config: EngineConfig, *, meter: SpeedMeter | None = None
+) -> Engine:
+    """An engine over the model in `model_dir`, on the device that `config` names.
 
+    Args:
+        meter: notes how fast it is: first with prompts that are made up, for two seconds.
     Raises:
-        ConfigError: contexts are longer than the model's, or memory is too small for one.
+        ConfigError: contexts are longer than the model's, memory is too small for one, or the
+            device is not there.
     """
     check_context(config.max_context_tokens, ModelConfig.load(model_dir))
-    counts = read_answer_lengths(model_dir)
-    kv_dtype = torch.int8 if config.kv_cache == "int8" else None
-    model = _load(model_dir, config)
-    set_attention(model, config.attention)
-    num_pages = _count_pages(config, model.config, kv_dtype or model.model.norm.weight.dtype)
-    forms, lengths = compile_forms(model_dir), AnswerLengths(counts)
-    return Engine(
-        lambda: BatchGenerator(
-            model,
+    lengths = AnswerLengths(read_answer_lengths(model_dir))
+    backend, forms = load_backend(model_dir, config), compile_forms(model_dir)
+    num_pages = plan_pages(config, backend.page_bytes)
+
+    def build(lengths: AnswerLengths | None) -> BatchGenerator:
+        return BatchGenerator(
+            backend,
             max_concurrency=config.max_concurrency,
             max_context_tokens=config.max_context_tokens,
             max_step_tokens=config.max_step_tokens,
             max_step_s=config.max_step_ms / 1e3,
             num_pages=num_pages,
-            kv_dtype=kv_dtype,
             lengths=lengths,
             forms=forms,
-        ),
+            meter=meter,
+        )
+
+    if meter is not None:  # with a generator of its own: nothing of it is to be seen later
+        measure_speed(
+            build(None),
+            meter,
+            max_sequences=config.max_concurrency,
+            max_context_tokens=config.max_context_tokens,
+        )
+    return Engine(
+        lambda: build(lengths),
         max_concurrency=config.max_concurrency,
         max_queued_requests=config.max_queued_requests,
         timeout_s=config.timeout_s,
@@ -114,17 +125,26 @@ class ModelReplica:
     """Streams tokens for the ingress; unhealthy as soon as its engine computes nothing any more.
 
     Where `model_dir` is a link, the replica follows it (`r1ray.serving.following`).
+
+    Args:
+        group: of replicas that this one belongs to, where a model has several; it is measured then.
     """
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, group: str | None = None) -> None:
         setup_logging()
         sys.setswitchinterval(SWITCH_S)
         num_threads = max(1, int(args.num_cpus_per_replica))
         torch.set_num_threads(num_threads)
-        self._follower = EngineFollower(args.model_dir, lambda path: build_engine(path, args))
+        # Who has no choice needs no measurement.
+        self._meter = meter = None if group is None else SpeedMeter()
+        self._follower = EngineFollower(
+            args.model_dir, lambda path: build_engine(path, args, meter=meter)
+        )
         logger.info(
             "%s is loaded; %d torch threads; %s", args.model_dir, num_threads, native.describe()
         )
+        if self._meter is not None:
+            logger.info("group %s measures %s", group, self._meter.speed)
 
     async def generate(
         self, request: GenerationRequest
@@ -154,8 +174,18 @@ class ModelReplica:
         await self.probe()
 
     async def read_metrics(self) -> tuple[str, list[Metric]]:
-        """(which replica this is, what its engine tells); a new version counts from 0."""
-        return serve.get_replica_context().replica_id.unique_id, self._follower.engine.metrics()
+        """(which replica this is, what its engine tells and what was measured).
+
+        A new version counts from 0.
+        """
+        found, speed = self._follower.engine.metrics(), await self.read_speed()
+        if speed is not None:
+            found += describe_speed(speed)
+        return serve.get_replica_context().replica_id.unique_id, found
+
+    async def read_speed(self) -> Speed | None:
+        """What it has measured by now; None where it was not asked to."""
+        return None if self._meter is None else self._meter.speed
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, for `r1ray.serving.scaling`."""
@@ -165,41 +195,3 @@ class ModelReplica:
     def __del__(self) -> None:
         if hasattr(self, "_follower"):  # absent when loading failed
             self._follower.close()
-
-
-def _count_pages(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-    """Of the pool."""
-    one = count_pages(config.max_context_tokens)
-    if config.kv_cache_mib is None:
-        return config.max_concurrency * one
-    size = page_bytes(model, dtype)
-    if (found := (config.kv_cache_mib << 20) // size) < one:
-        raise ConfigError(
-            f"serve.kv_cache_mib ({config.kv_cache_mib}) is below the {one * size / 2**20:.1f} MiB "
-            f"of one request of max_context_tokens ({config.max_context_tokens}); raise it or "
-            "lower that"
-        )
-    return found
-
-
-def _load(model_dir: str, config: EngineConfig) -> Decoder:
-    has_gpu = torch.cuda.is_available()
-    if config.budget_mib is not None and not has_gpu:
-        model_config = ModelConfig.load(model_dir)
-        dtype = torch.int8 if config.kv_cache == "int8" else torch.float32
-        kv_bytes = _count_pages(config, model_config, dtype) * page_bytes(model_config, dtype)
-        if kv_bytes >= config.budget_mib << 20:
-            raise ConfigError(
-                f"serve.budget_mib ({config.budget_mib}) is below the {kv_bytes / 2**20:.0f} MiB "
-                "of keys and values; raise it, or lower kv_cache_mib, max_concurrency or "
-                "max_context_tokens"
-            )
-        budget_bytes = config.budget_mib << 20
-        return load_to_serve(model_dir, budget_bytes=budget_bytes, reserved_bytes=kv_bytes).model
-    model = load_model(model_dir)
-    if config.budget_mib is not None:
-        move_to_device(model, torch.device("cuda"), budget_bytes=config.budget_mib << 20)
-    elif has_gpu:
-        model = model.to("cuda")
-        tie_head(model)
-    return model

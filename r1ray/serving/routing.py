@@ -9,9 +9,7 @@ Every ingress remembers for itself. Price: a digest for each 64 tokens of a prom
 for each that is remembered.
 """
 
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from ray.serve.request_router import (
     FIFOMixin,
@@ -24,47 +22,9 @@ from ray.serve.request_router import (
 
 from r1ray.models.pages import chain_digests
 from r1ray.models.requests import GenerationRequest
+from r1ray.serving.prefixes import REMEMBERED, PrefixMemory
 
-__all__ = ["PrefixMemory", "PrefixRouter"]
-
-Place = TypeVar("Place", bound=Hashable)
-_REMEMBERED = 1 << 16  # blocks
-
-
-class PrefixMemory(Generic[Place]):
-    """Where beginnings of prompts went.
-
-    Args:
-        size: blocks to remember; those not seen for the longest time are forgotten.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._places: OrderedDict[bytes, Place] = OrderedDict()
-
-    def remember(self, digests: Sequence[bytes], place: Place) -> None:
-        """A prompt with these blocks went to `place`."""
-        for digest in digests:
-            self._places[digest] = place
-            self._places.move_to_end(digest)
-        while len(self._places) > self._size:
-            self._places.popitem(last=False)
-
-    def choose(
-        self, digests: Sequence[bytes], loads: Mapping[Place, int], num_places: int
-    ) -> Place | None:
-        """Where the longest known beginning went, if there is time for it; None for anywhere.
-
-        Args:
-            loads: requests at each place that can be chosen.
-            num_places: requests that a place answers at the same time.
-        """
-        for digest in reversed(digests):
-            place = self._places.get(digest)
-            if place is not None and place in loads:
-                is_free = loads[place] < num_places or loads[place] <= min(loads.values())
-                return place if is_free else None
-        return None
+__all__ = ["PrefixRouter"]
 
 
 class PrefixRouter(FIFOMixin, RequestRouter):
@@ -77,7 +37,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """Called by Serve, with `request_router_kwargs`."""
         self._max_concurrency: int = kwargs["max_concurrency"]
-        self._memory: PrefixMemory[ReplicaID] = PrefixMemory(_REMEMBERED)
+        self._memory: PrefixMemory[ReplicaID] = PrefixMemory(REMEMBERED)
 
     async def choose_replicas(
         self,

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 
 from r1ray.models.pages import chain_digests
-from r1ray.serving.routing import PrefixMemory
+from r1ray.serving.prefixes import PrefixMemory
 from r1ray.serving.scaling import TOKENS_DUE, TokenScaling
 
 SYSTEM = list(range(128))

@@ -1,0 +1,190 @@
+"""A model's replicas behind Serve handles, one for each group, as the ingress wants to see them.
+
+1. A request goes to the group that `r1ray.serving.group_choice` names; where it is lost or refused
+   there before its first token, to another.
+2. Where there are several groups, each is asked every second what its replicas have measured. One
+   that does not answer gets nothing more while others do, and what waits there is sent elsewhere.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, cast
+
+from prometheus_client.metrics_core import Metric
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from r1ray.config.serving import ModelArgs, list_groups
+from r1ray.errors import ServingError
+from r1ray.models.answer_lengths import AnswerLengths, read_answer_lengths
+from r1ray.models.requests import GenerationRequest, TokenEvent
+from r1ray.models.speed import Speed
+from r1ray.serving.group_choice import GroupBoard
+from r1ray.serving.readiness import explain_waiting
+from r1ray.serving.replica import Failure
+
+__all__ = ["RemoteModel"]
+
+PROBE_TIMEOUT_S = 5.0
+ASK_EVERY_S = 1.0
+_LOST = (RayError, RayServeException, TimeoutError)
+_ELSEWHERE = (429, 503)  # statuses that another group may not have
+
+
+class RemoteModel:
+    """Args:
+    handles: of the groups, by name.
+    """
+
+    def __init__(self, handles: Mapping[str | None, DeploymentHandle], args: ModelArgs) -> None:
+        self._args = args
+        self._groups = {name: _Group(handle) for name, handle in handles.items()}
+        lengths = AnswerLengths(read_answer_lengths(args.model_dir))
+        self._board = GroupBoard(list_groups(args), lengths)
+        self._watchers: list[asyncio.Task[None]] = []
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[TokenEvent]]:
+        """The tokens of `request`; closing the iterator cancels it on the replica.
+
+        Raises:
+            ServingError: the one that the replica raised, or 503 when no replica answers.
+        """
+        await self._watch()
+        *rest, last = self._board.rank(request)
+        for name in (*rest, last):
+            has_begun = False
+            try:
+                with self._board.give(name, request) as progress:
+                    async with aclosing(self._groups[name].generate(request)) as batches:
+                        async for events in batches:
+                            has_begun = True
+                            progress.note(events)
+                            yield events
+                return
+            except ServingError as error:
+                if has_begun or name == last or error.status not in _ELSEWHERE:
+                    raise
+
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+        return self._args.model_name
+
+    async def probe(self) -> str:
+        """The version that a replica serves, of any group, once its model has computed something.
+
+        Raises:
+            ServingError: 503 when none does in time, with the reason.
+        """
+        tasks = [asyncio.ensure_future(group.probe()) for group in self._groups.values()]
+        try:
+            for answer in asyncio.as_completed(tasks):
+                if (version := await answer) is not None:
+                    return version
+        finally:
+            for task in tasks:
+                task.cancel()
+        app_name = serve.get_replica_context().app_name
+        reason = await asyncio.to_thread(explain_waiting, app_name, self._args)
+        raise _unavailable(f"{self._args.model_name} does not answer: {reason}")
+
+    async def read_metrics(self) -> list[tuple[dict[str, str], list[Metric]]]:
+        """Of every replica, with labels that name it; empty where there is none."""
+        answers = await asyncio.gather(
+            *[group.ask("read_metrics") for group in self._groups.values()]
+        )
+        found = []
+        for name, replicas in zip(self._groups, answers, strict=True):
+            labels = {"model_name": self._args.model_name}
+            if name is not None:
+                labels["group"] = name
+            found += [({**labels, "replica": replica}, read) for replica, read in replicas]
+        return found
+
+    async def _watch(self) -> None:
+        """Begin to ask the groups, and wait until each was asked once, where there is a choice."""
+        if len(self._groups) > 1:
+            if not self._watchers:
+                self._watchers = [
+                    asyncio.create_task(self._keep_asking(name)) for name in self._groups
+                ]
+            await asyncio.gather(*[group.was_asked.wait() for group in self._groups.values()])
+
+    async def _keep_asking(self, name: str | None) -> None:
+        group = self._groups[name]
+        while True:
+            speeds = await group.ask("read_speed")
+            self._board.report(name, [speed for speed in speeds if isinstance(speed, Speed)])
+            group.is_lost.clear() if speeds else group.is_lost.set()
+            group.was_asked.set()
+            await asyncio.sleep(ASK_EVERY_S)
+
+
+class _Group:
+    """Attributes:
+    was_asked: what its replicas say is known.
+    is_lost: none of them answered when they were asked last.
+    """
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        # Ray's own pickle takes several times as long for what needs none of what it can do.
+        self._generate = handle.options(stream=True, response_serialization="pickle").generate
+        self.was_asked, self.is_lost = asyncio.Event(), asyncio.Event()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[TokenEvent]]:
+        response = cast(DeploymentResponseGenerator[Any], self._generate.remote(request))
+        finished = False
+        try:
+            item = await self._first(response)
+            while item is not None:
+                if isinstance(item, Failure):
+                    raise item.to_error()
+                yield item
+                item = await anext(response, None)
+            finished = True
+        except (RayError, RayServeException) as error:
+            raise _unavailable("the model replica was lost") from error
+        finally:
+            if not finished:
+                response.cancel()
+
+    async def ask(self, method: str) -> list[Any]:
+        """What all replicas say; nothing where one does not in time, or where there is none."""
+        try:
+            response = self._handle.broadcast(method)
+            return list(await asyncio.wait_for(response.results_async(), PROBE_TIMEOUT_S))
+        except _LOST:
+            return []
+
+    async def probe(self) -> str | None:
+        """The version that a replica's model computes with; None where none does in time."""
+        try:
+            found = await asyncio.wait_for(_result(self._handle.probe.remote()), PROBE_TIMEOUT_S)
+        except _LOST:
+            return None
+        return str(found)
+
+    async def _first(self, response: DeploymentResponseGenerator[Any]) -> Any:
+        """The first item; Serve would let it wait for a replica that may never come again."""
+        item = asyncio.ensure_future(anext(response, None))
+        lost = asyncio.ensure_future(self.is_lost.wait())
+        try:
+            await asyncio.wait({item, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not item.done():
+                raise _unavailable("the group's replicas are gone")
+            return item.result()
+        finally:
+            item.cancel()
+            lost.cancel()
+
+
+def _unavailable(message: str) -> ServingError:
+    return ServingError(f"{message}; try again later", status=503, code="service_unavailable")
+
+
+async def _result(response: Any) -> Any:
+    return await response

@@ -1,0 +1,177 @@
+"""A model's groups behind handles that stand for Serve's."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from ray.exceptions import RayError
+
+from r1ray.config.serving import GroupConfig, ModelArgs
+from r1ray.errors import ServingError
+from r1ray.models.requests import GenerationRequest, TokenEvent
+from r1ray.models.speed import Speed
+from r1ray.serving import remote
+from r1ray.serving.remote import RemoteModel
+from r1ray.serving.replica import Failure
+
+FAST = Speed(((1, 0.01),), ((64, 0.0001),))
+SLOW = Speed(((1, 0.1),), ((64, 0.002),))
+REQUEST = GenerationRequest("r", [1, 2, 3], 3, frozenset())
+BUSY = Failure("busy", 429, "rate_limit_exceeded", None)
+WRONG = Failure("wrong", 400, None, None)
+Step = Any  # an item, an exception to raise, or None to wait for ever
+
+
+class _Response:
+    """What a handle's streaming call returns."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps, self.was_cancelled = list(steps), False
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        if not self._steps:
+            raise StopAsyncIteration
+        step = self._steps.pop(0)
+        if step is None:
+            await asyncio.Event().wait()
+        if isinstance(step, BaseException):
+            raise step
+        return step
+
+    def cancel(self) -> None:
+        self.was_cancelled = True
+
+
+class _Handle:
+    """Attributes:
+    speeds: what its replicas say; none for a group that is gone.
+    """
+
+    def __init__(self, name: str, *speeds: Speed, steps: Sequence[Step] | None = None) -> None:
+        self.speeds: list[Speed] = list(speeds)
+        answer = [[TokenEvent("r", ord(name[0]), None)], [TokenEvent("r", 0, "length")]]
+        self._steps: Sequence[Step] = answer if steps is None else steps
+        self.responses: list[_Response] = []
+        self.probe = SimpleNamespace(remote=self._probe)
+
+    def options(self, **_: Any) -> Any:
+        return SimpleNamespace(generate=SimpleNamespace(remote=self._generate))
+
+    def _generate(self, request: GenerationRequest) -> _Response:
+        self.responses.append(_Response(self._steps))
+        return self.responses[-1]
+
+    def broadcast(self, method: str) -> Any:
+        async def results() -> list[Speed]:
+            if not self.speeds:
+                raise RayError("there is no replica")
+            return self.speeds
+
+        return SimpleNamespace(results_async=results)
+
+    async def _probe(self) -> None:
+        if not self.speeds:
+            raise RayError("there is no replica")
+
+
+@pytest.fixture(autouse=True)
+def _asks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "ASK_EVERY_S", 0.01)
+
+
+def run(tmp_path: Path, body: Callable[[RemoteModel], Any], **handles: _Handle) -> Any:
+    groups = [GroupConfig(name=name) for name in handles]
+    args = ModelArgs(model_name="tiny", model_dir=str(tmp_path), groups=groups)
+
+    async def main() -> Any:
+        return await body(RemoteModel(cast(Any, handles), args))
+
+    return asyncio.run(main())
+
+
+async def read(model: RemoteModel) -> list[int | None]:
+    return [event.token_id async for events in model.generate(REQUEST) for event in events]
+
+
+def test_the_fast_group_answers(tmp_path: Path) -> None:
+    slow, fast = _Handle("slow", SLOW), _Handle("fast", FAST)
+    assert run(tmp_path, read, slow=slow, fast=fast) == [ord("f"), 0]
+    assert not slow.responses
+
+
+@pytest.mark.parametrize("first", [BUSY, RayError("it died")])
+def test_what_is_refused_or_lost_before_its_first_token_goes_elsewhere(
+    tmp_path: Path, first: Step
+) -> None:
+    slow, fast = _Handle("slow", SLOW), _Handle("fast", FAST, steps=[first])
+    assert run(tmp_path, read, slow=slow, fast=fast) == [ord("s"), 0]
+    assert fast.responses[0].was_cancelled
+
+
+def test_what_waits_at_a_group_that_is_gone_goes_elsewhere(tmp_path: Path) -> None:
+    slow, fast = _Handle("slow", SLOW), _Handle("fast", FAST, steps=[None])
+
+    async def body(model: RemoteModel) -> list[int | None]:
+        answer = asyncio.create_task(read(model))
+        await asyncio.sleep(0.05)
+        assert fast.responses
+        assert not answer.done()
+        fast.speeds.clear()
+        return await answer
+
+    assert run(tmp_path, body, slow=slow, fast=fast) == [ord("s"), 0]
+    assert fast.responses[0].was_cancelled
+
+
+def test_an_answer_that_has_begun_is_not_begun_again(tmp_path: Path) -> None:
+    steps = [[TokenEvent("r", 7, None)], RayError("it died")]
+    slow, fast = _Handle("slow", SLOW), _Handle("fast", FAST, steps=steps)
+    with pytest.raises(ServingError, match="the model replica was lost") as caught:
+        run(tmp_path, read, slow=slow, fast=fast)
+    assert caught.value.status == 503
+    assert not slow.responses
+
+
+@pytest.mark.parametrize(("failure", "num_asked"), [(WRONG, 1), (BUSY, 2)])
+def test_errors_that_stay_are_passed_on(tmp_path: Path, failure: Failure, num_asked: int) -> None:
+    slow = _Handle("slow", SLOW, steps=[failure])
+    fast = _Handle("fast", FAST, steps=[failure])
+    with pytest.raises(ServingError, match=failure.message):
+        run(tmp_path, read, slow=slow, fast=fast)
+    assert len(slow.responses) + len(fast.responses) == num_asked
+
+
+def test_a_refusal_is_not_hidden_by_a_group_that_is_gone(tmp_path: Path) -> None:
+    fast, gone = _Handle("fast", FAST, steps=[BUSY]), _Handle("gone")
+    with pytest.raises(ServingError, match="busy"):
+        run(tmp_path, read, gone=gone, fast=fast)
+
+
+def test_who_stops_reading_cancels_the_call(tmp_path: Path) -> None:
+    slow, fast = _Handle("slow", SLOW), _Handle("fast", FAST)
+
+    async def body(model: RemoteModel) -> None:
+        async with aclosing(model.generate(REQUEST)) as batches:
+            await anext(batches)
+
+    run(tmp_path, body, slow=slow, fast=fast)
+    assert fast.responses[0].was_cancelled
+
+
+def test_a_model_is_healthy_while_any_group_is(tmp_path: Path) -> None:
+    run(tmp_path, lambda model: model.probe(), gone=_Handle("gone"), fast=_Handle("fast", FAST))
+
+
+def test_metrics_name_the_groups_that_answer(tmp_path: Path) -> None:
+    fast, gone = _Handle("fast"), _Handle("gone")
+    fast.speeds = cast(Any, [("replica-1", ["metric"])])
+    found = run(tmp_path, lambda model: model.read_metrics(), fast=fast, gone=gone)
+    labels = {"model_name": "tiny", "group": "fast", "replica": "replica-1"}
+    assert found == [(labels, ["metric"])]
