@@ -142,7 +142,8 @@ def read_easy_vqa() -> tuple[Examples, Examples]:
 
 def _read_easy(folder: Path) -> Examples:
     limits, seen = ImageLimits(), {}
-    images, rows = [], []
+    images: list[Tensor] = []
+    rows: list[tuple[list[int], list[Pair]]] = []
     for question, answer, number in json.loads((folder / "questions.json").read_text("utf-8")):
         if number not in seen:
             data = (folder / "images" / f"{number}.png").read_bytes()
