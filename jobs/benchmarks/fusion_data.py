@@ -168,11 +168,15 @@ def write_texts(count: int, first_seed: int, *, questions: int) -> tuple[Tensor,
 
 
 def _draw_questions(seed: int, count: int) -> tuple[SceneExample, list[Pair]]:
-    """A scene made for a question, and further ones about it."""
+    """A scene made for a question, and further ones about it, every other a count.
+
+    Counts of one color or shape are what is learned first; others follow from what they teach.
+    """
     example, chance = write_example(KINDS[seed % len(KINDS)], seed), random.Random(f"more-{seed}")
     pairs = [(example.question.text, example.answer)]
     while len(pairs) < count:  # not all of a kind: some make sense in few scenes
-        question = draw_question(chance.choice(KINDS), chance)
+        kind = "count" if len(pairs) % 2 else chance.choice(KINDS)
+        question = draw_question(kind, chance)
         answer = question.answer(example.scene)
         if answer is not None:
             pairs.append((question.text, answer))
