@@ -1,8 +1,9 @@
 """Compare early, mid and late fusion of pictures and text, with equal parameters and work.
 
-Every run is stored in --work as it finishes, and found there by the next start. All of them take
-hours on 2 cores, and minutes on a GPU; `smollm2`, one run of the whole pipeline, takes half an hour
-on 2 cores, and what it found is filed where it is there. The figures go to docs/benchmarks/.
+Every run is stored in --work as it finishes, and found there by the next start. Runs are small:
+two processes with one thread each (OMP_NUM_THREADS=1) and --shard 0/2 and 1/2 make the most of 2
+cores, first `--only sweep`, then `--only arms`; about 3 hours in all. A start without --only files
+the record. `smollm2` is one run of the whole pipeline, filed where it is there, half an hour more.
 """
 
 import argparse

@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.benchmarks.fusion_data import IMAGE_SIZE, QUESTION_WORDS, VOCABULARY, Examples
+from jobs.benchmarks.fusion_data import (
+    IMAGE_SIZE,
+    QUESTION_WORDS,
+    TRAINING_WORDS,
+    VOCABULARY,
+    Examples,
+)
 from r1ray.config.fusion import FusionConfig, FusionType
 from r1ray.data.batch_set import IGNORED
 from r1ray.data.scenes import GRID
@@ -58,8 +64,9 @@ class RunSize:
     """How much is trained and asked.
 
     Attributes:
-        batch: examples of a step.
-        text_batch, text_questions: of a step of the decoder's own training, in words.
+        batch: pictures of a step.
+        questions: about each picture in training; about each text in the decoder's own.
+        text_batch: texts of a step of the decoder's own training.
     """
 
     steps: int
@@ -68,7 +75,7 @@ class RunSize:
     test_examples: int
     text_steps: int
     text_batch: int
-    text_questions: int = 5
+    questions: int = 4
     text_learning_rate: float = 2e-3
 
 
@@ -108,7 +115,7 @@ _ENCODER: dict[str, Any] = {
 _FUSIONS = {  # `measure_arms` says how equal they are
     "early": FusionConfig(type="early", encoder_rounds=1, encoder_mlp=256, **_ENCODER),
     "mid": FusionConfig(type="mid", encoder_rounds=4, encoder_mlp=88, **_ENCODER),
-    "late": FusionConfig(type="late", encoder_rounds=3, encoder_mlp=208, **_ENCODER),
+    "late": FusionConfig(type="late", encoder_rounds=3, encoder_mlp=232, width=64, **_ENCODER),
 }
 
 
@@ -118,36 +125,41 @@ def fusion_of(arm: Arm) -> FusionConfig:
 
 
 def measure_arms() -> dict[str, dict[str, Any]]:
-    """Parameters and FLOP of a forward of one example, of every arm.
+    """Parameters and FLOP of a forward of every arm: of one question, and as in training.
 
     Raises:
         AssertionError: an arm differs from early by more than it may.
     """
     found: dict[str, dict[str, Any]] = {}
     for arm in FUSIONS:
-        parameters, flop = _measure(fusion_of(arm))
         config = fusion_of(arm)
+        parameters, flop = _measure(config, QUESTION_WORDS)
         found[arm] = {
             "parameters": parameters,
             "flop": flop,
+            "training_flop": _measure(config, TRAINING_WORDS)[1],
             "encoder_layers": config.encoder_layers,
             "encoder_rounds": config.encoder_rounds,
             "encoder_mlp": config.encoder_mlp,
         }
     reference = found["early"]
     for values in found.values():
-        for key, most in (("parameters", MAX_PARAMETER_SPREAD), ("flop", MAX_FLOP_SPREAD)):
+        for key, most in (
+            ("parameters", MAX_PARAMETER_SPREAD),
+            ("flop", MAX_FLOP_SPREAD),
+            ("training_flop", MAX_FLOP_SPREAD),
+        ):
             values[f"{key}_spread"] = spread = values[key] / reference[key] - 1
             assert abs(spread) <= most, f"{key} differ by {spread:.1%}, above {most:.0%}"
     return found
 
 
-def _measure(config: FusionConfig) -> tuple[int, int]:
-    """(parameters of decoder and fusion, FLOP of a forward of one example)."""
+def _measure(config: FusionConfig, words: int) -> tuple[int, int]:
+    """(parameters of decoder and fusion, FLOP of a forward of a picture and so many words)."""
     with torch.device("meta"):
         model = Decoder(decoder_config())
         attach_fusion(model, config)
-        ids_1T = torch.zeros(1, QUESTION_WORDS, dtype=torch.long)
+        ids_1T = torch.zeros(1, words, dtype=torch.long)
         pixels = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             _hidden(model, pixels, ids_1T)
@@ -227,7 +239,7 @@ def train_arm(
     optimizer = _build_optimizer(decoder, learning_rate)
     losses = []
     for step, chosen in enumerate(_draw(len(train), size.batch, size.steps, seed, device)):
-        loss = F.cross_entropy(_answer(decoder, arm, train, chosen), train.answers_N[chosen])
+        loss = F.cross_entropy(*_answer(decoder, arm, train, chosen))
         _update(optimizer, loss, learning_rate, step, size.steps)
         if step % 50 == 49:
             losses.append(loss.item())
@@ -243,25 +255,27 @@ def _ask(decoder: Decoder, arm: Arm, examples: Examples) -> list[bool]:
     right: list[bool] = []
     numbers = torch.arange(len(examples), device=examples.ids_NT.device)
     for chosen in numbers.split(_EVALUATED_AT_ONCE):
-        answers = _answer(decoder, arm, examples, chosen).argmax(-1)
-        right += (answers == examples.answers_N[chosen]).tolist()
+        logits_PV, labels_P = _answer(decoder, arm, examples, chosen)
+        right += (logits_PV.argmax(-1) == labels_P).tolist()
     return right
 
 
-def _answer(decoder: Decoder, arm: Arm, examples: Examples, chosen: Tensor) -> Tensor:
-    """Logits [B, V] of the answers; controls do not see the other half."""
+def _answer(
+    decoder: Decoder, arm: Arm, examples: Examples, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(logits [P, V], right answers [P]), row by row; controls do not see the other half."""
     pixels, ids_BT = examples.pixels_N3SS[chosen], examples.ids_NT[chosen]
-    places_B = examples.places_N[chosen]
+    labels_BT = examples.labels_NT[chosen]
     if arm == "question_only":
         pixels = torch.full_like(pixels, 128)
+    is_answered_BT = labels_BT != IGNORED
+    labels_P = labels_BT[is_answered_BT]
     if arm == "image_only":
         ids_BT = torch.zeros_like(ids_BT)
-        places_B = torch.full_like(places_B, QUESTION_WORDS - 2)
     hidden_BTD = _hidden(decoder, pixels, ids_BT)
-    logits_BV: Tensor = decoder.lm_head(
-        hidden_BTD[torch.arange(len(places_B), device=places_B.device), places_B]
-    )
-    return logits_BV
+    if arm == "image_only":  # nor where a question ends, which says how long it is
+        hidden_BTD = hidden_BTD[:, :1].expand_as(hidden_BTD)
+    return decoder.lm_head(hidden_BTD[is_answered_BT]), labels_P
 
 
 def _draw(

@@ -1,13 +1,13 @@
 """What `jobs.bench_fusion` trains on: scenes and questions as tensors, over a vocabulary of words.
 
-Shape legend: N examples, T words of a question and its answer, L words of a text, S pixels on a
-side.
+Shape legend: N examples, T words of questions and answers, L words of a text, S pixels on a side.
 """
 
 import importlib.util
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from r1ray.data.scenes import (
     MAX_COUNT,
     SHAPES,
     SIZES,
+    SceneExample,
     describe_scene,
     draw_question,
     render_scene,
@@ -33,6 +34,7 @@ from r1ray.models.images import read_image
 __all__ = [
     "IMAGE_SIZE",
     "QUESTION_WORDS",
+    "TRAINING_WORDS",
     "VOCABULARY",
     "Examples",
     "read_easy_vqa",
@@ -42,6 +44,7 @@ __all__ = [
 
 IMAGE_SIZE = 48
 QUESTION_WORDS = 13  # the longest, its answer included
+TRAINING_WORDS = 45  # of four questions, which are mostly shorter
 _PAD = "<pad>"
 _WORDS = (
     "? is there a the how many are things thing what color shape size more than left right above "
@@ -68,21 +71,19 @@ _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
 @dataclass(frozen=True)
 class Examples:
-    """Questions about pictures.
+    """Pictures, and questions about each.
 
     Attributes:
         pixels_N3SS: uint8.
-        ids_NT: the words of question and answer, padded on the right.
-        places_N: of the last word of the question, which the answer follows.
-        answers_N: ids of the answers.
-        kinds: of the questions.
-        chances: of each, what is right as often as the best answer that the question alone allows.
+        ids_NT: the words of questions and answers one after the other, padded on the right.
+        labels_NT: the answer behind the last word of its question, IGNORED elsewhere.
+        kinds: of the first question of each.
+        chances: of each first question, how often the best answer is right that it alone allows.
     """
 
     pixels_N3SS: Tensor
     ids_NT: Tensor
-    places_N: Tensor
-    answers_N: Tensor
+    labels_NT: Tensor
     kinds: tuple[str, ...]
     chances: tuple[float, ...]
 
@@ -91,28 +92,36 @@ class Examples:
 
     def to(self, device: torch.device) -> "Examples":
         """The same on `device`."""
-        return Examples(
-            self.pixels_N3SS.to(device),
-            self.ids_NT.to(device),
-            self.places_N.to(device),
-            self.answers_N.to(device),
-            self.kinds,
-            self.chances,
+        return replace(
+            self,
+            pixels_N3SS=self.pixels_N3SS.to(device),
+            ids_NT=self.ids_NT.to(device),
+            labels_NT=self.labels_NT.to(device),
         )
 
 
-def write_examples(count: int, first_seed: int) -> Examples:
-    """As many of each kind of question; no seed is used by two sets whose ranges are apart."""
-    images, pairs, kinds, chances = [], [], [], []
+Pair = tuple[str, str]
+"""A question and its answer."""
+
+
+def write_examples(count: int, first_seed: int, *, questions: int = 1) -> Examples:
+    """Scenes, each made for a question of a kind in turn.
+
+    No seed is used by two sets whose ranges are apart.
+
+    Args:
+        questions: about each; the answers to the first alone are balanced.
+    """
+    images, asked, kinds, chances = [], [], [], []
     for number in range(count):
-        kind, seed = KINDS[number % len(KINDS)], first_seed + number
-        example = write_example(kind, seed)
-        image = render_scene(example.scene, size=IMAGE_SIZE, seed=seed)
+        example, pairs = _draw_questions(first_seed + number, questions)
+        image = render_scene(example.scene, size=IMAGE_SIZE, seed=first_seed + number)
         images.append(torch.from_numpy(image).permute(2, 0, 1).contiguous())
-        pairs.append((example.question.text, example.answer))
-        kinds.append(str(kind))
+        asked.append(pairs)
+        kinds.append(str(example.question.kind))
         chances.append(1 / len(example.question.answers))
-    return _lay_out(images, pairs, kinds, chances)
+    laid_out = _lay_out([([], pairs) for pairs in asked])
+    return Examples(torch.stack(images), *laid_out, tuple(kinds), tuple(chances))
 
 
 def read_easy_vqa() -> tuple[Examples, Examples]:
@@ -133,60 +142,63 @@ def read_easy_vqa() -> tuple[Examples, Examples]:
 
 def _read_easy(folder: Path) -> Examples:
     limits, seen = ImageLimits(), {}
-    images, pairs = [], []
+    images: list[Tensor] = []
+    rows: list[tuple[list[int], list[Pair]]] = []
     for question, answer, number in json.loads((folder / "questions.json").read_text("utf-8")):
         if number not in seen:
             data = (folder / "images" / f"{number}.png").read_bytes()
             seen[number] = torch.from_numpy(read_image(data, IMAGE_SIZE, limits))
         images.append(seen[number])
-        pairs.append((question.lower().replace("?", " ?"), answer))
-    return _lay_out(images, pairs, ["easy"] * len(pairs), [0.0] * len(pairs))
-
-
-def _lay_out(
-    images: list[Tensor], pairs: list[tuple[str, str]], kinds: list[str], chances: list[float]
-) -> Examples:
-    """Of questions and answers in words."""
-    rows = [_encode(f"{question} {answer}") for question, answer in pairs]
-    return Examples(
-        torch.stack(images),
-        torch.tensor([row + [0] * (QUESTION_WORDS - len(row)) for row in rows]),
-        torch.tensor([len(row) - 2 for row in rows]),
-        torch.tensor([row[-1] for row in rows]),
-        tuple(kinds),
-        tuple(chances),
-    )
+        rows.append(([], [(question.lower().replace("?", " ?"), answer)]))
+    count = len(rows)
+    return Examples(torch.stack(images), *_lay_out(rows), ("easy",) * count, (0.0,) * count)
 
 
 def write_texts(count: int, first_seed: int, *, questions: int) -> tuple[Tensor, Tensor]:
     """Scenes in words, each followed by questions and their answers: (ids, labels), int64 [N, L].
 
     Args:
-        questions: of each text; the first is balanced as those of pictures.
+        questions: as in `write_examples`.
     """
-    rows: list[list[int]] = []
-    labels: list[list[int]] = []
+    rows = []
     for number in range(count):
-        chance = random.Random(f"text-{first_seed + number}")
-        example = write_example(KINDS[number % len(KINDS)], first_seed + number)
-        asked = [(example.question.text, example.answer)]
-        while len(asked) < questions:  # not all of a kind: some make sense in few scenes
-            question = draw_question(chance.choice(KINDS), chance)
-            answer = question.answer(example.scene)
-            if answer is not None:
-                asked.append((question.text, answer))
-        ids = _encode(describe_scene(example.scene))
-        marks = [IGNORED] * len(ids)
-        for text, answer in asked:
-            words = _encode(text)
+        example, pairs = _draw_questions(first_seed + number, questions)
+        rows.append((_encode(describe_scene(example.scene)), pairs))
+    return _lay_out(rows)
+
+
+def _draw_questions(seed: int, count: int) -> tuple[SceneExample, list[Pair]]:
+    """A scene made for a question, and further ones about it, every other a count.
+
+    Counts of one color or shape are what is learned first; others follow from what they teach.
+    """
+    example, chance = write_example(KINDS[seed % len(KINDS)], seed), random.Random(f"more-{seed}")
+    pairs = [(example.question.text, example.answer)]
+    while len(pairs) < count:  # not all of a kind: some make sense in few scenes
+        kind = "count" if len(pairs) % 2 else chance.choice(KINDS)
+        question = draw_question(kind, chance)
+        answer = question.answer(example.scene)
+        if answer is not None:
+            pairs.append((question.text, answer))
+    return example, pairs
+
+
+def _lay_out(rows: Sequence[tuple[list[int], list[Pair]]]) -> tuple[Tensor, Tensor]:
+    """(ids, labels) of what comes first, and questions with their answers behind it."""
+    all_ids, all_labels = [], []
+    for first, pairs in rows:
+        ids, labels = [*first], [IGNORED] * len(first)
+        for question, answer in pairs:
+            words = _encode(question)
             ids += [*words, _IDS[answer]]
-            marks += [IGNORED] * len(words) + [_IDS[answer]]
-        rows.append(ids)
-        labels.append([*marks[1:], IGNORED])
-    longest = max(map(len, rows))
-    padded = [row + [0] * (longest - len(row)) for row in rows]
-    marked = [row + [IGNORED] * (longest - len(row)) for row in labels]
-    return torch.tensor(padded), torch.tensor(marked)
+            labels += [IGNORED] * (len(words) - 1) + [_IDS[answer], IGNORED]
+        all_ids.append(ids)
+        all_labels.append(labels)
+    longest = max(map(len, all_ids))
+    return (
+        torch.tensor([ids + [0] * (longest - len(ids)) for ids in all_ids]),
+        torch.tensor([labels + [IGNORED] * (longest - len(labels)) for labels in all_labels]),
+    )
 
 
 def _encode(text: str) -> list[int]:

@@ -22,4 +22,4 @@ class ImageLimits:
     max_bytes: Annotated[int, Field(ge=64, le=2**28)] = 4 << 20
     """Encoded bytes of one image."""
     max_pixels: Annotated[int, Field(ge=64, le=2**28)] = 16_000_000
-    """Width times height of one image, as its header says; decoding takes 4 bytes for each."""
+    """Width times height of one image, as its header says; decoding takes 12 bytes for each."""

@@ -5,7 +5,7 @@
 3. What is decoded is turned as its camera was held, made RGB, and fitted into the square with its
    proportions kept; the rest of the square is gray.
 
-Price: decoding, about 10 ms a megapixel, and 4 bytes a pixel meanwhile.
+Price: some 20 ms a megapixel, and 12 bytes a pixel meanwhile.
 """
 
 import io
@@ -39,11 +39,7 @@ def read_image(data: bytes, size: int, limits: ImageLimits) -> NDArray[np.uint8]
             width, height = image.size
             if width * height > limits.max_pixels:
                 raise _too_large(f"{width} x {height}", limits)
-            image.load()
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-            canvas = Image.new("RGBA", upright.size, (*_GRAY, 255))
-            flat = Image.alpha_composite(canvas, upright).convert("RGB")
-            fitted = ImageOps.pad(flat, (size, size), color=_GRAY)
+            fitted = _fit(ImageOps.exif_transpose(image).convert("RGBA"), size)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -54,6 +50,14 @@ def read_image(data: bytes, size: int, limits: ImageLimits) -> NDArray[np.uint8]
             f"the image cannot be read as one of {formats} ({type(error).__name__}: {error})"
         ) from error
     return np.ascontiguousarray(np.asarray(fitted, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    """`image`, RGBA, in the middle of a gray square."""
+    small = ImageOps.contain(image, (size, size))
+    square = Image.new("RGBA", (size, size), (*_GRAY, 255))
+    square.alpha_composite(small, ((size - small.width) // 2, (size - small.height) // 2))
+    return square.convert("RGB")
 
 
 def read_png(data: bytes) -> NDArray[np.uint8]:

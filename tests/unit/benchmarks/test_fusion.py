@@ -52,11 +52,15 @@ def test_every_word_of_questions_and_scenes_is_known() -> None:
 
 
 def test_examples_end_in_their_answers() -> None:
-    examples = write_examples(20, 7)
+    one, more = write_examples(20, 10), write_examples(20, 10, questions=4)
 
-    rows = torch.arange(len(examples))
-    assert (examples.ids_NT[rows, examples.places_N + 1] == examples.answers_N).all()
-    assert examples.kinds == KINDS * 4
+    for examples, count in ((one, 1), (more, 4)):
+        is_answered = examples.labels_NT[:, :-1] != IGNORED
+        assert (is_answered.sum(1) == count).all()
+        found = examples.ids_NT[:, 1:][is_answered]
+        assert (found == examples.labels_NT[:, :-1][is_answered]).all()
+        assert examples.kinds == KINDS * 4
+    assert (one.pixels_N3SS == more.pixels_N3SS).all()
 
 
 @pytest.mark.parametrize(("arm", "hidden"), [("question_only", "image"), ("image_only", "words")])
@@ -64,9 +68,8 @@ def test_controls_do_not_see_the_other_half(arm: Any, hidden: str) -> None:
     train, test = write_examples(20, 7), write_examples(20, 100)
     changed = dataclasses.replace(test, pixels_N3SS=test.pixels_N3SS.flip(0))
     if hidden == "words":
-        changed = dataclasses.replace(
-            test, ids_NT=test.ids_NT.flip(0), places_N=test.places_N.flip(0)
-        )
+        other = test.ids_NT.roll(5, 0)  # of the same kind, with its own answer
+        changed = dataclasses.replace(test, ids_NT=other)
 
     found = [
         train_arm(arm, "trained", 1e-3, 0, TINY, build_decoder(0), train, {"test": asked})

@@ -112,6 +112,22 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
         read_image(data, 16, LIMITS)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(kind: str) -> None:
+    data, rng = encode(Image.effect_noise((40, 30), 60), kind), np.random.default_rng(0)
+    num_refused = 0
+    for _ in range(150):
+        damaged = bytearray(data[: rng.integers(1, len(data) + 1)])
+        for place in rng.integers(0, len(damaged), rng.integers(1, 6)):
+            damaged[place] = rng.integers(256)
+        try:
+            assert read_image(bytes(damaged), 16, LIMITS).shape == (3, 16, 16)
+        except ImageError:
+            num_refused += 1
+
+    assert num_refused > 50
+
+
 def test_png_files_keep_every_pixel() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 24, 24), dtype=np.uint8)
 
