@@ -29,7 +29,7 @@ from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["HardwareBenchmark", "engine_rows", "routing_rows"]
 
-_THREADS, _PORT = 2, 8733
+_PORT = 8733
 _NEW = 128  # tokens of the request that stands for all
 
 Engines = Mapping[str, Mapping[str, Sequence[float]]]
@@ -39,8 +39,10 @@ Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
 class HardwareBenchmark:
     """What `jobs.bench_hardware` measures; every result is kept in `work`."""
 
-    def __init__(self, work: Path, source: str, repeats: int, num_requests: int) -> None:
-        self._work, self._source = work, source
+    def __init__(
+        self, work: Path, source: str, *, num_threads: int, repeats: int, num_requests: int
+    ) -> None:
+        self._work, self._source, self._num_threads = work, source, num_threads
         self._repeats, self._num_requests = repeats, num_requests
         self._parts = StoredParts(work)
 
@@ -73,7 +75,7 @@ class HardwareBenchmark:
             "model": str(self._int8()),
             "base": str(self._base()),
             "ids": str(self._ids()),
-            "num_threads": _THREADS,
+            "num_threads": self._num_threads,
             "repeats": self._repeats,
         }
         return run_module("jobs.benchmarks.hardware_engines", task, self._work)
@@ -192,10 +194,11 @@ def _speed(
 
 
 _NOTES = f"""
-- SmolLM2-135M, two threads. native: INT8 weights, activations, keys and values by r1ray's kernels;
-  openvino: the same weights, with activations as its plugin has them; torch_int8: the same model
-  where the kernels were not built; torch_fp32 and torch_bf16: the float model, as torch runs it;
-  torch: whichever of the three was fastest in a repetition.
+- SmolLM2-135M; two threads, if the command does not say otherwise. native: INT8 weights,
+  activations, keys and values by r1ray's kernels; openvino: the same weights, with activations as
+  its plugin has them; torch_int8: the same model where the kernels were not built; torch_fp32 and
+  torch_bf16: the float model, as torch runs it; torch: whichever of the three was fastest in a
+  repetition.
 - native_vs_*: one prompt of {PROMPT} tokens and {_NEW} tokens behind it. Arms in turn within every
   repetition; intervals are of the repetitions' ratios.
 - routed: a replica with r1ray's kernels and one with OpenVINO, a thread each, as two groups of one
