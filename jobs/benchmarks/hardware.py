@@ -29,7 +29,7 @@ from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["HardwareBenchmark", "engine_rows", "routing_rows"]
 
-_THREADS, _PORT = 2, 8733
+_PORT = 8733
 _NEW = 128  # tokens of the request that stands for all
 
 Engines = Mapping[str, Mapping[str, Sequence[float]]]
@@ -39,8 +39,10 @@ Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
 class HardwareBenchmark:
     """What `jobs.bench_hardware` measures; every result is kept in `work`."""
 
-    def __init__(self, work: Path, source: str, repeats: int, num_requests: int) -> None:
-        self._work, self._source = work, source
+    def __init__(
+        self, work: Path, source: str, *, num_threads: int, repeats: int, num_requests: int
+    ) -> None:
+        self._work, self._source, self._num_threads = work, source, num_threads
         self._repeats, self._num_requests = repeats, num_requests
         self._parts = StoredParts(work)
 
@@ -73,7 +75,7 @@ class HardwareBenchmark:
             "model": str(self._int8()),
             "base": str(self._base()),
             "ids": str(self._ids()),
-            "num_threads": _THREADS,
+            "num_threads": self._num_threads,
             "repeats": self._repeats,
         }
         return run_module("jobs.benchmarks.hardware_engines", task, self._work)
@@ -115,23 +117,21 @@ class HardwareBenchmark:
 
 def engine_rows(found: Engines) -> list[Row]:
     """Our kernels against the others, by ratios of the same repetition; and everybody's times."""
+    whats = ("prefill", *(f"decode_{streams}" for streams in STREAMS))
+    times = {what: {arm: items[what] for arm, items in found.items()} for what in whats}
     whole = {
         arm: [
             prefill + _NEW * step
-            for prefill, step in zip(times["prefill"], times["decode_1"], strict=True)
+            for prefill, step in zip(items["prefill"], items["decode_1"], strict=True)
         ]
-        for arm, times in found.items()
+        for arm, items in found.items()
     }
-    rows = [_speed("hardware.native_vs_torch", whole, "torch", bar=">= 2")]
-    for arm in found:
-        if arm not in ("native", "torch"):
-            rows.append(_speed(f"hardware.native_vs_{arm}", whole, arm))
-    for what in ("prefill", *(f"decode_{streams}" for streams in STREAMS)):
-        times = {arm: items[what] for arm, items in found.items()}
+    rows = [_speed("hardware.native_vs_torch", _add_best(whole), "torch", bar=">= 2")]
+    rows += [_speed(f"hardware.native_vs_{arm}", whole, arm) for arm in found if arm != "native"]
+    for what in whats:
+        best = _add_best(times[what])
         rows += [
-            _speed(f"hardware.{what}.native_vs_{arm}", times, arm)
-            for arm in found
-            if arm != "native"
+            _speed(f"hardware.{what}.native_vs_{arm}", best, arm) for arm in ("torch", "openvino")
         ]
     for arm, items in found.items():
         rate = PROMPT / statistics.median(items["prefill"])
@@ -140,6 +140,12 @@ def engine_rows(found: Engines) -> list[Row]:
             step_ms = 1e3 * statistics.median(items[f"decode_{streams}"])
             rows.append(Row(f"hardware.{arm}.decode_{streams}", step_ms, "ms a step"))
     return rows
+
+
+def _add_best(seconds: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """With "torch": in every repetition the fastest of torch's number formats."""
+    formats = [items for arm, items in seconds.items() if arm.startswith("torch_")]
+    return {**seconds, "torch": [min(each) for each in zip(*formats, strict=True)]}
 
 
 def routing_rows(found: Rounds) -> list[Row]:
@@ -188,9 +194,11 @@ def _speed(
 
 
 _NOTES = f"""
-- SmolLM2-135M in INT8, int8 keys and values, two threads. native: r1ray's kernels; torch: the same
-  model where they were not built; openvino: the same weights, with activations as its plugin has
-  them; torch_fp32: the float model, as torch runs it.
+- SmolLM2-135M; two threads, if the command does not say otherwise. native: INT8 weights,
+  activations, keys and values by r1ray's kernels; openvino: the same weights, with activations as
+  its plugin has them; torch_int8: the same model where the kernels were not built; torch_fp32 and
+  torch_bf16: the float model, as torch runs it; torch: whichever of the three was fastest in a
+  repetition.
 - native_vs_*: one prompt of {PROMPT} tokens and {_NEW} tokens behind it. Arms in turn within every
   repetition; intervals are of the repetitions' ratios.
 - routed: a replica with r1ray's kernels and one with OpenVINO, a thread each, as two groups of one

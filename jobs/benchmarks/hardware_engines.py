@@ -1,4 +1,4 @@
-"""One model computed by our kernels, by torch alone, by OpenVINO, and by torch in float32.
+"""One model computed by our kernels, by OpenVINO, and by torch alone in three number formats.
 
 python -m jobs.benchmarks.hardware_engines TASK.json
 
@@ -9,8 +9,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ PROMPT = 512  # tokens
 STREAMS = (1, 8)
 _STEPS = 16
 _PAUSE_S = 0.3  # threads of the arm before stop spinning
-
-Arm = tuple[Backend, Callable[[], AbstractContextManager[Any]]]
 
 
 @contextmanager
@@ -70,20 +68,21 @@ def _main(task: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     threads = task["num_threads"]
     torch.set_num_threads(threads)
     ids = json.loads(Path(task["ids"]).read_text(encoding="utf-8"))
-    int8, plain = load_model(task["model"]), load_model(task["base"])
-    with _without_kernels():
-        torch_alone = DecoderBackend(int8, torch.int8)
-    arms: dict[str, Arm] = {
-        "native": (DecoderBackend(int8, torch.int8), nullcontext),
-        "torch": (torch_alone, _without_kernels),
-        "openvino": (OpenVinoBackend(int8, num_threads=threads, is_int8_cache=True), nullcontext),
-        "torch_fp32": (DecoderBackend(plain), _without_kernels),
+    int8 = load_model(task["model"])
+    backends: dict[str, Backend] = {
+        "native": DecoderBackend(int8, torch.int8),
+        "openvino": OpenVinoBackend(int8, num_threads=threads, is_int8_cache=True),
     }
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in arms}
+    with _without_kernels():
+        backends["torch_int8"] = DecoderBackend(int8, torch.int8)
+        for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+            backends[f"torch_{name}"] = DecoderBackend(load_model(task["base"], dtype=dtype))
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in backends}
     for repeat in range(task["repeats"] + 1):
-        for name, (backend, circumstances) in arms.items():
+        for name, backend in backends.items():
             time.sleep(_PAUSE_S)
-            with circumstances(), torch.inference_mode():
+            is_torch = name.startswith("torch")
+            with _without_kernels() if is_torch else nullcontext(), torch.inference_mode():
                 once = _time_once(backend, ids[repeat:])
             for what, seconds in once.items() if repeat else ():  # the first warms up
                 found[name].setdefault(what, []).append(seconds)

@@ -101,7 +101,10 @@ class GroupBoard:
 
     def report(self, name: str | None, speeds: Sequence[Speed]) -> None:
         """What the group's replicas have measured: those that answer; none where it is gone."""
-        self._groups[name].speeds = tuple(speeds)
+        group = self._groups[name]
+        group.speeds = tuple(speeds)
+        if not speeds:  # and what they have read with them
+            group.memory = PrefixMemory(REMEMBERED)
 
     def rank(self, request: GenerationRequest) -> list[str | None]:
         """The groups that may answer, in the order in which they should be asked.

@@ -109,6 +109,9 @@ def test_what_was_read_before_need_not_be_read_again() -> None:
         progress.note([TokenEvent("r", 1, "length")])
     assert choose(found, prompt) == "slow"
     assert choose(found, ask(num_prompt=100_000, num_new=1, first=7)) == "fast"
+    found.report("slow", [])
+    found.report("slow", [SLOW])  # by replicas that have read nothing
+    assert choose(found, prompt) == "fast"
 
 
 @pytest.mark.parametrize(
