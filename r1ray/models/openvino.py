@@ -130,7 +130,7 @@ class OpenVinoBackend:
             ) from error
         self.config: ModelConfig = model.config
         self._core, self._device = core, device
-        self._request = compiled.create_infer_request()
+        self._compiled, self._request = compiled, compiled.create_infer_request()
         self._rotary = RotaryCache(model.config)
         self._pool: OpenVinoPool | None = None
         self._blocks = {
@@ -149,6 +149,8 @@ class OpenVinoBackend:
 
     def build_pool(self, num_pages: int) -> OpenVinoPool:
         """As `Backend` has it; zeros, since what is masked must not be NaN."""
+        # The request would keep the memory of the pool before.
+        self._request, self._pool = self._compiled.create_infer_request(), None
         num_blocks = (num_pages + 1) * self._blocks_per_page
         tensors = {
             name: self._allocate(kind, [num_blocks, *shape])

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_continuous_batching_over_it_says_what_ours_says() -> None:
         assert stats.num_cached_tokens > 0
         answers.append(found)
     assert answers[0] == answers[1]
+
+
+def test_a_pool_that_is_not_used_any_longer_leaves_no_memory() -> None:
+    backend = OpenVinoBackend(tiny_model(), num_threads=1)
+    ids_BT = random_ids(70, seed=1)[None]
+    first = logits(backend, ids_BT, 70)
+    pool = backend.build_pool(4)
+    backend.read(ids_BT, pool.slice([[0, 1]], [0]))
+    gone = weakref.ref(pool)
+    del pool
+    torch.testing.assert_close(logits(backend, ids_BT, 64, 6), first, **CLOSE)
+    assert gone() is None
 
 
 def test_tokens_without_pages_are_refused() -> None:
