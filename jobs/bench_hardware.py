@@ -1,7 +1,7 @@
 """Measure backends beside each other, and requests routed by time over groups of two speeds.
 
-Every part is stored in --work as it finishes, and found there by the next start. Both take about
-20 minutes on 2 cores, and nothing else should run meanwhile. The figures go to docs/benchmarks/.
+Every part is stored in --work as it finishes, and found there by the next start. Both take
+minutes on 2 cores, and nothing else should run meanwhile. The figures go to docs/benchmarks/.
 """
 
 import argparse
