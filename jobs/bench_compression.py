@@ -1,7 +1,9 @@
 """Measure quantization, codebooks, distillation and layered memory; file it in docs/benchmarks/.
 
 Every part is stored in --work as it finishes, and found there by the next start; models are
-artifacts there. The whole takes some hours on 2 cores; nothing else should run meanwhile.
+artifacts there. Nothing else should run while `costs`, `latency` and `layers` are measured. All but
+`distillation` take two hours on 2 cores; `distillation` some ten minutes on a GPU, and hours for
+each student without.
 """
 
 import argparse
@@ -12,7 +14,16 @@ from pathlib import Path
 
 from jobs.cli import run_guarded
 
-PARTS = ("quantization", "uniform", "distillation", "tails", "layers", "exports")
+PARTS = (
+    "quantization",
+    "uniform",
+    "costs",
+    "latency",
+    "tails",
+    "layers",
+    "exports",
+    "distillation",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

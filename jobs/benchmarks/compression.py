@@ -2,9 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from jobs.benchmarks.compression_codebook import measure_tails, measure_uniform
 from jobs.benchmarks.compression_exports import measure_exports
@@ -12,30 +14,34 @@ from jobs.benchmarks.compression_layers import measure_layers
 from jobs.benchmarks.compression_measure import (
     compare_latency,
     heldout_batches,
-    measure_arm,
+    measure_answers,
+    measure_costs,
 )
-from jobs.benchmarks.compression_models import (
-    SEEDS,
-    STUDENT_STEPS,
-    Arm,
-    equal_compute_steps,
-    quantization_arms,
-    student_config,
-)
+from jobs.benchmarks.compression_models import NUM_PROBLEMS, Arm, quantization_arms
 from jobs.benchmarks.compression_report import write_report
 from jobs.benchmarks.compression_rows import OPTIONAL, build_rows
+from jobs.benchmarks.compression_students import (
+    SEEDS,
+    STUDENT_STEPS,
+    build_untrained,
+    equal_compute_steps,
+    train_student,
+    train_teacher,
+)
 from jobs.cli import connected_to_ray
 from r1ray.artifacts import Artifact
-from r1ray.config import PipelineConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.errors import ArtifactError
 from r1ray.evaluation.record import build_record, describe_circumstances, write_json
-from r1ray.models import ModelConfig
+from r1ray.models import load_model
+from r1ray.models.base import import_base, resolve_source
+from r1ray.models.quantization import quantize_modules
 from r1ray.pipeline import Pipeline
 
 __all__ = ["CompressionBenchmark"]
 
 _TARGET = Path("docs/benchmarks")
+_ELSEWHERE = _TARGET / "parts" / "compression"  # what a machine with a GPU has measured
 
 
 class CompressionBenchmark:
@@ -56,14 +62,17 @@ class CompressionBenchmark:
         for name, measure in self._plan(parts):
             if self._path(name).exists():
                 continue
+            if parts is None and name.startswith(OPTIONAL) and not torch.cuda.is_available():
+                print(f"{name} is left out: hours without a GPU; --only distillation trains it")
+                continue
             if self._deadline is not None and time.monotonic() > self._deadline:
                 print(f"the budget is spent; {name} and what follows is left")
                 return
             print(f"bench_compression: {name}", flush=True)
             result = {"circumstances": describe_circumstances(), **measure()}
-            partial = self._path(name).with_suffix(".tmp")
+            partial = self._work / f"{name}.tmp"
             write_json(partial, result)
-            partial.rename(self._path(name))
+            partial.rename(self._work / f"{name}.json")
 
     def file_record(self, command: str) -> str:
         """Write the record, its tables and the plots; returns the table of the record's rows.
@@ -95,28 +104,34 @@ class CompressionBenchmark:
         """(name of a result, what measures it) of these parts, or of all."""
         plan: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
             *(
-                ("quantization", f"quantization_{name}", lambda arm=arm: self._measure_arm(arm))
+                ("quantization", f"quantization_{name}", lambda arm=arm: self._answers(arm))
                 for name, arm in self._arms.items()
             ),
             ("uniform", "uniform", self._uniform),
-            ("distillation", "student_0", lambda: self._student(0)),
-            ("distillation", "latency", self._latency),
+            *(
+                ("costs", f"costs_{name}", lambda arm=arm: self._costs(arm))
+                for name, arm in self._arms.items()
+            ),
+            ("latency", "latency", self._latency),
             ("tails", "tails", self._tails),
             ("layers", "layers_train", lambda: measure_layers("train")),
             ("layers", "layers_serve", lambda: measure_layers("serve")),
             ("exports", "exports", self._exports),
-            ("distillation", "untaught_0", lambda: self._untaught(0)),
+            ("distillation", "teacher", self._teacher),
             *(
                 ("distillation", f"{kind}_{seed}", lambda measure=measure, seed=seed: measure(seed))
-                for seed in SEEDS[1:]
+                for seed in SEEDS
                 for kind, measure in (("student", self._student), ("untaught", self._untaught))
             ),
         ]
         return [(name, measure) for part, name, measure in plan if parts is None or part in parts]
 
-    def _measure_arm(self, arm: Arm) -> dict[str, Any]:
+    def _answers(self, arm: Arm) -> dict[str, Any]:
         model_dir = self._make(arm).local_dir
-        return measure_arm(arm, model_dir, self._heldout())
+        return measure_answers(arm, model_dir, self._heldout())
+
+    def _costs(self, arm: Arm) -> dict[str, Any]:
+        return measure_costs(arm, self._make(arm).local_dir)
 
     def _uniform(self) -> dict[str, Any]:
         plain = self._arms["fp32"]
@@ -127,73 +142,64 @@ class CompressionBenchmark:
             trained.local_dir, prepared.local_dir, self._arms["codebook4"].config, self._heldout()
         )
 
+    def _teacher(self) -> dict[str, Any]:
+        """SmolLM2 tuned in this process, which is also where its students learn."""
+        base = self._work / "base"
+        if not base.exists():
+            partial = base.with_suffix(".partial")
+            partial.mkdir(parents=True, exist_ok=True)
+            import_base(resolve_source(self._arms["fp32"].config.base.source), partial)
+            partial.rename(base)
+        return train_teacher(base, self._work / "teacher", NUM_PROBLEMS)
+
     def _student(self, seed: int) -> dict[str, Any]:
         """One seed, taught, in float and INT8."""
-        taught = self._taught(seed)
-        with connected_to_ray():
-            pipeline = Pipeline(taught)
-            trained, compressed = pipeline.train(), pipeline.compress()
-            assert taught.distill is not None
-            assert taught.distill.logits.type == "stored"
-            stored = pipeline.logits(taught.distill, taught.distill.logits)
-        directories = {"kd": trained.local_dir, "kd_int8": compressed.local_dir}
-        return self._measure_students(taught, directories) | {"logits": stored.manifest.metrics}
+        return self._train_student(f"student_{seed}", seed, STUDENT_STEPS, has_teacher=True)
 
     def _untaught(self, seed: int) -> dict[str, Any]:
         """One seed, trained on the targets alone for as much work as the taught one was."""
-        taught = self._taught(seed)
-        teacher_dir = self._make(self._arms["fp32"]).local_dir
-        with connected_to_ray():
-            pipeline = Pipeline(taught)
-            trained = pipeline.train()
-            num_steps = equal_compute_steps(
-                teacher=ModelConfig.load(teacher_dir),
-                student=ModelConfig.load(trained.local_dir),
-                stored_tokens=pipeline.prepare().manifest.metrics["num_tokens"],
-                trained_tokens=trained.manifest.metrics["tokens"],
-                num_steps=STUDENT_STEPS,
-            )
-            plain = student_config(
-                self._work, teacher_dir, has_teacher=False, seed=seed, num_steps=num_steps
-            )
-            untaught = Pipeline(plain).train()
-        return self._measure_students(taught, {"sft": untaught.local_dir}) | {"steps": num_steps}
+        teacher_dir = self._teacher_dir()
+        student = build_untrained(teacher_dir)
+        num_steps = equal_compute_steps(load_model(teacher_dir), student, STUDENT_STEPS)
+        return self._train_student(f"untaught_{seed}", seed, num_steps, has_teacher=False)
 
-    def _taught(self, seed: int) -> PipelineConfig:
-        teacher_dir = self._make(self._arms["fp32"]).local_dir
-        return student_config(
-            self._work, teacher_dir, has_teacher=True, seed=seed, num_steps=STUDENT_STEPS
+    def _train_student(
+        self, name: str, seed: int, num_steps: int, *, has_teacher: bool
+    ) -> dict[str, Any]:
+        return train_student(
+            self._teacher_dir(),
+            self._work / name,
+            has_teacher=has_teacher,
+            seed=seed,
+            num_steps=num_steps,
+            num_problems=NUM_PROBLEMS,
         )
 
-    def _measure_students(
-        self, config: PipelineConfig, directories: Mapping[str, Path]
-    ) -> dict[str, Any]:
-        arms = {
-            name: measure_arm(
-                Arm(name, config, is_compressed=name == "kd_int8"), directory, self._heldout()
+    def _teacher_dir(self) -> Path:
+        directory = self._work / "teacher"
+        if not directory.exists():
+            raise ArtifactError(
+                f"{directory} is not there: the teacher was measured on another machine; remove "
+                f"{_ELSEWHERE} to train it and its students here"
             )
-            for name, directory in directories.items()
-        }
-        paths = {
-            name: str(path.relative_to(self._work.resolve())) for name, path in directories.items()
-        }
-        return {"arms": arms, "directories": paths}
+        return directory
 
     def _latency(self) -> dict[str, Any]:
-        student = self._read("student_0")["directories"]
-        return compare_latency(
-            {
-                "teacher_fp32": self._make(self._arms["fp32"]).local_dir,
-                "teacher_int8": self._make(self._arms["int8_ptq"]).local_dir,
-                "student_fp32": self._work / student["kd"],
-                "student_int8": self._work / student["kd_int8"],
-            },
-            self._arms["fp32"].config,
-        )
+        """Of a student as it is cut: what a token costs does not depend on the weights' values."""
+        teacher_dir = self._make(self._arms["fp32"]).local_dir
+        models = {
+            "teacher_fp32": load_model(teacher_dir),
+            "teacher_int8": load_model(self._make(self._arms["int8_ptq"]).local_dir),
+            "student_fp32": build_untrained(teacher_dir),
+            "student_int8": build_untrained(teacher_dir),
+        }
+        quantize_modules(models["student_int8"])
+        return compare_latency(models, teacher_dir, self._arms["fp32"].config)
 
     def _tails(self) -> dict[str, Any]:
-        student = self._work / self._read("student_0")["directories"]["kd"]
-        return measure_tails(self._make(self._arms["fp32"]).local_dir, student, self._heldout())
+        """Between the tuned model and what four bits leave of it, a student that has lost some."""
+        teacher, student = (self._make(self._arms[name]) for name in ("fp32", "w4a8_ptq"))
+        return measure_tails(teacher.local_dir, student.local_dir, self._heldout())
 
     def _exports(self) -> dict[str, Any]:
         return measure_exports(self._make(self._arms["int8_ptq"]).local_dir, self._work / "exports")
@@ -212,7 +218,9 @@ class CompressionBenchmark:
         return self._batches
 
     def _path(self, name: str) -> Path:
-        return self._work / f"{name}.json"
+        """Of a result: measured here, or on another machine where it was not."""
+        here, elsewhere = self._work / f"{name}.json", _ELSEWHERE / f"{name}.json"
+        return elsewhere if elsewhere.exists() and not here.exists() else here
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

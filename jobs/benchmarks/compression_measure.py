@@ -1,13 +1,13 @@
 """What one model of `jobs.bench_compression` is worth: answers, perplexity, size, memory, time."""
 
-import dataclasses
+import contextlib
 import json
 import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from r1ray.models.tokenizer import Tokenizer
 __all__ = [
     "compare_latency",
     "heldout_batches",
-    "measure_arm",
+    "measure_answers",
+    "measure_costs",
     "measure_resident",
     "task_perplexity",
 ]
@@ -43,39 +44,52 @@ _TIMED_ANSWERS = 40
 _RESIDENT_TIMEOUT_S = 300
 
 
-def measure_arm(arm: Arm, model_dir: Path, batches: list[MicroBatch]) -> dict[str, Any]:
-    """All figures of one model.
+def measure_answers(arm: Arm, model_dir: Path, batches: list[MicroBatch]) -> dict[str, Any]:
+    """What a model knows: answers to the held-out problems, perplexity, size on disk.
 
     Args:
         batches: held-out traces, for the perplexity on the task.
     """
-    if arm.is_bf16:
-        with tempfile.TemporaryDirectory(prefix="r1ray-bf16-") as directory:
-            save_model(load_model(model_dir, dtype=torch.bfloat16), directory)
-            copy_tokenizer(model_dir, directory)
-            narrow = dataclasses.replace(arm, is_bf16=False)
-            return measure_arm(narrow, Path(directory), batches)
-    model, tokenizer, config = load_model(model_dir), Tokenizer(model_dir), arm.config
-    problems = draw_heldout(config.tasks, NUM_PROBLEMS)
-    answers = answer_problems(
-        model,
-        tokenizer,
-        problems,
-        config.tasks.system_prompt,
-        max_new_tokens=config.evaluate.max_new_tokens,
-        max_concurrency=config.evaluate.max_concurrency,
-        on_finish=lambda _: None,
-    )
-    return {
-        "is_correct": [answer.is_correct for answer in answers],
-        "task_perplexity": task_perplexity(model, batches),
-        "english_perplexity": measure_perplexity(
-            model, tokenizer, read_english(), max_tokens=_ENGLISH_TOKENS, window=_WINDOW
-        ),
-        "latency": asdict(measure_latency(model, repeats=_LATENCY_REPEATS)),
-        "weight_bytes": weight_bytes(model_dir),
-        "resident_bytes": measure_resident(model_dir),
-    }
+    with _as_it_runs(arm, model_dir) as directory:
+        model, tokenizer = load_model(directory), Tokenizer(directory)
+        answers = answer_problems(
+            model,
+            tokenizer,
+            draw_heldout(arm.config.tasks, NUM_PROBLEMS),
+            arm.config.tasks.system_prompt,
+            max_new_tokens=arm.config.evaluate.max_new_tokens,
+            max_concurrency=arm.config.evaluate.max_concurrency,
+            on_finish=lambda _: None,
+        )
+        return {
+            "is_correct": [answer.is_correct for answer in answers],
+            "task_perplexity": task_perplexity(model, batches),
+            "english_perplexity": measure_perplexity(
+                model, tokenizer, read_english(), max_tokens=_ENGLISH_TOKENS, window=_WINDOW
+            ),
+            "weight_bytes": weight_bytes(directory),
+        }
+
+
+def measure_costs(arm: Arm, model_dir: Path) -> dict[str, Any]:
+    """What a model takes: time a token, resident memory."""
+    with _as_it_runs(arm, model_dir) as directory:
+        return {
+            "latency": asdict(measure_latency(load_model(directory), repeats=_LATENCY_REPEATS)),
+            "resident_bytes": measure_resident(directory),
+        }
+
+
+@contextlib.contextmanager
+def _as_it_runs(arm: Arm, model_dir: Path) -> Iterator[Path]:
+    """The model directory; where the arm is run in bf16, a copy in that."""
+    if not arm.is_bf16:
+        yield model_dir
+        return
+    with tempfile.TemporaryDirectory(prefix="r1ray-bf16-") as directory:
+        save_model(load_model(model_dir, dtype=torch.bfloat16), directory)
+        copy_tokenizer(model_dir, directory)
+        yield Path(directory)
 
 
 def heldout_batches(config: PipelineConfig, tokenizer_dir: Path, out_dir: Path) -> list[MicroBatch]:
@@ -105,13 +119,14 @@ def measure_resident(model_dir: Path) -> int:
     return result["grown_bytes"]
 
 
-def compare_latency(directories: Mapping[str, Path], config: PipelineConfig) -> dict[str, Any]:
-    """Seconds for the same answers of the teacher, by model; they take turns, one stream each.
+def compare_latency(
+    models: Mapping[str, Decoder], tokenizer_dir: Path, config: PipelineConfig
+) -> dict[str, Any]:
+    """Seconds for the same answers of `teacher_fp32`, by model; they take turns, one stream each.
 
     An answer is decoded token by token, each model being given the same tokens.
     """
-    models = {name: load_model(path) for name, path in directories.items()}
-    tokenizer = Tokenizer(directories["teacher_fp32"])
+    tokenizer = Tokenizer(tokenizer_dir)
     problems = draw_heldout(config.tasks, _TIMED_ANSWERS)
     answers = answer_problems(
         models["teacher_fp32"],

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.compression_models import NUM_PROBLEMS, STUDENT_STEPS
-from jobs.benchmarks.compression_rows import QUANTIZED, Results, student_arms
+from jobs.benchmarks.compression_models import NUM_PROBLEMS
+from jobs.benchmarks.compression_rows import Results, list_students, quantization_arms
+from jobs.benchmarks.compression_students import STUDENT_STEPS
 from r1ray.evaluation.accuracy import proportion
 from r1ray.evaluation.record import Row, render_table
 
@@ -23,7 +24,8 @@ def write_report(
         f"{hardware['cpu']} ({', '.join(hardware['flags'])}; native kernels: "
         f"{hardware['native_kernels'] or 'none'}), {hardware['memory_gib']} GiB, commits "
         f"{', '.join(record['commits_of_parts'])}, {record['date']}.\n\n"
-        f"{_render_arms(results)}\n{table}\n{_render_placements(results)}\n{_NOTES}"
+        f"{_render_arms(results)}\n{_render_students(results)}\n{table}\n"
+        f"{_render_placements(results)}\n{_NOTES}"
     )
     (target / "compression.md").write_text(text, encoding="utf-8")
     return table
@@ -48,11 +50,7 @@ def _render_arms(results: Results) -> str:
         "| model | accuracy | task perplexity | English | MB on disk | MB resident | ms a token |",
         "|---|---|---|---|---|---|---|",
     ]
-    models = {name: results[f"quantization_{name}"] for name in ("fp32", *QUANTIZED)}
-    models |= {
-        f"student {name}, seed {seed}": arm for (name, seed), arm in student_arms(results).items()
-    }
-    for name, arm in models.items():
+    for name, arm in quantization_arms(results).items():
         share = proportion(arm["is_correct"])
         resident = arm["resident_bytes"]
         low, high = 100 * share.low, 100 * share.high
@@ -62,6 +60,24 @@ def _render_arms(results: Results) -> str:
             f"{arm['weight_bytes'] / 1e6:.0f} | "
             f"{'' if resident is None else f'{resident / 1e6:.0f}'} | "
             f"{arm['latency']['decode_ms_per_token']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _render_students(results: Results) -> str:
+    """Teacher and students, with the device that they were trained and judged on."""
+    hardware = results["teacher"]["circumstances"]["hardware"]
+    lines = [
+        f"Students and their teacher, on {hardware['gpu'] or 'the same processor'}:",
+        "",
+        "| model | tokens | accuracy | task perplexity |",
+        "|---|---|---|---|",
+    ]
+    for name, arm, tokens in list_students(results):
+        share = proportion(arm["is_correct"])
+        lines.append(
+            f"| {name} | {tokens:,.0f} | {100 * share.value:.1f}% "
+            f"[{100 * share.low:.1f}, {100 * share.high:.1f}] | {arm['task_perplexity']:.4f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -78,11 +94,14 @@ _NOTES = f"""
   outliers, and groups so small that uniform never has fewer bits. Uniform ranges are clipped to the
   least squared error of each group; symmetric and with an offset, the better one is the baseline.
 - Students: 10 of the 30 layers (a third of the parameters outside of embeddings); taught ones (kd)
-  for {STUDENT_STEPS} steps of one micro-batch, the others (sft) for as many more as have the
-  operations of the teacher's forward over all data. Intervals: seeds, as far as measured.
-- Latency: the text of 40 answers of the teacher, decoded token by token by each model in turn.
-- KL errors: |KL - dense KL| of single targets, over the mean dense KL, between the tuned teacher
-  and the taught student; from logits as they are stored (16 bits).
+  for {STUDENT_STEPS} steps with a teacher beside them, the others (sft) for as many more as have
+  the operations of the teacher's forward. The teacher is tuned on the same device, as the demo does
+  it (100 steps). On a GPU, float32 products are rounded to TF32. Intervals: seeds, as far as
+  measured.
+- Latency: the text of 40 answers of the tuned model, decoded token by token by each model in turn;
+  the student there is one as it is cut, since a token costs the same whatever the weights hold.
+- KL errors: |KL - dense KL| of single targets, over the mean dense KL, between the tuned model
+  and its four-bit one; from logits as they are stored (16 bits).
 - Layers: SmolLM2's widths, a vocabulary of 4,096, random weights; 4 x 64 tokens a step, AdamW in
   float32; or a prompt of 32 tokens and 8 more, float32 weights. Peaks are the kernel's VmHWM above
   the process's baseline; the page cache, up to 16 bytes a parameter, is not in them. Sizes are

@@ -2,20 +2,21 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jobs.benchmarks.compression_codebook import TOP_KS
-from jobs.benchmarks.compression_models import SEEDS
+from jobs.benchmarks.compression_students import SEEDS
 from r1ray.evaluation.accuracy import paired_difference
 from r1ray.evaluation.record import Row
 
-__all__ = ["OPTIONAL", "QUANTIZED", "Results", "build_rows", "student_arms"]
+__all__ = ["OPTIONAL", "QUANTIZED", "Results", "build_rows", "list_students", "quantization_arms"]
 
 Results = Mapping[str, Mapping[str, Any]]
-OPTIONAL = ("student_1", "student_2", "untaught_")  # hours each: filed as far as measured
+OPTIONAL = ("student_1", "student_2", "untaught_")  # hours without a GPU: as far as measured
+_STUDENTS = ("untaught", "student")
 QUANTIZED = ("bf16", "int8_ptq", "int8_qat", "w4a8_ptq", "w4a8_qat", "codebook4")
 _EASY_NATS = 0.02  # less than that lost by rounding says nothing about what QAT recovers
 
@@ -33,7 +34,7 @@ def build_rows(results: Results) -> list[Row]:
 
 
 def _quantization_rows(results: Results) -> list[Row]:
-    arms = {name: results[f"quantization_{name}"] for name in ("fp32", *QUANTIZED)}
+    arms = quantization_arms(results)
     plain = arms["fp32"]
     rows = []
     for name in QUANTIZED:
@@ -162,12 +163,15 @@ def _codebook_rows(uniform: Mapping[str, Any]) -> list[Row]:
 
 
 def _distillation_rows(results: Results) -> list[Row]:
-    teacher = statistics.mean(results["quantization_fp32"]["is_correct"])
+    teacher = max(
+        statistics.mean(arm["is_correct"])
+        for arm in (results["teacher"]["arms"]["teacher"], results["quantization_fp32"])
+    )
     rows = []
     for name in ("sft", "kd", "kd_int8"):
         kept = [
             statistics.mean(arm["is_correct"]) / teacher
-            for (found, _), arm in student_arms(results).items()
+            for found, arm, _ in list_students(results)
             if found == name
         ]
         row_id = "compression.distilled_int8_accuracy_kept"
@@ -177,7 +181,7 @@ def _distillation_rows(results: Results) -> list[Row]:
                 statistics.mean(kept) if kept else None,
                 f"of the teacher's ({len(kept)} of {len(SEEDS)} seeds)",
                 (min(kept), max(kept)) if kept else None,
-                "teacher in fp32, accuracy",
+                "the better tuned model in fp32, accuracy",
                 teacher,
                 ">= 0.95" if name == "kd_int8" else None,
             )
@@ -185,14 +189,20 @@ def _distillation_rows(results: Results) -> list[Row]:
     return [*rows, *_latency_rows(results["latency"]["seconds"])]
 
 
-def student_arms(results: Results) -> dict[tuple[str, int], Mapping[str, Any]]:
-    """What was measured of students, by arm and seed."""
+def quantization_arms(results: Results) -> dict[str, Mapping[str, Any]]:
+    """What was measured of each quantization arm."""
     return {
-        (name, seed): arm
-        for seed in SEEDS
-        for kind in ("untaught", "student")
-        for name, arm in results.get(f"{kind}_{seed}", {"arms": {}})["arms"].items()
+        name: {**results[f"quantization_{name}"], **results[f"costs_{name}"]}
+        for name in ("fp32", *QUANTIZED)
     }
+
+
+def list_students(results: Results) -> Iterator[tuple[str, Mapping[str, Any], float]]:
+    """(arm, what was measured, tokens trained on) of the teacher and every student there is."""
+    for part in ("teacher", *(f"{kind}_{seed}" for seed in SEEDS for kind in _STUDENTS)):
+        found = results.get(part, {"arms": {}})
+        for name, arm in found["arms"].items():
+            yield name, arm, found["tokens"]
 
 
 def _latency_rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:

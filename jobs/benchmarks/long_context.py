@@ -27,7 +27,7 @@ from r1ray.models.tokenizer import Tokenizer
 __all__ = ["LongContextBenchmark"]
 
 _TARGET = Path("docs/benchmarks")
-_SIZE = TrainingSize(tune_examples=4000, gate_examples=240, gate_documents=60)
+_SIZE = TrainingSize(tune_examples=2400, gate_examples=240, gate_documents=60)
 _EXAMPLES = 100
 _REREAD = 16_000
 

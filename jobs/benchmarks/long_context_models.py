@@ -4,30 +4,33 @@ What SmolLM2 cannot answer densely says nothing about sparse attention: so it is
 tasks, densely, on examples of other seeds than those it is asked. Then gates are trained on such
 examples and on Python's own source code, beside the model that no longer changes.
 
-Both trainings run r1ray's own step in this process, on a GPU where there is one.
+Both trainings are `jobs.benchmarks.local_training`'s.
 """
 
 import functools
 import multiprocessing
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from jobs.benchmarks.local_training import (
+    Step,
+    batch_by_length,
+    pick_device,
+    save_trained,
+    train_steps,
+)
 from r1ray.config.training import GatesConfig, TrainConfig
-from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.data.long_context import write_conversation
 from r1ray.data.schemas import Conversation, RowError
 from r1ray.data.tokenize import Sample, tokenize_rows
-from r1ray.exchange import LocalTransport, build_exchange
-from r1ray.models import Decoder, load_model, save_model
-from r1ray.models.checkpoint import copy_tokenizer
+from r1ray.models import load_model
 from r1ray.models.gates import attach_gates
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.training.gates import GateTraining
-from r1ray.training.step import TrainState
 
 __all__ = [
     "CONTEXT",
@@ -39,7 +42,6 @@ __all__ = [
 ]
 
 CONTEXT = 8192
-Step = dict[str, float | None]  # of a training: tokens so far, loss, recall
 _FIRST_NUMBER = 1_000_000  # of training samples; the tasks that are asked begin at 0
 _TUNE_BATCH, _GATE_BATCH = 32_768, 16_384  # tokens
 _GPU_CHUNK = 2048  # of queries
@@ -63,20 +65,17 @@ def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[Step]:
     """Teach the model in `base` the tasks; written to `target`."""
     numbers = range(_FIRST_NUMBER, _FIRST_NUMBER + size.tune_examples)
     samples = _write_samples(base, numbers, is_task=True)
-    batches = list(_batch(samples, _TUNE_BATCH, every_token=False))
-    model = load_model(base, dtype=torch.float32).to(_device())
+    batches = list(batch_by_length(samples, _TUNE_BATCH))
+    model = load_model(base, dtype=torch.float32).to(pick_device())
     config = TrainConfig(
         num_steps=max(2, len(batches) // 2),
+        batches_per_step=2,
         warmup_steps=min(20, len(batches) // 4),
         learning_rate=5e-4,
         precision="bf16" if torch.cuda.is_available() else "auto",
     )
-    steps = _train(
-        TrainState(model, config, build_exchange(config.exchange), LocalTransport()),
-        batches,
-        per_step=2,
-    )
-    _save(model.to(torch.bfloat16), base, target)  # as SmolLM2 is published
+    steps = train_steps(model, config, batches)
+    save_trained(model.to(torch.bfloat16), base, target)  # as SmolLM2 is published
     return steps
 
 
@@ -87,23 +86,22 @@ def train_gates(tuned: Path, target: Path, size: TrainingSize) -> list[Step]:
     samples = _write_samples(tuned, numbers, is_task=True)
     samples += _write_samples(tuned, range(size.gate_documents), is_task=False)
     random.Random(0).shuffle(samples)
-    batches = list(_batch(samples, _GATE_BATCH, every_token=True))
+    batches = list(batch_by_length(samples, _GATE_BATCH, every_token=True))
     model = load_model(tuned, dtype=torch.float32)
     model.requires_grad_(False)
     attach_gates(model)
-    model = model.to(_device())
+    model = model.to(pick_device())
     gates = GatesConfig(query_chunk=_GPU_CHUNK) if torch.cuda.is_available() else GatesConfig()
     config = TrainConfig(
         num_steps=len(batches),
+        batches_per_step=1,
         warmup_steps=min(5, len(batches) - 1),
         learning_rate=2e-3,
         precision="fp32",
         gates=gates,
     )
-    objective = GateTraining(gates)
-    state = TrainState(model, config, build_exchange(config.exchange), LocalTransport(), objective)
-    steps = _train(state, batches, per_step=1)
-    _save(model, tuned, target)
+    steps = train_steps(model, config, batches, GateTraining(gates))
+    save_trained(model, tuned, target)
     return steps
 
 
@@ -137,54 +135,3 @@ def _write_sample(model_dir: str, is_task: bool, number: int) -> Sample:
 def _tokenizer(model_dir: str) -> Tokenizer:
     torch.set_num_threads(1)  # one process of many
     return Tokenizer(model_dir)
-
-
-def _batch(samples: Sequence[Sample], most: int, *, every_token: bool) -> Iterator[MicroBatch]:
-    """Batches of similar lengths, in random order.
-
-    Args:
-        most: tokens of a batch, padding included.
-        every_token: is a target, and not the answers alone.
-    """
-    groups: list[list[Sample]] = []
-    for sample in sorted(samples, key=lambda item: len(item.input_ids)):
-        longest = len(sample.input_ids)
-        if not groups or longest * (len(groups[-1]) + 1) > most:
-            groups.append([])
-        groups[-1].append(sample)
-    random.Random(2).shuffle(groups)
-    for group in groups:
-        longest = max(len(item.input_ids) for item in group)
-        ids_BT = torch.zeros(len(group), longest, dtype=torch.long)
-        labels_BT = torch.full_like(ids_BT, IGNORED)
-        for row, item in enumerate(group):
-            ids, is_target = torch.tensor(item.input_ids).long(), torch.tensor(item.is_target)
-            ids_BT[row, : len(ids)] = ids
-            counted = torch.ones_like(is_target) if every_token else is_target
-            labels_BT[row, : len(ids) - 1] = torch.where(counted[1:], ids[1:], IGNORED)
-        num_tokens = sum(len(item.input_ids) for item in group)
-        yield MicroBatch(ids_BT, labels_BT, num_tokens, int((labels_BT != IGNORED).sum()))
-
-
-def _train(state: TrainState, batches: Sequence[MicroBatch], *, per_step: int) -> list[Step]:
-    steps: list[Step] = []
-    tokens = 0
-    for step in range(state.config.num_steps):
-        taken = [batches[(step * per_step + at) % len(batches)] for at in range(per_step)]
-        record = state.run_step(taken)
-        tokens += record.num_tokens
-        steps.append({"tokens": tokens, "loss": record.loss, "recall": record.recall})
-        if step % 20 == 0:
-            print(f"  step {step}/{state.config.num_steps}: {record.describe()}", flush=True)
-    return steps
-
-
-def _save(model: Decoder, source: Path, target: Path) -> None:
-    partial = target.with_name(target.name + ".partial")
-    save_model(model.cpu().eval(), partial)
-    copy_tokenizer(source, partial)
-    partial.rename(target)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from jobs.benchmarks.local_training import pick_device
 from jobs.benchmarks.long_context_models import (
     CONTEXT,
     TrainingSize,
@@ -142,7 +143,7 @@ class QualityBenchmark:
         set_attention(model, attention)
         if precision == "int8":
             quantize_modules(model)
-        return model.to(_device())
+        return model.to(pick_device())
 
     def _tasks(self, name: str, length: int) -> list[LongTask]:
         count = functools.partial(count_prompt_tokens, self._tokenizer)
@@ -181,7 +182,7 @@ class QualityBenchmark:
     @torch.inference_mode()
     def _perplexity(self, model: Decoder, precision: Precision, length: int) -> float:
         """On whole windows of `length` tokens of Python's documentation, read in chunks."""
-        ids_T = torch.tensor(self._tokenizer.encode(read_english()), device=_device())
+        ids_T = torch.tensor(self._tokenizer.encode(read_english()), device=pick_device())
         total, count = 0.0, 0
         for ids in ids_T.split(length):
             if len(ids) < length:
@@ -191,7 +192,7 @@ class QualityBenchmark:
                 max_rows=1,
                 max_tokens=length,
                 dtype=_kv_dtype(precision) or torch.float32,
-                device=_device(),
+                device=pick_device(),
                 summary_size=model.summary_size,
             )
             cache.add_rows(1)
@@ -216,7 +217,7 @@ class QualityBenchmark:
                 answer = tokenizer.encode(f"{task.answers[0]}.")
                 [(ids, starts)] = tokenizer.encode_batch_with_offsets([prompt])
                 place = int((starts <= prompt.index(f"is: {task.answers[0]}") + 4).sum()) - 1
-                ids_1T = torch.tensor([[*ids.tolist(), *answer]], device=_device())
+                ids_1T = torch.tensor([[*ids.tolist(), *answer]], device=pick_device())
                 recall = measure_block_recall(
                     model, ids_1T, num_queries=len(answer) + 1, needle_token=place
                 )
@@ -224,7 +225,7 @@ class QualityBenchmark:
                 found["looks"] += recall.num_looks
                 found["found"] += recall.num_found
             found["mass"][name] = _mean_columns(masses)
-        ids_T = torch.tensor(tokenizer.encode(read_english()), device=_device())
+        ids_T = torch.tensor(tokenizer.encode(read_english()), device=pick_device())
         masses = [
             measure_block_recall(model, ids[None], num_queries=64).mass
             for ids in ids_T.split(CONTEXT)
@@ -263,7 +264,3 @@ def _kv_dtype(precision: Precision) -> torch.dtype | None:
 def _chunk() -> int:
     """Tokens of a prompt that are read together: all on a GPU, where launches take most time."""
     return CONTEXT if torch.cuda.is_available() else 1024
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

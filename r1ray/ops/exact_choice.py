@@ -54,37 +54,38 @@ def choose_exact(
             *(q_BNTH, k.data_BKSH, is_marked_N, counts, starts, chosen), key_scale_BKS=k.scale_BKS
         )
         return chosen
-    q_BKGTH = q_BNTH.unflatten(1, (k.shape[1], -1))
     is_marked_KG = is_marked_N.unflatten(0, (k.shape[1], -1))
+    if unit == 1:
+        own_BU1 = torch.tensor(owns_BU, device=chosen.device)[..., None]
+        blocks_M = torch.arange(chosen.shape[3], device=chosen.device)
+        every_BUM = torch.where(blocks_M < own_BU1 - 1, blocks_M, -1)
+        return torch.where(is_marked_KG.any(1)[:, None, None], every_BUM[:, None], chosen)
+    q_BKGTH = q_BNTH.unflatten(1, (k.shape[1], -1))
     for group in is_marked_KG.any(1).nonzero().flatten().tolist():
         for row, owns in enumerate(owns_BU):
             q_GTH = q_BKGTH[row, group, is_marked_KG[group]]
             before_UM = chosen[row, group]
-            best = _choose_row(q_GTH, k.row(row).group(group), before_UM, owns, unit)
+            best = _choose_row(q_GTH, k.row(row).group(group), before_UM, owns)
             chosen[row, group] = F.pad(best, (0, chosen.shape[3] - best.shape[1]), value=-1)
     return chosen
 
 
-def _choose_row(
-    q_GTH: Tensor, k: CachedStates, before_UM: Tensor, owns: list[int], unit: int
-) -> Tensor:
-    """[U, M] of one group, those of `before_UM` among them."""
+def _choose_row(q_GTH: Tensor, k: CachedStates, before_UM: Tensor, owns: list[int]) -> Tensor:
+    """[U, M] of one group in units of a block, those of `before_UM` among them."""
     blocks = max(owns, default=0) + 1
-    if unit == 1:
-        scores_UC = -torch.arange(float(blocks), device=q_GTH.device).expand(len(owns), -1)
-    else:
-        k_SH = k[0, 0, : blocks * BLOCK].float()
-        scores_UC = torch.cat(
-            [
-                _score_units(part, k_SH, owns[at * _UNITS_TOGETHER :])
-                for at, part in enumerate(q_GTH.float().split(_UNITS_TOGETHER * BLOCK, dim=1))
-            ]
-        )
+    k_SH = k[0, 0, : blocks * BLOCK].float()
+    together = _UNITS_TOGETHER * (8 if q_GTH.is_cuda else 1)  # on a GPU, launches take most time
+    scores_UC = torch.cat(
+        [
+            _score_units(part, k_SH, owns[at * together :])
+            for at, part in enumerate(q_GTH.float().split(together * BLOCK, dim=1))
+        ]
+    )
     is_kept_UC = torch.zeros(len(owns), blocks + 1, dtype=torch.bool, device=q_GTH.device)
     is_kept_UC.scatter_(1, torch.where(before_UM < 0, blocks, before_UM), value=True)
     scores_UC = scores_UC.masked_fill(is_kept_UC[:, :blocks], 1e30)
     own_1U = torch.tensor([owns], device=q_GTH.device)
-    return choose_blocks(scores_UC[None, None], own_1U, lambda own: count_exact(own, unit))[0, 0]
+    return choose_blocks(scores_UC[None, None], own_1U, lambda own: count_exact(own, BLOCK))[0, 0]
 
 
 def _score_units(q_GTH: Tensor, k_SH: Tensor, owns: list[int]) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from jobs.benchmarks.compression_report import write_report
-from jobs.benchmarks.compression_rows import build_rows
+from jobs.benchmarks.compression_rows import QUANTIZED, build_rows
 from r1ray.evaluation.record import Row
 
 IDS = {
@@ -22,13 +22,18 @@ IDS = {
 }
 
 
-def _arm(correct: int, task: float, *, resident: int | None = 100) -> dict[str, Any]:
+def _arm(correct: int, task: float) -> dict[str, Any]:
     return {
         "is_correct": [index < correct for index in range(100)],
         "task_perplexity": task,
         "english_perplexity": 20.0,
-        "latency": {"decode_ms_per_token": 10.0, "prefill_ms": 1.0, "prompt_tokens": 8},
         "weight_bytes": 1000,
+    }
+
+
+def _costs(resident: int | None = 100) -> dict[str, Any]:
+    return {
+        "latency": {"decode_ms_per_token": 10.0, "prefill_ms": 1.0, "prompt_tokens": 8},
         "resident_bytes": resident,
     }
 
@@ -58,12 +63,15 @@ def _results(**changes: Any) -> dict[str, Any]:
     }
     return {
         "quantization_fp32": _arm(80, 1.20),
-        "quantization_bf16": _arm(80, 1.20, resident=None),
-        "quantization_int8_ptq": _arm(79, 1.21, resident=30),
+        "quantization_bf16": _arm(80, 1.20),
+        "quantization_int8_ptq": _arm(79, 1.21),
         "quantization_int8_qat": _arm(80, 1.205),
         "quantization_w4a8_ptq": _arm(50, 1.50),
         "quantization_w4a8_qat": _arm(75, 1.25),
         "quantization_codebook4": _arm(78, 1.22),
+        **{f"costs_{name}": _costs() for name in ("fp32", *QUANTIZED)},
+        "costs_bf16": _costs(resident=None),
+        "costs_int8_ptq": _costs(resident=30),
         "uniform": {
             "bits": {"codebook": 4.3, "symmetric": 4.3, "asymmetric": 4.4},
             "perplexity": {
@@ -73,8 +81,13 @@ def _results(**changes: Any) -> dict[str, Any]:
                 "asymmetric": {"task": 1.24, "english": 23.0},
             },
         },
-        **{f"student_{seed}": {"arms": student} for seed in (0, 1, 2)},
-        "untaught_0": {"arms": {"sft": _arm(60, 1.5)}},
+        "teacher": {
+            "arms": {"teacher": _arm(80, 1.20)},
+            "tokens": 1000,
+            "circumstances": {"hardware": {"gpu": None}},
+        },
+        **{f"student_{seed}": {"arms": student, "tokens": 5000} for seed in (0, 1, 2)},
+        "untaught_0": {"arms": {"sft": _arm(60, 1.5)}, "tokens": 6000},
         "latency": {
             "seconds": {
                 "teacher_fp32": [1.0, 1.2, 0.8],
@@ -139,7 +152,9 @@ def test_drops_latencies_and_kept_accuracy_are_against_fp32() -> None:
 
 
 def test_students_are_averaged_over_the_seeds_that_were_measured() -> None:
-    rows = _rows(student_1={"arms": {"kd": _arm(70, 1.3), "kd_int8": _arm(68, 1.3)}})
+    rows = _rows(
+        student_1={"arms": {"kd": _arm(70, 1.3), "kd_int8": _arm(68, 1.3)}, "tokens": 5000}
+    )
     row = rows["compression.distilled_int8_accuracy_kept"]
     assert row.value == pytest.approx((76 + 68 + 76) / 3 / 80)
     assert row.interval == pytest.approx((68 / 80, 76 / 80))
@@ -180,4 +195,4 @@ def test_the_page_names_models_kernels_and_commits(tmp_path: Path) -> None:
     text = (tmp_path / "compression.md").read_text()
     assert "native kernels: none" in text
     assert "| int8_qat | 80.0% [" in text
-    assert "| student kd_int8, seed 2 | 76.0%" in text
+    assert "| kd_int8 | 5,000 | 76.0%" in text
