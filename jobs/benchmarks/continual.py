@@ -51,7 +51,7 @@ class ContinualBenchmark:
             raise ConfigError(f"--only: no arm {unknown[0]!r}; choose from {', '.join(_NAMES)}")
         for names in (["first"], only or _NAMES):  # all arms begin with what was learned first
             parts = [(name, seed) for seed in self._seeds for name in names]
-            missing = [part for part in parts if not self._parts.has(_part(*part))]
+            missing = [part for part in parts if not self._parts.has(self._part(*part))]
             with ProcessPoolExecutor(
                 self._num_processes, multiprocessing.get_context("spawn"), _use_one_thread
             ) as pool:
@@ -62,15 +62,20 @@ class ContinualBenchmark:
                 for (name, seed), future in started:
                     print(f"  {name}, seed {seed}: {future.result()['accuracies'][-1]}", flush=True)
 
+    def _part(self, name: str, seed: int) -> str:
+        return _part(self._scale, name, seed)
+
     @property
     def is_complete(self) -> bool:
         """Whether all arms are there."""
-        return all(self._parts.has(_part(name, seed)) for name in _NAMES for seed in self._seeds)
+        return all(
+            self._parts.has(self._part(name, seed)) for name in _NAMES for seed in self._seeds
+        )
 
     def file_record(self, command: str) -> str:
         """Write the record, its tables and the picture; returns the tables."""
         runs = {
-            name: [Run(**self._parts.read(_part(name, seed))) for seed in self._seeds]
+            name: [Run(**self._parts.read(self._part(name, seed))) for seed in self._seeds]
             for name in _NAMES
         }
         found = rows(runs)
@@ -92,8 +97,8 @@ class ContinualBenchmark:
         return tables
 
 
-def _part(name: str, seed: int) -> str:
-    return f"{name}_{seed}"
+def _part(scale: Scale, name: str, seed: int) -> str:
+    return f"{name}_{seed}_{scale.num_steps}_steps_{scale.num_problems}_problems"
 
 
 def _use_one_thread() -> None:
@@ -102,16 +107,16 @@ def _use_one_thread() -> None:
 
 def _measure(work: Path, scale: Scale, name: str, seed: int) -> Any:
     measure = {"first": _learn_first, JOINT: _learn_jointly}.get(name, _learn_in_a_row)
-    return StoredParts(work).once(_part(name, seed), measure, work, scale, name, seed)
+    return StoredParts(work).once(_part(scale, name, seed), measure, work, scale, name, seed)
 
 
-def _first_dir(work: Path, seed: int) -> Path:
-    return work / f"model_{seed}"
+def _first_dir(work: Path, scale: Scale, seed: int) -> Path:
+    return work / f"model_{seed}_{scale.num_steps}_steps"
 
 
 def _learn_first(work: Path, scale: Scale, _: str, seed: int) -> dict[str, Any]:
     """The first family, with everything that any arm wants to remember of it."""
-    out = _first_dir(work, seed)
+    out = _first_dir(work, scale, seed)
     with tempfile.TemporaryDirectory() as start:
         save_model(build_model(seed), start)
         seconds = learn(Path(start), list(FAMILIES)[:1], FIRST, scale, seed, out)
@@ -120,7 +125,7 @@ def _learn_first(work: Path, scale: Scale, _: str, seed: int) -> dict[str, Any]:
 
 def _learn_in_a_row(work: Path, scale: Scale, name: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
-        return learn_all(name, _first_dir(work, seed), scale, seed, Path(directory))
+        return learn_all(name, _first_dir(work, scale, seed), scale, seed, Path(directory))
 
 
 def _learn_jointly(_: Path, scale: Scale, name: str, seed: int) -> dict[str, Any]:
