@@ -132,8 +132,8 @@ class Pipeline:
         return dataclasses.replace(prepare, sources=[prepare.sources[phase]])
 
     def prepare(self) -> Artifact:
-        """The BatchSet; of the last phase, where there are several."""
-        return self._prepare(self.num_phases - 1)
+        """The BatchSet; where there are several phases all of theirs, of which this is the last."""
+        return [self._prepare(phase) for phase in range(self.num_phases)][-1]
 
     def _prepare(self, phase: int) -> Artifact:
         config, base, prepare = self.config, self.base(), self._sources_of(phase)

@@ -185,6 +185,24 @@ def pq_sum(path: Path) -> float:
     return sum(float(item.sum()) for item in load_file(path).values())
 
 
+@pytest.mark.parametrize("replay", ["null", "{reservoir_rows: 40}"])
+def test_all_phases_are_prepared_before_any_is_trained(root: Path, replay: str) -> None:
+    config = _configure(
+        root,
+        "run.name=phases",
+        "prepare.sources=[{type: tasks, num_samples: 20, families: [gcd]}, "
+        "{type: tasks, num_samples: 30, families: [spell_backward]}]",
+        f"continual={{replay: {replay}}}",
+    )
+    last = Pipeline(config).prepare()
+    store = ArtifactStore(str(root), "phases")
+    assert store.find_all("train") == []
+    alone = Pipeline(config, only="train")  # as jobs.train: what it needs must be there
+    phases = [alone._prepare(phase) for phase in range(alone.num_phases)]
+    counts = [item.manifest.metrics["num_samples"] for item in phases]
+    assert (counts, phases[-1].digest) == ([20, 30], last.digest)
+
+
 def test_what_cannot_be_an_update_is_refused_before_anything_runs(root: Path) -> None:
     with pytest.raises(ConfigError, match="an update needs `continual`"):
         run_update(_configure(root))
