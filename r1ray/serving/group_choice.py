@@ -107,21 +107,21 @@ class GroupBoard:
             group.memory = PrefixMemory(REMEMBERED)
 
     def rank(self, request: GenerationRequest) -> list[str | None]:
-        """The groups that may answer, in the order in which they should be asked.
+        """All groups, in the order in which they should be asked.
 
-        Those that have replicas: first where there is a place to wait, then by who is done first.
-        All where none has.
+        First those that have told a speed, where there is a place to wait, by who is done first.
         """
-        present = {name: group for name, group in self._groups.items() if group.speeds}
-        if len(present) <= 1:
-            return list(present or self._groups)
+        if len(self._groups) == 1:
+            return list(self._groups)
         digests = chain_digests(request.prompt_ids)
 
-        def cost(name: str | None) -> tuple[bool, float]:
-            group = present[name]
-            return group.is_full, self._estimate(group, request, digests)
+        def cost(name: str | None) -> tuple[bool, bool, float]:
+            group = self._groups[name]
+            if not group.speeds:
+                return True, True, 0.0
+            return False, group.is_full, self._estimate(group, request, digests)
 
-        return sorted(present, key=cost)
+        return sorted(self._groups, key=cost)
 
     @contextmanager
     def give(self, name: str | None, request: GenerationRequest) -> Iterator["_Progress"]:

@@ -3,7 +3,7 @@
 1. A request goes to the group that `r1ray.serving.group_choice` names; where it is lost or refused
    there before its first token, to another.
 2. Where there are several groups, each is asked every second what its replicas have measured. One
-   that does not answer gets nothing more while others do, and what waits there is sent elsewhere.
+   that does not answer is tried last, and what waits there is sent elsewhere.
 """
 
 import asyncio
@@ -31,7 +31,8 @@ __all__ = ["RemoteModel"]
 PROBE_TIMEOUT_S = 5.0
 ASK_EVERY_S = 1.0
 _LOST = (RayError, RayServeException, TimeoutError)
-_ELSEWHERE = (429, 503)  # statuses that another group may not have
+_FULL = 429
+_ELSEWHERE = (_FULL, 503)  # statuses that another group may not have
 
 
 class RemoteModel:
@@ -53,8 +54,8 @@ class RemoteModel:
             ServingError: the one that the replica raised, or 503 when no replica answers.
         """
         await self._watch()
-        *rest, last = self._board.rank(request)
-        for name in (*rest, last):
+        refusal: ServingError | None = None
+        for name in self._board.rank(request):
             has_begun = False
             try:
                 with self._board.give(name, request) as progress:
@@ -65,8 +66,12 @@ class RemoteModel:
                             yield events
                 return
             except ServingError as error:
-                if has_begun or name == last or error.status not in _ELSEWHERE:
+                if has_begun or error.status not in _ELSEWHERE:
                     raise
+                if refusal is None or error.status == _FULL:  # more is to be had there later
+                    refusal = error
+        assert refusal is not None, "a model has groups"
+        raise refusal
 
     @property
     def name(self) -> str:

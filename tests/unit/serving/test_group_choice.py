@@ -130,15 +130,15 @@ def test_a_group_that_is_gone_gets_nothing(
     assert choose(found, ask()) == expected
 
 
-def test_all_that_have_replicas_are_ranked_and_the_full_come_last() -> None:
+def test_the_full_come_behind_others_and_the_silent_last() -> None:
     found = board(slow=SLOW, fast=FAST, gone=FAST)
     found.report("gone", [])
-    assert found.rank(ask()) == ["fast", "slow"]
+    assert found.rank(ask()) == ["fast", "slow", "gone"]
     with ExitStack() as open_requests:
         for number in range(LIMITS.max_concurrency + LIMITS.max_queued_requests):
             short = ask(num_prompt=1, num_new=1, first=number)
             open_requests.enter_context(found.give("fast", short))
-        assert found.rank(ask()) == ["slow", "fast"]
+        assert found.rank(ask()) == ["slow", "fast", "gone"]
 
 
 def test_answers_that_end_teach_how_long_answers_are() -> None:
