@@ -149,9 +149,18 @@ def test_errors_that_stay_are_passed_on(tmp_path: Path, failure: Failure, num_as
 
 
 def test_a_refusal_is_not_hidden_by_a_group_that_is_gone(tmp_path: Path) -> None:
-    fast, gone = _Handle("fast", FAST, steps=[BUSY]), _Handle("gone")
+    fast = _Handle("fast", FAST, steps=[BUSY])
+    gone = _Handle("gone", steps=[Failure("lost", 503, "service_unavailable", None)])
     with pytest.raises(ServingError, match="busy"):
         run(tmp_path, read, gone=gone, fast=fast)
+    assert gone.responses  # it was tried
+
+
+def test_a_group_that_only_seems_gone_answers_when_others_are_lost(tmp_path: Path) -> None:
+    fast = _Handle("fast", FAST, steps=[Failure("lost", 503, "service_unavailable", None)])
+    silent = _Handle("silent")
+    run(tmp_path, read, silent=silent, fast=fast)
+    assert silent.responses
 
 
 def test_who_stops_reading_cancels_the_call(tmp_path: Path) -> None:
