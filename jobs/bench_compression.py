@@ -22,6 +22,7 @@ PARTS = (
     "tails",
     "layers",
     "exports",
+    "seeds",
     "distillation",
 )
 

@@ -17,9 +17,14 @@ from jobs.benchmarks.compression_measure import (
     measure_answers,
     measure_costs,
 )
-from jobs.benchmarks.compression_models import NUM_PROBLEMS, Arm, quantization_arms
+from jobs.benchmarks.compression_models import (
+    NUM_PROBLEMS,
+    Arm,
+    quantization_arms,
+    seed_arms,
+)
 from jobs.benchmarks.compression_report import write_report
-from jobs.benchmarks.compression_rows import OPTIONAL, build_rows
+from jobs.benchmarks.compression_rows import NEEDS_GPU, OPTIONAL, build_rows
 from jobs.benchmarks.compression_students import (
     SEEDS,
     STUDENT_STEPS,
@@ -62,7 +67,7 @@ class CompressionBenchmark:
         for name, measure in self._plan(parts):
             if self._path(name).exists():
                 continue
-            if parts is None and name.startswith(OPTIONAL) and not torch.cuda.is_available():
+            if parts is None and name.startswith(NEEDS_GPU) and not torch.cuda.is_available():
                 print(f"{name} is left out: hours without a GPU; --only distillation trains it")
                 continue
             if self._deadline is not None and time.monotonic() > self._deadline:
@@ -117,6 +122,10 @@ class CompressionBenchmark:
             ("layers", "layers_train", lambda: measure_layers("train")),
             ("layers", "layers_serve", lambda: measure_layers("serve")),
             ("exports", "exports", self._exports),
+            *(
+                ("seeds", f"quantization_{arm.name}", lambda arm=arm: self._answers(arm))
+                for arm in seed_arms(self._work)
+            ),
             ("distillation", "teacher", self._teacher),
             *(
                 ("distillation", f"{kind}_{seed}", lambda measure=measure, seed=seed: measure(seed))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from r1ray.config import PipelineConfig, load_config
 
-__all__ = ["NUM_PROBLEMS", "Arm", "quantization_arms"]
+__all__ = ["NUM_PROBLEMS", "Arm", "quantization_arms", "seed_arms"]
 
 NUM_PROBLEMS = 1000
+_MORE_SEEDS = (1, 2)
 _CONFIG = "jobs/configs/demo.yaml"
 _TRAINING = (
     "train.num_steps=100",
@@ -51,6 +52,15 @@ def quantization_arms(work: Path) -> Iterator[Arm]:
     yield Arm("w4a8_ptq", configure(four), is_compressed=True)
     yield Arm("w4a8_qat", configure("train.fake_quant=w4a8", four), is_compressed=True)
     yield Arm("codebook4", configure("compress.scheme=codebook4"), is_compressed=True)
+
+
+def seed_arms(work: Path) -> Iterator[Arm]:
+    """Float and INT8 through training, of further seeds: one run says little to a point."""
+    for seed in _MORE_SEEDS:
+        one = (*_TRAINING, f"run.seed={seed}")
+        yield Arm(f"fp32.seed_{seed}", _configure(work, *one), is_compressed=False)
+        through = _configure(work, *one, "train.fake_quant=w8a8")
+        yield Arm(f"int8_qat.seed_{seed}", through, is_compressed=True)
 
 
 def _configure(work: Path, *overrides: str) -> PipelineConfig:

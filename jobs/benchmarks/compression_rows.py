@@ -12,10 +12,19 @@ from jobs.benchmarks.compression_students import SEEDS
 from r1ray.evaluation.accuracy import paired_difference
 from r1ray.evaluation.record import Row
 
-__all__ = ["OPTIONAL", "QUANTIZED", "Results", "build_rows", "list_students", "quantization_arms"]
+__all__ = [
+    "NEEDS_GPU",
+    "OPTIONAL",
+    "QUANTIZED",
+    "Results",
+    "build_rows",
+    "list_students",
+    "quantization_arms",
+]
 
 Results = Mapping[str, Mapping[str, Any]]
-OPTIONAL = ("student_1", "student_2", "untaught_")  # hours without a GPU: as far as measured
+NEEDS_GPU = ("student_1", "student_2", "untaught_")  # hours each without
+OPTIONAL = (*NEEDS_GPU, "quantization_fp32.", "quantization_int8_qat.")  # as far as measured
 _STUDENTS = ("untaught", "student")
 QUANTIZED = ("bf16", "int8_ptq", "int8_qat", "w4a8_ptq", "w4a8_qat", "codebook4")
 _EASY_NATS = 0.02  # less than that lost by rounding says nothing about what QAT recovers
@@ -38,22 +47,34 @@ def _quantization_rows(results: Results) -> list[Row]:
     plain = arms["fp32"]
     rows = []
     for name in QUANTIZED:
-        drop, low, high = paired_difference(plain["is_correct"], arms[name]["is_correct"])
-        bar = "<= 0.01" if name == "int8_qat" else None
-        rows.append(
-            Row(
-                f"compression.{name}_accuracy_drop",
-                drop,
-                "points/100",
-                (low, high),
-                "fp32, accuracy",
-                statistics.mean(plain["is_correct"]),
-                bar,
-            )
-        )
+        rows.append(_drop_row(name, results))
         rows += _perplexity_rows(name, arms[name], plain)
         rows += _cost_rows(name, arms[name], plain)
     return [*rows, *_recovery_rows(arms)]
+
+
+def _drop_row(name: str, results: Results) -> Row:
+    """Over all seeds that were measured of both arms."""
+    floats, others = (
+        {
+            part.removeprefix(f"quantization_{arm}"): found["is_correct"]
+            for part, found in results.items()
+            if part == f"quantization_{arm}" or part.startswith(f"quantization_{arm}.")
+        }
+        for arm in ("fp32", name)
+    )
+    seeds = sorted(floats.keys() & others.keys())
+    plain, other = ([item for seed in seeds for item in of[seed]] for of in (floats, others))
+    drop, low, high = paired_difference(plain, other)
+    return Row(
+        f"compression.{name}_accuracy_drop",
+        drop,
+        f"points/100 (seeds: {len(seeds)})",
+        (low, high),
+        "fp32, accuracy",
+        statistics.mean(plain),
+        "<= 0.01" if name == "int8_qat" else None,
+    )
 
 
 def _perplexity_rows(name: str, arm: Mapping[str, Any], plain: Mapping[str, Any]) -> list[Row]:

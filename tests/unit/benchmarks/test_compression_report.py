@@ -115,6 +115,18 @@ def test_every_bar_of_the_issue_has_a_row_of_that_name() -> None:
     assert len(rows) == len(build_rows(_results()))  # no name twice
 
 
+def test_accuracy_is_compared_over_the_seeds_that_both_arms_have() -> None:
+    changes = {
+        "quantization_fp32.seed_1": _arm(84, 1.2),
+        "quantization_int8_qat.seed_1": _arm(80, 1.2),
+        "quantization_fp32.seed_2": _arm(10, 1.2),  # its other arm was not measured
+    }
+    row = _rows(**changes)["compression.int8_qat_accuracy_drop"]
+    assert row.value == pytest.approx(0.02)  # none of 0.80, 4 points of 0.84
+    assert row.baseline_value == pytest.approx(0.82)
+    assert "2" in row.unit
+
+
 def test_recovery_is_the_share_of_the_lost_nats() -> None:
     row = _rows()["compression.w4a8_qat_recovery"]
     lost = math.log(1.50) - math.log(1.20)
