@@ -18,6 +18,7 @@ from r1ray.serving.app import start_server, stop_server
 from tests.e2e.processes import free_port, until
 from tests.fakes import write_tiny_model
 
+VERSION = "one"  # name of the model directory
 MODEL = "tiny"
 CONTEXT = 8192
 MAX_CONCURRENCY = 2
@@ -34,7 +35,8 @@ ENDLESS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def base_url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    model_dir = write_tiny_model(tmp_path_factory.mktemp("served"), max_positions=CONTEXT)
+    directory = tmp_path_factory.mktemp("served") / VERSION
+    model_dir = write_tiny_model(directory, max_positions=CONTEXT)
     config = ServeConfig(
         model_name=MODEL,
         port=free_port(),
@@ -109,7 +111,7 @@ def test_health_and_models(client: openai.OpenAI, http: httpx.Client) -> None:
     health = http.get("/health")
     assert (health.status_code, health.json()) == (
         200,
-        {"status": "ok", "versions": {MODEL: "served0"}},
+        {"status": "ok", "versions": {MODEL: VERSION}},
     )
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "r1ray"
