@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from jobs.benchmarks.base_files import BaseFiles
 from jobs.benchmarks.compression_codebook import measure_tails, measure_uniform
 from jobs.benchmarks.compression_exports import measure_exports
 from jobs.benchmarks.compression_layers import measure_layers
@@ -39,7 +40,6 @@ from r1ray.data.batch_set import MicroBatch
 from r1ray.errors import ArtifactError
 from r1ray.evaluation.record import build_record, describe_circumstances, write_json
 from r1ray.models import load_model
-from r1ray.models.base import import_base, resolve_source
 from r1ray.models.quantization import quantize_modules
 from r1ray.pipeline import Pipeline
 
@@ -153,12 +153,7 @@ class CompressionBenchmark:
 
     def _teacher(self) -> dict[str, Any]:
         """SmolLM2 tuned in this process, which is also where its students learn."""
-        base = self._work / "base"
-        if not base.exists():
-            partial = base.with_suffix(".partial")
-            partial.mkdir(parents=True, exist_ok=True)
-            import_base(resolve_source(self._arms["fp32"].config.base.source), partial)
-            partial.rename(base)
+        base = BaseFiles(self._work, self._arms["fp32"].config.base.source).base()
         return train_teacher(base, self._work / "teacher", NUM_PROBLEMS)
 
     def _student(self, seed: int) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from jobs.benchmarks.base_files import BaseFiles
 from jobs.benchmarks.hardware_engines import PROMPT, STREAMS
 from jobs.benchmarks.hardware_routing import measure_routing
 from jobs.benchmarks.parts import StoredParts
 from jobs.benchmarks.peer_environments import run_module
-from r1ray.config.schema import CompressConfig
-from r1ray.data.texts import read_english
 from r1ray.evaluation.record import (
     Row,
     build_record,
@@ -21,11 +20,6 @@ from r1ray.evaluation.record import (
     render_table,
     write_json,
 )
-from r1ray.models import load_model, save_model
-from r1ray.models.base import import_base, resolve_source
-from r1ray.models.checkpoint import copy_tokenizer
-from r1ray.models.quantization import quantize_modules
-from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["HardwareBenchmark", "engine_rows", "routing_rows"]
 
@@ -42,7 +36,8 @@ class HardwareBenchmark:
     def __init__(
         self, work: Path, source: str, *, num_threads: int, repeats: int, num_requests: int
     ) -> None:
-        self._work, self._source, self._num_threads = work, source, num_threads
+        self._work, self._files = work, BaseFiles(work, source)
+        self._num_threads = num_threads
         self._repeats, self._num_requests = repeats, num_requests
         self._parts = StoredParts(work)
 
@@ -72,9 +67,9 @@ class HardwareBenchmark:
 
     def _measure_engines(self) -> Engines:
         task = {
-            "model": str(self._int8()),
-            "base": str(self._base()),
-            "ids": str(self._ids()),
+            "model": str(self._files.int8()),
+            "base": str(self._files.base()),
+            "ids": str(self._files.ids()),
             "num_threads": self._num_threads,
             "repeats": self._repeats,
         }
@@ -83,36 +78,9 @@ class HardwareBenchmark:
     def _measure_routing(self) -> Rounds:
         from jobs.cli import connected_to_ray
 
-        ids = json.loads(self._ids().read_text(encoding="utf-8"))
+        ids = json.loads(self._files.ids().read_text(encoding="utf-8"))
         with connected_to_ray():
-            return measure_routing(self._int8(), ids, self._num_requests, _PORT)
-
-    def _base(self) -> Path:
-        target = (self._work / "base").resolve()
-        if not target.exists():
-            partial = target.with_name("base.partial")
-            partial.mkdir(exist_ok=True)
-            import_base(resolve_source(self._source), partial)
-            partial.rename(target)
-        return target
-
-    def _int8(self) -> Path:
-        target = (self._work / "int8").resolve()
-        if not target.exists():
-            partial = target.with_name("int8.partial")
-            model = load_model(self._base())
-            quantize_modules(model, CompressConfig().scheme)
-            save_model(model, partial)
-            copy_tokenizer(self._base(), partial)
-            partial.rename(target)
-        return target
-
-    def _ids(self) -> Path:
-        path = (self._work / "ids.json").resolve()
-        if not path.exists():
-            ids = Tokenizer(self._base()).encode(read_english())
-            path.write_text(json.dumps(ids[:40_000]), encoding="utf-8")
-        return path
+            return measure_routing(self._files.int8(), ids, self._num_requests, _PORT)
 
 
 def engine_rows(found: Engines) -> list[Row]:

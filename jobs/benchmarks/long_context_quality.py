@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from jobs.benchmarks.base_files import BaseFiles
 from jobs.benchmarks.local_training import pick_device
 from jobs.benchmarks.long_context_models import (
     CONTEXT,
@@ -28,7 +29,6 @@ from r1ray.data.long_context import TASKS, LongTask, build_long_task, score_repl
 from r1ray.data.texts import read_english
 from r1ray.evaluation.block_recall import measure_block_recall
 from r1ray.models import Decoder, load_model
-from r1ray.models.base import import_base, resolve_source
 from r1ray.models.batch_generation import generate_batch
 from r1ray.models.gates import set_attention
 from r1ray.models.kv_cache import KVCache
@@ -59,18 +59,13 @@ class QualityBenchmark:
         self, parts: StoredParts, work: Path, source: str, size: TrainingSize, examples: int
     ) -> None:
         self.parts = parts
-        self._work, self._source, self._size = work, source, size
+        self._work, self._size = work, size
+        self._files = BaseFiles(work, source)
         self._examples = examples
 
     def base(self) -> Path:
         """The model that is taught, as a model directory."""
-        base = self._work / "base"
-        if not base.exists():
-            partial = self._work / "base.partial"
-            partial.mkdir(parents=True, exist_ok=True)
-            import_base(resolve_source(self._source), partial)
-            partial.rename(base)
-        return base
+        return self._files.base()
 
     def prepare(self) -> None:
         """The models: base, taught the tasks, with gates."""

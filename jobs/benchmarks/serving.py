@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jobs.benchmarks.base_files import BaseFiles
 from jobs.benchmarks.parts import StoredParts
 from jobs.benchmarks.peer_environments import (
     REQUIREMENTS,
@@ -21,14 +22,7 @@ from jobs.benchmarks.serving_report import (
     render_engines,
     serving_rows,
 )
-from r1ray.config.schema import CompressConfig
-from r1ray.data.texts import read_english
 from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
-from r1ray.models import load_model, save_model
-from r1ray.models.base import import_base, resolve_source
-from r1ray.models.checkpoint import copy_tokenizer
-from r1ray.models.quantization import quantize_modules
-from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["PEERS", "SCENARIOS", "ServingBenchmark"]
 
@@ -75,7 +69,7 @@ class ServingBenchmark:
     """What `jobs.bench_serving` measures; every result is kept in `work`."""
 
     def __init__(self, work: Path, source: str) -> None:
-        self._work, self._source = work, source
+        self._work, self._files = work, BaseFiles(work, source)
         self._parts = StoredParts(work)
 
     def engine(self) -> dict[str, Any]:
@@ -144,9 +138,9 @@ class ServingBenchmark:
 
     def _task(self) -> dict[str, Any]:
         return {
-            "model": str(self._int8()),
-            "base": str(self._base()),
-            "ids": str(self._ids()),
+            "model": str(self._files.int8()),
+            "base": str(self._files.base()),
+            "ids": str(self._files.ids()),
             "num_threads": _THREADS,
         }
 
@@ -157,12 +151,16 @@ class ServingBenchmark:
         work.mkdir(exist_ok=True)
         try:
             python = make_environment(environment, work)
-            model = self._base() if engine == "vllm" else write_peer_gguf(self._base(), work)
+            model = (
+                self._files.base()
+                if engine == "vllm"
+                else write_peer_gguf(self._files.base(), work)
+            )
             weights = options["dtype"] if engine == "vllm" else describe_gguf(model)
             task = {
                 "peer": engine,
                 "model": str(model.resolve()),
-                "ids": str(self._ids()),
+                "ids": str(self._files.ids()),
                 "num_threads": _THREADS,
                 "max_streams": max(item["streams"] for item in scenarios),
                 "scenarios": scenarios,
@@ -194,12 +192,12 @@ class ServingBenchmark:
             max_context_tokens=1024,
         )
         with connected_to_ray():
-            url = start_server(str(self._int8()), config)
+            url = start_server(str(self._files.int8()), config)
             try:
                 task = {
                     "url": url,
                     "model": config.model_name,
-                    "ids": str(self._ids()),
+                    "ids": str(self._files.ids()),
                     "streams": _STREAMS,
                     "prompt_tokens": _SHORT,
                     "new_tokens": _HTTP_TOKENS,
@@ -220,36 +218,9 @@ class ServingBenchmark:
         from jobs.benchmarks.serving_soak import measure_soak
         from jobs.cli import connected_to_ray
 
-        ids = json.loads(self._ids().read_text(encoding="utf-8"))
+        ids = json.loads(self._files.ids().read_text(encoding="utf-8"))
         with connected_to_ray():
-            return measure_soak(self._int8(), ids, _SOAK_MINUTES, _PORT)
-
-    def _base(self) -> Path:
-        target = self._work / "base"
-        if not target.exists():
-            partial = target.with_name("base.partial")
-            partial.mkdir(exist_ok=True)
-            import_base(resolve_source(self._source), partial)
-            partial.rename(target)
-        return target
-
-    def _int8(self) -> Path:
-        target = (self._work / "int8").resolve()
-        if not target.exists():
-            partial = target.with_name("int8.partial")
-            model = load_model(self._base())
-            quantize_modules(model, CompressConfig().scheme)
-            save_model(model, partial)
-            copy_tokenizer(self._base(), partial)
-            partial.rename(target)
-        return target
-
-    def _ids(self) -> Path:
-        path = (self._work / "ids.json").resolve()
-        if not path.exists():
-            ids = Tokenizer(self._base()).encode(read_english())
-            path.write_text(json.dumps(ids[:40_000]), encoding="utf-8")
-        return path
+            return measure_soak(self._files.int8(), ids, _SOAK_MINUTES, _PORT)
 
 
 _NOTES = f"""

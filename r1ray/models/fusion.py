@@ -19,14 +19,15 @@ Shape legend: B rows, T tokens, I images of a row, P patches, E encoder width, D
 C channels of the fusion, N heads of cross-attention.
 """
 
-from collections.abc import Sequence
+import abc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1ray.config.fusion import FusionConfig
+from r1ray.config.fusion import FusionConfig, FusionType
 from r1ray.errors import ConfigError
 from r1ray.models.config import ModelConfig
 from r1ray.models.image_encoder import ImageEncoder
@@ -147,7 +148,7 @@ def gather_images(rows: Sequence[PlacedImages | None], like: Tensor) -> ImageCon
     return ImageContext(torch.cat(parts).view_as(features_BIPE), places_BI, ends_BI)
 
 
-class Fusion(nn.Module):
+class Fusion(nn.Module, abc.ABC):
     """Image encoder, and what of it the decoder takes in where: nothing, until a type says so.
 
     Attributes:
@@ -187,9 +188,9 @@ class Fusion(nn.Module):
             found += child.values() if isinstance(child, nn.ModuleDict) else [child]
         return tuple(found)
 
+    @abc.abstractmethod
     def embed(self, x_BTD: Tensor, view: ImageView) -> Tensor:
         """Embeddings of the tokens, those at images' places replaced."""
-        raise NotImplementedError
 
     def before_layer(self, layer: int, x_BTD: Tensor, view: ImageView) -> Tensor:  # noqa: ARG002
         """The residual stream that goes into the decoder's layer."""
@@ -320,7 +321,11 @@ class LateFusion(MarkedFusion):
         return h_BTD + self.o_proj(F.silu(self.q_proj(h_BTD)) * pooled_BTC)
 
 
-_TYPES = {"early": EarlyFusion, "mid": MidFusion, "late": LateFusion}
+_TYPES: dict[FusionType, Callable[[FusionConfig, ModelConfig], Fusion]] = {
+    "early": EarlyFusion,
+    "mid": MidFusion,
+    "late": LateFusion,
+}
 
 
 def build_fusion(config: FusionConfig, decoder: ModelConfig) -> Fusion:
@@ -334,6 +339,4 @@ def build_fusion(config: FusionConfig, decoder: ModelConfig) -> Fusion:
             f"fusion: an image of {config.num_image_tokens} patches does not fit the decoder's "
             f"{decoder.max_context} positions; raise fusion.patch_size"
         )
-    fusion = _TYPES[config.type](config, decoder)
-    assert isinstance(fusion, Fusion)
-    return fusion
+    return _TYPES[config.type](config, decoder)
