@@ -66,7 +66,7 @@ def train_teacher(base_dir: Path, target: Path, num_problems: int) -> dict[str, 
     )
     model = load_model(base_dir, dtype=torch.float32).to(pick_device())
     steps = train_steps(model, config.train, batches)
-    judged = judge(model, base_dir, config, num_problems)
+    judged = _judge(model, base_dir, config, num_problems)
     save_trained(model, base_dir, target)
     return {"arms": {"teacher": judged}, "tokens": steps[-1]["tokens"]}
 
@@ -96,15 +96,15 @@ def train_student(
         )
         objective = OnlineDistillation(teaching, teacher.to(pick_device()).eval())
     steps = train_steps(student, config.train, batches, objective)
-    arms = {"kd" if has_teacher else "sft": judge(student, teacher_dir, config, num_problems)}
+    arms = {"kd" if has_teacher else "sft": _judge(student, teacher_dir, config, num_problems)}
     save_trained(student, teacher_dir, target)
     if has_teacher:
         quantize_modules(student)
-        arms["kd_int8"] = judge(student.to(pick_device()), teacher_dir, config, num_problems)
+        arms["kd_int8"] = _judge(student.to(pick_device()), teacher_dir, config, num_problems)
     return {"arms": arms, "tokens": steps[-1]["tokens"], "steps": num_steps}
 
 
-def judge(
+def _judge(
     model: Decoder, tokenizer_dir: Path, config: PipelineConfig, num_problems: int
 ) -> dict[str, Any]:
     """Which held-out problems `model` solves, and its perplexity on their own traces."""
