@@ -44,11 +44,11 @@ __all__ = ["FULL", "FusionBenchmark"]
 _TARGET = Path("docs/benchmarks")
 RATES = (5e-4, 1e-3, 2e-3)
 FULL = RunSize(
-    steps=3000,
+    steps=1500,
     batch=32,
     train_examples=20_000,
     test_examples=2000,
-    text_steps=10_000,
+    text_steps=3000,
     text_batch=32,
 )
 _TEST, _VALIDATION, _TRAIN, _TEXT = 0, 5 * 10**5, 10**6, 2 * 10**6  # first seeds
@@ -245,7 +245,7 @@ class FusionBenchmark:
 
     def _make_decoder(self) -> float:
         size = self._size
-        texts = write_texts(size.train_examples, _TEXT, questions=size.questions)
+        texts = write_texts(size.train_examples, _TEXT, questions=size.text_questions)
         model = pretrain(size, 0, texts, self._device)
         _save(model.state_dict(), self._work / _DECODER)
         share = judge_texts(model, write_texts(size.test_examples, _TEST, questions=1))
@@ -299,7 +299,8 @@ def _render_equality(equality: dict[str, dict[str, Any]]) -> str:
 _NOTES = f"""\
 - Pictures of 3 to 6 shapes and five kinds of questions (`r1ray/data/scenes.py`); every possible
   answer of a question is right equally often, so the question alone is at chance. In training,
-  further questions about each picture follow, half of them counts, whose answers are not balanced.
+  further questions about each picture follow, whose answers are not balanced; half of them ask what
+  is at a place.
 - The decoder has learned to answer such questions about scenes in words. Frozen: it stays so, and
   encoder and fusion are trained from nothing. Trained: everything is.
 - Controls are early fusion with a gray picture, or without the question's words.

@@ -65,8 +65,8 @@ class RunSize:
 
     Attributes:
         batch: pictures of a step.
-        questions: about each picture in training; about each text in the decoder's own.
-        text_batch: texts of a step of the decoder's own training.
+        questions: about each picture in training.
+        text_steps, text_batch, text_questions: of the decoder's own training, on scenes in words.
     """
 
     steps: int
@@ -76,6 +76,7 @@ class RunSize:
     text_steps: int
     text_batch: int
     questions: int = 4
+    text_questions: int = 8
     text_learning_rate: float = 2e-3
 
 

@@ -43,12 +43,12 @@ __all__ = [
 ]
 
 IMAGE_SIZE = 48
-QUESTION_WORDS = 13  # the longest, its answer included
-TRAINING_WORDS = 45  # of four questions, which are mostly shorter
+QUESTION_WORDS = 11  # the longest, its answer included
+TRAINING_WORDS = 38  # of four questions, which are mostly shorter
 _PAD = "<pad>"
 _WORDS = (
     "? is there a the how many are things thing what color shape size more than left right above "
-    "below of yes no"
+    "below of yes no at"
 )
 _EASY_WORDS = "does in image contain not present black brown gray teal rectangle"
 VOCABULARY = (
@@ -61,7 +61,7 @@ VOCABULARY = (
             *(f"{shape}s" for shape in SHAPES),
             *SIZES,
             *map(str, range(MAX_COUNT + 1)),
-            *(f"{axis}{number}" for axis in "rc" for number in range(GRID)),
+            *(f"r{row}c{column}" for row in range(GRID) for column in range(GRID)),
             *_EASY_WORDS.split(),
         ]
     ),
@@ -110,7 +110,8 @@ def write_examples(count: int, first_seed: int, *, questions: int = 1) -> Exampl
     No seed is used by two sets whose ranges are apart.
 
     Args:
-        questions: about each; the answers to the first alone are balanced.
+        questions: about each; the answers to the first alone are balanced, and only its answer is
+            always a single word.
     """
     images, asked, kinds, chances = [], [], [], []
     for number in range(count):
@@ -168,15 +169,20 @@ def write_texts(count: int, first_seed: int, *, questions: int) -> tuple[Tensor,
 
 
 def _draw_questions(seed: int, count: int) -> tuple[SceneExample, list[Pair]]:
-    """A scene made for a question, and further ones about it, every other a count.
+    """A scene made for a question, and further ones about it, every other what is at a place.
 
-    Counts of one color or shape are what is learned first; others follow from what they teach.
+    Such answers say all of a thing at once: what there is to see is learned from them, and what
+    the other questions ask for follows from it.
     """
     example, chance = write_example(KINDS[seed % len(KINDS)], seed), random.Random(f"more-{seed}")
     pairs = [(example.question.text, example.answer)]
-    while len(pairs) < count:  # not all of a kind: some make sense in few scenes
-        kind = "count" if len(pairs) % 2 else chance.choice(KINDS)
-        question = draw_question(kind, chance)
+    while len(pairs) < count:
+        if len(pairs) % 2:
+            thing = chance.choice(example.scene)
+            answer = f"{thing.size} {thing.color} {thing.shape}"
+            pairs.append((f"what is at r{thing.row}c{thing.column} ?", answer))
+            continue
+        question = draw_question(chance.choice(KINDS), chance)
         answer = question.answer(example.scene)
         if answer is not None:
             pairs.append((question.text, answer))
@@ -189,9 +195,9 @@ def _lay_out(rows: Sequence[tuple[list[int], list[Pair]]]) -> tuple[Tensor, Tens
     for first, pairs in rows:
         ids, labels = [*first], [IGNORED] * len(first)
         for question, answer in pairs:
-            words = _encode(question)
-            ids += [*words, _IDS[answer]]
-            labels += [IGNORED] * (len(words) - 1) + [_IDS[answer], IGNORED]
+            words, answered = _encode(question), _encode(answer)
+            ids += words + answered
+            labels += [IGNORED] * (len(words) - 1) + answered + [IGNORED]
         all_ids.append(ids)
         all_labels.append(labels)
     longest = max(map(len, all_ids))

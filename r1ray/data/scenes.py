@@ -126,9 +126,9 @@ def draw_question(kind: Kind, chance: random.Random) -> Question:
 
 
 def describe_scene(scene: Scene) -> str:
-    """The scene in words, from which every question can be answered: r is a row, c a column."""
+    """The scene in words, from which every question can be answered: r0c1 is row 0, column 1."""
     return " ".join(
-        f"{thing.size} {thing.color} {thing.shape} r{thing.row} c{thing.column}" for thing in scene
+        f"{thing.size} {thing.color} {thing.shape} r{thing.row}c{thing.column}" for thing in scene
     )
 
 

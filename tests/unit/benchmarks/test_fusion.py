@@ -46,7 +46,7 @@ def test_every_word_of_questions_and_scenes_is_known() -> None:
     ids_NL, labels_NL = write_texts(40, 0, questions=3)
 
     assert len(set(VOCABULARY)) == len(VOCABULARY)
-    assert ((labels_NL != IGNORED).sum(1) == 3).all()
+    assert ((labels_NL != IGNORED).sum(1) == 1 + 3 + 1).all()  # the second asks for three words
     is_target = labels_NL[:, :-1] != IGNORED
     assert (ids_NL[:, 1:][is_target] == labels_NL[:, :-1][is_target]).all()
 
@@ -54,7 +54,7 @@ def test_every_word_of_questions_and_scenes_is_known() -> None:
 def test_examples_end_in_their_answers() -> None:
     one, more = write_examples(20, 10), write_examples(20, 10, questions=4)
 
-    for examples, count in ((one, 1), (more, 4)):
+    for examples, count in ((one, 1), (more, 1 + 3 + 1 + 3)):  # every other: size, color, shape
         is_answered = examples.labels_NT[:, :-1] != IGNORED
         assert (is_answered.sum(1) == count).all()
         found = examples.ids_NT[:, 1:][is_answered]

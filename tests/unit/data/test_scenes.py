@@ -98,7 +98,7 @@ def test_questions_are_answered_by_what_is_in_the_scene(
 
 
 def test_a_description_names_every_thing() -> None:
-    assert describe_scene(SCENE[:2]) == ("small red circle r0 c1 large blue square r1 c0")
+    assert describe_scene(SCENE[:2]) == "small red circle r0c1 large blue square r1c0"
 
 
 def test_a_picture_shows_things_in_their_squares() -> None:
