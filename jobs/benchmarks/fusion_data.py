@@ -23,6 +23,7 @@ from r1ray.data.scenes import (
     SHAPES,
     SIZES,
     SceneExample,
+    Thing,
     describe_scene,
     draw_question,
     render_scene,
@@ -178,15 +179,20 @@ def _draw_questions(seed: int, count: int) -> tuple[SceneExample, list[Pair]]:
     pairs = [(example.question.text, example.answer)]
     while len(pairs) < count:
         if len(pairs) % 2:
-            thing = chance.choice(example.scene)
-            answer = f"{thing.size} {thing.color} {thing.shape}"
-            pairs.append((f"what is at r{thing.row}c{thing.column} ?", answer))
+            pairs.append(_ask_place(chance.choice(example.scene)))
             continue
         question = draw_question(chance.choice(KINDS), chance)
         answer = question.answer(example.scene)
         if answer is not None:
             pairs.append((question.text, answer))
     return example, pairs
+
+
+def _ask_place(thing: Thing) -> Pair:
+    return (
+        f"what is at r{thing.row}c{thing.column} ?",
+        f"{thing.size} {thing.color} {thing.shape}",
+    )
 
 
 def _lay_out(rows: Sequence[tuple[list[int], list[Pair]]]) -> tuple[Tensor, Tensor]:
