@@ -84,6 +84,8 @@ class TrainConfig:
     """range: loss scaling, and fp32 for groups it cannot help; threshold: fp32 where |g| > 6."""
     fake_quant: Literal["w8a8", "w4a8"] | None = None
     """Train through the rounding of this scheme (quantization-aware); null trains in float."""
+    fake_quant_start_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps that train in float before fake_quant begins."""
     gates: GatesConfig | None = None
     """Train the gates of block-sparse attention; null trains the model."""
     freeze_decoder: bool = False
@@ -102,6 +104,11 @@ class TrainConfig:
             )
         if self.resources.use_gpu:
             raise ValueError("resources.tiers are for CPUs; set resources.use_gpu: false")
+        if self.fake_quant_start_share:
+            raise ValueError(
+                f"resources.tiers train through the rounding from the first step on; leave "
+                f"fake_quant_start_share ({self.fake_quant_start_share}) out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -126,7 +126,11 @@ def _run(job: WorkerJob) -> None:
         rank=rank,
     )
     metrics = StepMetrics(job.name, rank)
+    unrounded = job.config.fake_quant if job.config.resources.tiers is None else None
     while state.step < job.config.num_steps:
+        if unrounded is not None and state.step >= _first_rounded_step(job.config):
+            fake_quantize_modules(state.model, unrounded)
+            unrounded = None
         indices = [index for _, index in itertools.islice(order, per_step // world_size)]
         is_saved = _is_saved_after(state.step + 1, job.config)
         chosen = (batches.read(index, buffers) for index in indices)
@@ -138,6 +142,10 @@ def _run(job: WorkerJob) -> None:
         if is_saved:
             _report(job, state, batches, history, rank, world_size)
     state.exchange.close()
+
+
+def _first_rounded_step(config: TrainConfig) -> int:
+    return int(config.fake_quant_start_share * config.num_steps)
 
 
 def _is_saved_after(step: int, config: TrainConfig) -> bool:
@@ -176,8 +184,6 @@ def _build_model(job: WorkerJob, device: torch.device) -> tuple[Decoder, Exchang
     tiers = config.resources.tiers
     if tiers is None:
         model = load_model(source, dtype=torch.float32).to(device)
-        if config.fake_quant is not None:
-            fake_quantize_modules(model, config.fake_quant)
         if job.continual is not None:
             continual.begin(model, job.continual)
         if config.freeze_decoder:
