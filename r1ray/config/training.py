@@ -112,6 +112,15 @@ class TrainConfig:
         return self
 
     @model_validator(mode="after")
+    def _rounding_begins_somewhere(self) -> "TrainConfig":
+        if self.fake_quant_start_share and self.fake_quant is None:
+            raise ValueError(
+                f"fake_quant_start_share ({self.fake_quant_start_share}) without fake_quant does "
+                "nothing; set fake_quant: w8a8, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gates_train_alone(self) -> "TrainConfig":
         others = self.fake_quant is not None or self.resources.tiers is not None
         if self.gates is not None and (others or self.precision != "fp32"):

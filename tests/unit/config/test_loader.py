@@ -134,6 +134,19 @@ def test_wrong_overrides_are_named(override: str, complaint: str) -> None:
             ["train.fake_quant=w4a8"],
             "train.fake_quant (w4a8) is not compress.scheme (w8a8); serve what was trained for",
         ),
+        (
+            ["train.fake_quant_start_share=0.7"],
+            "train: fake_quant_start_share (0.7) without fake_quant does nothing; set fake_quant",
+        ),
+        (
+            [
+                "train.resources.tiers={budget_mib: 64}",
+                "train.precision=fp32",
+                "train.fake_quant=w8a8",
+                "train.fake_quant_start_share=0.5",
+            ],
+            "train: resources.tiers train through the rounding from the first step on; leave",
+        ),
         (["student={}"], "student: nothing is named to be smaller; give layers or a width"),
         (["compress.exports=[gguf, gguf]"], "compress: exports ['gguf', 'gguf'] has one twice"),
         (
