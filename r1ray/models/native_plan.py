@@ -58,7 +58,7 @@ def plan_pieces(
             for at in range(0, part.stop - part.start, unit)
         ]
         counts = [max(0, own - 1) if is_dense else count_chosen(own) for own in owns]
-        marked = [count_exact(own, unit) for own in owns] if has_marks else []
+        marked = [count_exact(own) for own in owns] if has_marks else []
         at = len(numbers)
         numbers += [*firsts, *counts, *marked]
         pieces.append(

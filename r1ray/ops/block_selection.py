@@ -40,14 +40,13 @@ def count_chosen(own: int) -> int:
     return earlier if own < DENSE_BLOCKS else min(earlier, 1 + _count_best(own))
 
 
-def count_exact(own: int, unit: int) -> int:
+def count_exact(own: int) -> int:
     """As `count_chosen`, in groups that choose by the keys in blocks (`r1ray.ops.exact_choice`).
 
-    Four times as many: each of the queries of a block may look for a token of its own. A unit of
-    one token keeps all.
+    Four times as many: each of the queries of a block may look for a token of its own.
     """
     earlier = max(0, own - 1)
-    if own < DENSE_BLOCKS or unit == 1:
+    if own < DENSE_BLOCKS:
         return earlier
     return min(earlier, 1 + _EXACT_TIMES * _count_best(own))
 

@@ -3,7 +3,7 @@
 For marked heads of `r1ray.ops.block_gate`, which look for single tokens. A softmax over the largest
 score in every earlier block gives a query's shares of the blocks; a block counts as the sum of
 their squares over the unit's queries. The group keeps the best besides those that its gate has
-chosen; a unit of one query keeps every block.
+chosen.
 
 Price: the products of queries and keys of dense attention, without its softmax and its sums of
 values; half of it on a CPU, a quarter in int8. They grow with n² as well, in a few of the heads.
@@ -46,7 +46,7 @@ def choose_exact(
     units = chosen_BKUM.shape[2]
     unit = 1 if units == q_BNTH.shape[2] else BLOCK
     owns_BU = [[(start + at * unit) // BLOCK for at in range(units)] for start in starts]
-    counts = [[count_exact(own, unit) for own in row] for row in owns_BU]
+    counts = [[count_exact(own) for own in row] for row in owns_BU]
     most = max((max(row, default=0) for row in counts), default=0)
     chosen = F.pad(chosen_BKUM, (0, max(0, most - chosen_BKUM.shape[3])), value=-1)
     if native.can_attend(q_BNTH, k.data_BKSH):
@@ -56,10 +56,7 @@ def choose_exact(
         return chosen
     is_marked_KG = is_marked_N.unflatten(0, (k.shape[1], -1))
     if unit == 1:
-        own_BU1 = torch.tensor(owns_BU, device=chosen.device)[..., None]
-        blocks_M = torch.arange(chosen.shape[3], device=chosen.device)
-        every_BUM = torch.where(blocks_M < own_BU1 - 1, blocks_M, -1)
-        return torch.where(is_marked_KG.any(1)[:, None, None], every_BUM[:, None], chosen)
+        return _choose_tokens(q_BNTH, k, is_marked_KG, chosen, owns_BU)
     q_BKGTH = q_BNTH.unflatten(1, (k.shape[1], -1))
     for group in is_marked_KG.any(1).nonzero().flatten().tolist():
         for row, owns in enumerate(owns_BU):
@@ -68,6 +65,27 @@ def choose_exact(
             best = _choose_row(q_GTH, k.row(row).group(group), before_UM, owns)
             chosen[row, group] = F.pad(best, (0, chosen.shape[3] - best.shape[1]), value=-1)
     return chosen
+
+
+def _choose_tokens(
+    q_BNTH: Tensor,
+    k: CachedStates,
+    is_marked_KG: Tensor,
+    before_BKTM: Tensor,
+    owns_BT: list[list[int]],
+) -> Tensor:
+    """[B, K, T, M] of single queries; all at once, few as they are."""
+    blocks = max(map(max, owns_BT)) + 1
+    padding = max(0, blocks * BLOCK - k.shape[2])
+    k_BKSH = F.pad(k.floats()[:, :, : blocks * BLOCK].float(), (0, 0, 0, padding))
+    q_BKGTH = q_BNTH.float().unflatten(1, (k.shape[1], -1))
+    scores_BKGTS = q_BKGTH @ k_BKSH.transpose(2, 3)[:, :, None] / math.sqrt(k_BKSH.shape[3])
+    own_BT = torch.tensor(owns_BT, device=q_BNTH.device)
+    shares_BKGTC = _share_blocks(scores_BKGTS, own_BT[:, None, None])
+    worth_BKTC = (shares_BKGTC.square() * is_marked_KG[..., None, None]).sum(2)
+    best = _choose_best(worth_BKTC, before_BKTM, own_BT)
+    best = F.pad(best, (0, before_BKTM.shape[3] - best.shape[3]), value=-1)
+    return torch.where(is_marked_KG.any(1)[:, None, None], best, before_BKTM)
 
 
 def _choose_row(q_GTH: Tensor, k: CachedStates, before_UM: Tensor, owns: list[int]) -> Tensor:
@@ -81,20 +99,30 @@ def _choose_row(q_GTH: Tensor, k: CachedStates, before_UM: Tensor, owns: list[in
             for at, part in enumerate(q_GTH.float().split(together * BLOCK, dim=1))
         ]
     )
-    is_kept_UC = torch.zeros(len(owns), blocks + 1, dtype=torch.bool, device=q_GTH.device)
-    is_kept_UC.scatter_(1, torch.where(before_UM < 0, blocks, before_UM), value=True)
-    scores_UC = scores_UC.masked_fill(is_kept_UC[:, :blocks], 1e30)
     own_1U = torch.tensor([owns], device=q_GTH.device)
-    return choose_blocks(scores_UC[None, None], own_1U, lambda own: count_exact(own, BLOCK))[0, 0]
+    return _choose_best(scores_UC[None, None], before_UM[None, None], own_1U)[0, 0]
 
 
 def _score_units(q_GTH: Tensor, k_SH: Tensor, owns: list[int]) -> Tensor:
     """[U, C] of the units that fit into these queries."""
     scores_GTS = q_GTH @ k_SH.T / math.sqrt(k_SH.shape[1])
-    whole = len(k_SH) // BLOCK * BLOCK
-    peaks_GTC = scores_GTS[..., :whole].unflatten(-1, (-1, BLOCK)).amax(-1)
-    peaks_GULC = peaks_GTC.unflatten(1, (-1, BLOCK))
-    own_U = torch.tensor(owns[: peaks_GULC.shape[1]], device=k_SH.device)
-    is_earlier_UC = torch.arange(peaks_GULC.shape[3], device=k_SH.device) < own_U[:, None]
-    peaks_GULC = peaks_GULC.masked_fill(~is_earlier_UC[:, None], -1e30)
-    return peaks_GULC.softmax(-1).square().sum((0, 2))
+    scores_GULS = scores_GTS.unflatten(1, (-1, BLOCK))
+    own_U = torch.tensor(owns[: scores_GULS.shape[1]], device=k_SH.device)
+    return _share_blocks(scores_GULS, own_U[:, None]).square().sum((0, 2))
+
+
+def _share_blocks(scores_S: Tensor, own: Tensor) -> Tensor:
+    """Shares [..., C] of the blocks before `own` [...], of scores [..., C·64 or more]."""
+    whole = scores_S.shape[-1] // BLOCK * BLOCK
+    peaks_C = scores_S[..., :whole].unflatten(-1, (-1, BLOCK)).amax(-1)
+    is_earlier_C = torch.arange(peaks_C.shape[-1], device=own.device) < own[..., None]
+    return peaks_C.masked_fill(~is_earlier_C, -1e30).softmax(-1)
+
+
+def _choose_best(worth_BKUC: Tensor, before_BKUM: Tensor, own_BU: Tensor) -> Tensor:
+    """Those of `before` and the best besides: [B, K, U, M]."""
+    blocks = worth_BKUC.shape[3]
+    is_kept_BKUC = F.pad(torch.zeros_like(worth_BKUC, dtype=torch.bool), (0, 1))
+    is_kept_BKUC.scatter_(3, torch.where(before_BKUM < 0, blocks, before_BKUM), value=True)
+    worth_BKUC = worth_BKUC.masked_fill(is_kept_BKUC[..., :blocks], 1e30)
+    return choose_blocks(worth_BKUC, own_BU, count_exact)

@@ -1,15 +1,17 @@
 // Which blocks the units of marked heads keep: those where a query finds its best keys.
 //
 // 1. A task is one unit of one group. Queries of its marked heads score the keys of every earlier
-//    block (exact_scores.h), in int8 where keys are int8 and the processor has such products.
+//    block, of which the largest is kept: units of a block by panels (exact_scores.h), in int8 where
+//    keys are int8 and the processor has such products; single queries in float32, the blocks split
+//    for the threads to share (token_peaks.h).
 // 2. A softmax over the largest score in each block gives every query's shares of the blocks; a
 //    block counts as the sum of their squares.
 // 3. The first block, what the group has chosen before, and the best of the others (block_choice.h).
 //
-// A unit that keeps all earlier blocks scores none; one of a single query always does.
+// A unit that keeps all earlier blocks scores none.
 //
 // Price: 2·64·C·H operations a token and marked head, C the earlier blocks: the products of queries
-// and keys of dense attention alone. Room for C·G·64 floats a thread.
+// and keys of dense attention alone. Room for C·G·64 floats a thread; for C·G·K·B of single queries.
 //
 // Names: B rows, T tokens, N query heads, K groups, G = N/K, H head dimension, C blocks, U units,
 // M chosen blocks.
@@ -34,6 +36,8 @@ namespace {
 struct ExactJob : ExactArguments {
   float q_scale;   // log2(e) / sqrt(H): scores are powers of two
   int64_t blocks;  // up to the last that any unit is in
+  float* peaks;    // of single queries: [B, K, U, G, peak_row], of which G is the marked heads
+  int64_t peak_row;
   std::atomic<int64_t> next{0};
   std::atomic<int32_t> failure{kNone};
 };
@@ -43,7 +47,8 @@ struct ExactTask {
   int64_t heads;   // of the group that are marked
   int64_t early;   // blocks it may choose from
   int64_t count;
-  const int64_t* before;  // blocks that are kept anyway, up to the first -1 or M
+  bool needs_scores;
+  int64_t* chosen;  // in, blocks that are kept anyway, up to the first -1 or M
 };
 
 struct ExactScratch {
@@ -55,7 +60,7 @@ struct ExactScratch {
 };
 
 int64_t lay_out(const ExactJob& job, float* memory, ExactScratch& scratch) {
-  const int64_t queries = job.N / job.K * kBlock;
+  const int64_t queries = job.unit == kBlock ? job.N / job.K * kBlock : 0;
   float* at = memory;
   const auto take = [&at](int64_t count) {
     float* const taken = at;
@@ -63,7 +68,7 @@ int64_t lay_out(const ExactJob& job, float* memory, ExactScratch& scratch) {
     return taken;
   };
   scratch.panels = take(queries * job.H);
-  scratch.keys = take(kBlock * job.H);
+  scratch.keys = take(job.unit == kBlock ? kBlock * job.H : 0);
   scratch.query_scale = take(queries);
   scratch.offsets = take(queries);
   scratch.most = take(queries);
@@ -79,6 +84,7 @@ namespace generic {
 #define TARGET TARGET_GENERIC
 #include "tiles.h"
 #include "exact_scores.h"
+#include "token_peaks.h"
 #undef TARGET
 }  // namespace generic
 
@@ -88,6 +94,7 @@ namespace avx2 {
 #define TARGET TARGET_AVX2
 #include "tiles.h"
 #include "exact_scores.h"
+#include "token_peaks.h"
 #undef TARGET
 }  // namespace avx2
 
@@ -95,6 +102,7 @@ namespace avx512 {
 #define TARGET TARGET_AVX512
 #include "tiles.h"
 #include "exact_scores.h"
+#include "token_peaks.h"
 #undef TARGET
 }  // namespace avx512
 
@@ -112,15 +120,78 @@ namespace avx512_int8 {
 namespace {
 
 using ScoreFunction = void (*)(const ExactJob&, const ExactTask&, const ExactScratch&);
+using PeakFunction = void (*)(const ExactJob&, const ExactTask&, int64_t, int64_t, float*, float*);
+
+constexpr int64_t kPartBlocks = 32;           // of single queries: what a thread takes at once
+constexpr int64_t kSerialProducts = 1 << 18;  // below, waking threads costs more than it saves
 
 ScoreFunction find_score(const ExactJob& job) {
   const bool is_int8 = job.key_scale != nullptr;
 #if defined(__x86_64__)
-  if (job.isa >= kAvx512Vnni)
+  if (job.isa >= kAvx512Vnni) {
+    if (job.unit == 1) return avx512::score_peaks;
     return is_int8 ? avx512_int8::score_exactly<int8_t> : avx512::score_exactly<float>;
-  if (job.isa == kAvx2) return is_int8 ? avx2::score_exactly<int8_t> : avx2::score_exactly<float>;
+  }
+  if (job.isa == kAvx2) {
+    if (job.unit == 1) return avx2::score_peaks;
+    return is_int8 ? avx2::score_exactly<int8_t> : avx2::score_exactly<float>;
+  }
 #endif
+  if (job.unit == 1) return generic::score_peaks;
   return is_int8 ? generic::score_exactly<int8_t> : generic::score_exactly<float>;
+}
+
+PeakFunction find_peak(const ExactJob& job) {
+  const bool is_int8 = job.key_scale != nullptr;
+#if defined(__x86_64__)
+  if (job.isa >= kAvx512Vnni)
+    return is_int8 ? avx512::find_token_peaks<int8_t> : avx512::find_token_peaks<float>;
+  if (job.isa == kAvx2)
+    return is_int8 ? avx2::find_token_peaks<int8_t> : avx2::find_token_peaks<float>;
+#endif
+  return is_int8 ? generic::find_token_peaks<int8_t> : generic::find_token_peaks<float>;
+}
+
+ExactTask describe_task(const ExactJob& job, int64_t number) {
+  ExactTask task = {};
+  task.unit = job.U - 1 - number % job.U;  // the last have most to score
+  task.group = number / job.U % job.K;
+  task.row = number / job.U / job.K;
+  const int64_t group = job.N / job.K;
+  const bool* const marks = job.is_marked + task.group * group;
+  task.heads = std::count(marks, marks + group, true);
+  const int64_t own = (job.starts[task.row] + task.unit * job.unit) / kBlock;
+  task.early = own < 1 ? 0 : own - 1;
+  task.count = job.counts[task.row * job.U + task.unit];
+  task.needs_scores = task.heads > 0 && task.count > 0 && task.count < task.early;
+  task.chosen = job.out + ((task.row * job.K + task.group) * job.U + task.unit) * job.M;
+  return task;
+}
+
+// Where the peaks of a single query's heads begin.
+float* peaks_of(const ExactJob& job, const ExactTask& task) {
+  const int64_t query = (task.row * job.K + task.group) * job.U + task.unit;
+  return job.peaks + query * (job.N / job.K) * job.peak_row;
+}
+
+void run_peaks(void* data) {
+  ExactJob& job = *static_cast<ExactJob*>(data);
+  const PeakFunction find = find_peak(job);
+  thread_local Scratch memory;
+  const int64_t parts = (job.blocks + kPartBlocks - 1) / kPartBlocks;
+  const int64_t tasks = job.B * job.K * job.U * parts;
+  for (int64_t i; (i = job.next.fetch_add(1)) < tasks;) {
+    const ExactTask task = describe_task(job, i / parts);
+    const int64_t begin = i % parts * kPartBlocks;
+    const int64_t end = std::min(begin + kPartBlocks, task.early + 1);
+    if (!task.needs_scores || begin >= end) continue;
+    float* const at = memory.reserve(task.heads * round_up(job.H, 16) + 2 * kBlock);
+    if (!at) {
+      job.failure = kNoMemory;
+      return;
+    }
+    find(job, task, begin, end, at, peaks_of(job, task));
+  }
 }
 
 void run_tasks(void* data) {
@@ -129,37 +200,42 @@ void run_tasks(void* data) {
   thread_local Scratch memory;
   const int64_t tasks = job.B * job.K * job.U;
   for (int64_t i; (i = job.next.fetch_add(1)) < tasks;) {
-    ExactTask task;
-    task.unit = job.U - 1 - i % job.U;  // the last have most to score
-    task.group = i / job.U % job.K;
-    task.row = i / job.U / job.K;
-    const bool* const marks = job.is_marked + task.group * (job.N / job.K);
-    task.heads = std::count(marks, marks + job.N / job.K, true);
+    const ExactTask task = describe_task(job, i);
     if (!task.heads) continue;
-    const int64_t own = (job.starts[task.row] + task.unit * job.unit) / kBlock;
-    task.early = own < 1 ? 0 : own - 1;
-    task.count = job.counts[task.row * job.U + task.unit];
-    const bool needs_scores = task.count > 0 && task.count < task.early;
-    if (task.count < 0 || task.count > task.early || task.count > job.M ||
-        (needs_scores && job.unit != kBlock)) {
+    if (task.count < 0 || task.count > task.early || task.count > job.M) {
       job.failure = kBadBlock;
       return;
     }
-    int64_t* const out = job.out + ((task.row * job.K + task.group) * job.U + task.unit) * job.M;
-    task.before = out;
     ExactScratch scratch = {};
-    if (needs_scores) {
+    if (task.needs_scores) {
       float* const at = memory.reserve(lay_out(job, nullptr, scratch));
       if (!at) {
         job.failure = kNoMemory;
         return;
       }
       lay_out(job, at, scratch);
+      if (job.unit == 1) scratch.peaks = peaks_of(job, task);
       score(job, task, scratch);
     }
-    take_best(scratch.scores, task.early, task.count, scratch.ranks, out);
-    for (int64_t m = task.count; m < job.M; ++m) out[m] = -1;
+    take_best(scratch.scores, task.early, task.count, scratch.ranks, task.chosen);
+    for (int64_t m = task.count; m < job.M; ++m) task.chosen[m] = -1;
   }
+}
+
+// Peaks of single queries first, by all threads; then the choice.
+void choose_tokens(ExactJob& job) {
+  thread_local Scratch peaks;
+  job.peak_row = round_up(job.blocks, 16);
+  job.peaks = peaks.reserve(job.B * job.N * job.U * job.peak_row);
+  if (!job.peaks) {
+    job.failure = kNoMemory;
+    return;
+  }
+  const int64_t products = job.B * job.U * job.blocks * kBlock * job.H;
+  const int32_t num_threads = products < kSerialProducts ? 1 : job.num_threads;
+  run_parallel(run_peaks, &job, num_threads);
+  job.next = 0;
+  if (job.failure == kNone) run_parallel(run_tasks, &job, job.B * job.U > 1 ? num_threads : 1);
 }
 
 }  // namespace
@@ -174,7 +250,10 @@ int32_t r1ray_choose_exact(const r1ray::ExactArguments* arguments) {
   for (int64_t row = 0; row < job.B; ++row)
     job.blocks = std::max(job.blocks, (job.starts[row] + job.T) / r1ray::kBlock + 1);
   job.q_scale = 1.44269504f / std::sqrt(static_cast<float>(job.H));
-  r1ray::run_parallel(r1ray::run_tasks, &job, job.unit == r1ray::kBlock ? job.num_threads : 1);
+  if (job.unit == 1)
+    r1ray::choose_tokens(job);
+  else
+    r1ray::run_parallel(r1ray::run_tasks, &job, job.num_threads);
   return job.failure;
 }
 

@@ -22,7 +22,7 @@ struct ExactArguments {
   const int64_t* starts;  // [B]
   int64_t* out;           // [B, K, U, M] contiguous: in, what is kept anyway, -1 behind it
   int64_t B, N, K, T, H, U, M;
-  int64_t unit;  // tokens: 64, of which T is a multiple, or 1, which keep all that they can
+  int64_t unit;  // tokens: 64, of which T is a multiple, or 1
   int32_t isa, num_threads;
 };
 

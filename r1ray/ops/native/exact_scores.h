@@ -159,6 +159,6 @@ TARGET inline void score_exactly(const ExactJob& job, const ExactTask& task,
     const float score = std::accumulate(lanes, lanes + kLanes, 0.0f);
     scratch.scores[block] = score > 0.0f ? score : 0.0f;  // NaN is worth nothing
   }
-  for (int64_t i = 0; i < job.M && task.before[i] >= 0; ++i)
-    if (task.before[i] < task.early) scratch.scores[task.before[i]] = INFINITY;
+  for (int64_t i = 0; i < job.M && task.chosen[i] >= 0; ++i)
+    if (task.chosen[i] < task.early) scratch.scores[task.chosen[i]] = INFINITY;
 }

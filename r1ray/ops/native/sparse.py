@@ -180,16 +180,17 @@ def choose_exact(
 ) -> None:
     """`r1ray.ops.exact_choice.choose_exact` on the CPU: more is added to `chosen` in place.
 
-    Float keys are multiplied in float32. Queries are rounded to int8 where keys are and the
-    processor has such products, which moves a score by up to 1/254 of the largest element of the
-    query times the sum of the key's: blocks of about equal worth may take each other's place.
+    Float keys and single queries are multiplied in float32. Other queries are rounded to int8 where
+    keys are and the processor has such products, which moves a score by up to 1/254 of the largest
+    element of the query times the sum of the key's: blocks of about equal worth may take each
+    other's place.
 
     Args:
         q_BNTH: float32, with rotary positions.
         k_BKSH: float32; or int8, and their floats are these times the scales.
         is_marked_N: bool.
-        chosen_BKUM: contiguous int64. Units have one token where U = T, and keep all that they can;
-            else 64, and then every start is a multiple of 64, and T is one.
+        chosen_BKUM: contiguous int64. Units have one token where U = T; else 64, and then every
+            start is a multiple of 64, and T is one.
     Raises:
         ShapeError: shapes, dtypes, starts or counts do not fit each other.
     """

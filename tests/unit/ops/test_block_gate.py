@@ -152,7 +152,7 @@ def test_heads_that_miss_most_are_marked() -> None:
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
-@pytest.mark.parametrize(("starts", "tokens", "unit"), [([1920], 300, 64), ([700, 2000], 1, 1)])
+@pytest.mark.parametrize(("starts", "tokens", "unit"), [([1920], 300, 64), ([1500, 2000], 1, 1)])
 def test_groups_of_marked_heads_choose_by_keys_as_well(
     starts: list[int], tokens: int, unit: int, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,8 +177,7 @@ def test_groups_of_marked_heads_choose_by_keys_as_well(
         for at in range(tokens // unit):
             own = (start + at * unit) // BLOCK
             of_keys = set(found[row, 1, at].tolist()) - {-1}
-            assert len(of_keys) == count_exact(own, unit)
-            assert unit == 1 or len(of_keys) < own - 1
+            assert len(of_keys) == count_exact(own)
+            assert len(of_keys) < own - 1
             assert of_keys >= set(plain[row, 1, at].tolist()) - {-1}
-            assert unit > 1 or of_keys == set(range(own - 1))
             assert set(found[row, 0, at].tolist()) - {-1} == set(plain[row, 0, at].tolist()) - {-1}
