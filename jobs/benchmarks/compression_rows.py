@@ -48,28 +48,33 @@ def _quantization_rows(results: Results) -> list[Row]:
     rows = []
     for name in QUANTIZED:
         rows.append(_drop_row(name, results))
-        rows += _perplexity_rows(name, arms[name], plain)
+        rows += _perplexity_rows(name, results)
         rows += _cost_rows(name, arms[name], plain)
     return [*rows, *_recovery_rows(arms)]
 
 
-def _drop_row(name: str, results: Results) -> Row:
-    """Over all seeds that were measured of both arms."""
+def _pair_seeds(name: str, results: Results) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """(float, this arm) of all seeds that were measured of both."""
     floats, others = (
         {
-            part.removeprefix(f"quantization_{arm}"): found["is_correct"]
+            part.removeprefix(f"quantization_{arm}"): found
             for part, found in results.items()
             if part == f"quantization_{arm}" or part.startswith(f"quantization_{arm}.")
         }
         for arm in ("fp32", name)
     )
-    seeds = sorted(floats.keys() & others.keys())
-    plain, other = ([item for seed in seeds for item in of[seed]] for of in (floats, others))
+    return [(floats[seed], others[seed]) for seed in sorted(floats.keys() & others.keys())]
+
+
+def _drop_row(name: str, results: Results) -> Row:
+    """Over all seeds that were measured of both arms."""
+    pairs = _pair_seeds(name, results)
+    plain, other = ([item for pair in pairs for item in pair[at]["is_correct"]] for at in (0, 1))
     drop, low, high = paired_difference(plain, other)
     return Row(
         f"compression.{name}_accuracy_drop",
         drop,
-        f"points/100 (seeds: {len(seeds)})",
+        f"points/100 (seeds: {len(pairs)})",
         (low, high),
         "fp32, accuracy",
         statistics.mean(plain),
@@ -77,27 +82,30 @@ def _drop_row(name: str, results: Results) -> Row:
     )
 
 
-def _perplexity_rows(name: str, arm: Mapping[str, Any], plain: Mapping[str, Any]) -> list[Row]:
-    """The worse of both texts, then each."""
+def _perplexity_rows(name: str, results: Results) -> list[Row]:
+    """The worse of both texts, then each: geometric means over the seeds, from least to greatest."""
+    pairs = _pair_seeds(name, results)
     ratios = {
-        text: arm[f"{text}_perplexity"] / plain[f"{text}_perplexity"]
+        text: [other[f"{text}_perplexity"] / plain[f"{text}_perplexity"] for plain, other in pairs]
         for text in ("task", "english")
     }
+    means = {text: statistics.geometric_mean(values) for text, values in ratios.items()}
 
     def row(text: str, suffix: str, bar: str | None) -> Row:
         return Row(
             f"compression.{name}_perplexity_ratio{suffix}",
-            ratios[text],
-            f"x ({text})",
-            baseline=f"fp32, {text}",
-            baseline_value=plain[f"{text}_perplexity"],
-            bar=bar,
+            means[text],
+            f"x ({text}, seeds: {len(pairs)})",
+            (min(ratios[text]), max(ratios[text])) if len(pairs) > 1 else None,
+            f"fp32, {text}",
+            statistics.geometric_mean(plain[f"{text}_perplexity"] for plain, _ in pairs),
+            bar,
         )
 
-    worse = max(ratios, key=ratios.__getitem__)
+    worse = max(means, key=means.__getitem__)
     return [
         row(worse, "", "<= 1.01" if name == "int8_qat" else None),
-        *(row(text, f".{text}", None) for text in ratios),
+        *(row(text, f".{text}", None) for text in means),
     ]
 
 

@@ -115,16 +115,20 @@ def test_every_bar_of_the_issue_has_a_row_of_that_name() -> None:
     assert len(rows) == len(build_rows(_results()))  # no name twice
 
 
-def test_accuracy_is_compared_over_the_seeds_that_both_arms_have() -> None:
+def test_accuracy_and_perplexity_are_compared_over_the_seeds_that_both_arms_have() -> None:
     changes = {
         "quantization_fp32.seed_1": _arm(84, 1.2),
-        "quantization_int8_qat.seed_1": _arm(80, 1.2),
+        "quantization_int8_qat.seed_1": _arm(80, 1.25),
         "quantization_fp32.seed_2": _arm(10, 1.2),  # its other arm was not measured
     }
-    row = _rows(**changes)["compression.int8_qat_accuracy_drop"]
+    rows = _rows(**changes)
+    row = rows["compression.int8_qat_accuracy_drop"]
     assert row.value == pytest.approx(0.02)  # none of 0.80, 4 points of 0.84
     assert row.baseline_value == pytest.approx(0.82)
     assert "2" in row.unit
+    ratio = rows["compression.int8_qat_perplexity_ratio"]
+    assert ratio.value == pytest.approx(math.sqrt(1.205 / 1.2 * 1.25 / 1.2))
+    assert ratio.interval == pytest.approx((1.205 / 1.2, 1.25 / 1.2))
 
 
 def test_recovery_is_the_share_of_the_lost_nats() -> None:
@@ -150,7 +154,7 @@ def test_the_perplexity_bar_is_on_the_worse_text() -> None:
     arm = _arm(80, 1.205) | {"english_perplexity": 20.6}
     row = _rows(quantization_int8_qat=arm)["compression.int8_qat_perplexity_ratio"]
     assert row.value == pytest.approx(1.03)
-    assert row.unit == "x (english)"
+    assert row.unit == "x (english, seeds: 1)"
     assert not row.met
 
 
