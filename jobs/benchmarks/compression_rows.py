@@ -83,7 +83,7 @@ def _drop_row(name: str, results: Results) -> Row:
 
 
 def _perplexity_rows(name: str, results: Results) -> list[Row]:
-    """The worse of both texts, then each: geometric means over the seeds, from least to greatest."""
+    """The worse of both texts, then each: geometric means and ranges over the seeds."""
     pairs = _pair_seeds(name, results)
     ratios = {
         text: [other[f"{text}_perplexity"] / plain[f"{text}_perplexity"] for plain, other in pairs]
