@@ -3,7 +3,6 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -12,85 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from r1ray.config.exchange import StreamExchangeConfig
-from r1ray.errors import ExchangeError
 from r1ray.exchange.base import StepTotals
 from r1ray.exchange.stream import StreamExchange
 from r1ray.exchange.update_rule import UpdateRule
-from tests.unit.exchange.threads import ThreadTransport, run_workers
-
-NUM_STEPS = 40
+from tests.unit.exchange.stream_worker import NUM_STEPS, Worker, results_of, stream_config
+from tests.unit.exchange.threads import ThreadTransport
 
 
 @pytest.fixture(autouse=True)
 def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-
-
-def _config(**changes: Any) -> StreamExchangeConfig:
-    values: dict[str, Any] = {
-        "local_steps": 8,
-        "num_fragments": 2,
-        "overlap_steps": 2,
-        "outer_momentum": 0.5,
-        "tail_share": 0.1,
-        "timeout_s": 10.0,
-    }
-    return StreamExchangeConfig(type="stream", **{**values, **changes})
-
-
-class Worker:
-    """A small network fitted to a random one, each worker on batches of its own."""
-
-    def __init__(
-        self, transport: ThreadTransport, config: StreamExchangeConfig, num_steps: int = NUM_STEPS
-    ) -> None:
-        self.rank = transport.rank
-        self.transport = transport
-        self.model = self._network(0)
-        self._teacher = self._network(1)
-        self.exchange = StreamExchange(config)
-        rule = UpdateRule(lambda number: 0.01, num_steps=num_steps)
-        self.exchange.setup(list(self.model.parameters()), transport, rule)
-        self.losses: list[float] = []
-
-    def _network(self, seed: int) -> nn.Sequential:
-        model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 4))
-        generator = torch.Generator().manual_seed(seed)  # torch's own is shared by all threads
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(0, 0.3, generator=generator)
-        return model
-
-    def run(self, start: int, stop: int, before: Callable[[int], None] = lambda step: None) -> None:
-        """Steps of these numbers; `before` may be late, or spoil a gradient's batch."""
-        for step in range(start, stop):
-            before(step)
-            self.exchange.step(self.backward(step))
-
-    def backward(self, step: int) -> StepTotals:
-        count = 12 + 4 * self.rank
-        generator = torch.Generator().manual_seed(1000 * step + self.rank)
-        x = torch.randn(count, 8, generator=generator)
-        self.model.zero_grad()
-        loss = ((self.model(x) - self._teacher(x)) ** 2).sum()
-        loss.backward()
-        self.losses.append(loss.item() / count)
-        return StepTotals(loss.item(), num_targets=count, num_tokens=count)
-
-    def weights(self) -> Tensor:
-        return torch.cat([item.detach().flatten().clone() for item in self.model.parameters()])
-
-    def close(self) -> None:
-        self.transport.all_gather(torch.zeros(1))
-        self.exchange.close()
-
-
-def _results(world_size: int, work: Callable[[ThreadTransport], Any]) -> list[Any]:
-    results = run_workers(world_size, work)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
 
 
 def _all_equal(tensors: list[Tensor]) -> bool:
@@ -103,13 +33,13 @@ def test_loss_falls_and_all_weights_end_bit_identical(
     world_size: int, changes: dict[str, Any]
 ) -> None:
     def work(transport: ThreadTransport) -> tuple[list[float], Tensor, int]:
-        worker = Worker(transport, _config(**changes))
+        worker = Worker(transport, stream_config(**changes))
         worker.run(0, NUM_STEPS)
         worker.exchange.flush()
         worker.close()
         return worker.losses, worker.weights(), worker.exchange.num_updates
 
-    losses, weights, num_updates = zip(*_results(world_size, work), strict=True)
+    losses, weights, num_updates = zip(*results_of(world_size, work), strict=True)
     assert _all_equal(list(weights))
     assert set(num_updates) == {NUM_STEPS}
     for worker_losses in losses:
@@ -118,7 +48,7 @@ def test_loss_falls_and_all_weights_end_bit_identical(
 
 def test_local_weights_differ_between_merges_and_the_tail_keeps_them_equal() -> None:
     def work(transport: ThreadTransport) -> list[Tensor]:
-        worker = Worker(transport, _config())
+        worker = Worker(transport, stream_config())
         found = []
         for step in range(NUM_STEPS):
             worker.run(step, step + 1)
@@ -126,20 +56,20 @@ def test_local_weights_differ_between_merges_and_the_tail_keeps_them_equal() -> 
         worker.close()
         return found
 
-    steps = [_all_equal(list(weights)) for weights in zip(*_results(3, work), strict=True)]
+    steps = [_all_equal(list(weights)) for weights in zip(*results_of(3, work), strict=True)]
     assert steps == [False] * 35 + [True] * 5  # the 36th ends with the merge of everything
 
 
 def test_the_result_does_not_depend_on_who_is_fast() -> None:
     def run(late_rank: int) -> Tensor:
         def work(transport: ThreadTransport) -> Tensor:
-            worker = Worker(transport, _config())
+            worker = Worker(transport, stream_config())
             late_s = 0.02 if worker.rank == late_rank else 0.0
             worker.run(0, NUM_STEPS, lambda step: time.sleep(late_s))
             worker.close()
             return worker.weights()
 
-        return _results(3, work)[0]
+        return results_of(3, work)[0]
 
     assert torch.equal(run(late_rank=0), run(late_rank=2))
 
@@ -152,7 +82,7 @@ def test_the_others_go_on_without_a_stalled_worker(caplog: pytest.LogCaptureFixt
         return any("version 0: merged without ranks [2]" in text for text in texts)
 
     def work(transport: ThreadTransport) -> Tensor:
-        worker = Worker(transport, _config(grace_s=0.05, tail_share=0.0))
+        worker = Worker(transport, stream_config(grace_s=0.05, tail_share=0.0))
 
         def stall(step: int) -> None:
             if (worker.rank, step) == (2, 3):
@@ -168,7 +98,7 @@ def test_the_others_go_on_without_a_stalled_worker(caplog: pytest.LogCaptureFixt
         return worker.weights()
 
     with caplog.at_level(logging.WARNING):
-        assert _all_equal(_results(3, work))
+        assert _all_equal(results_of(3, work))
     assert was_left_out()
 
 
@@ -176,7 +106,7 @@ def test_what_a_stalled_worker_learned_is_not_lost() -> None:
     """One worker's gradients alone, always late, still arrive in the common weights."""
 
     def work(transport: ThreadTransport) -> Tensor:
-        worker = Worker(transport, _config(grace_s=0.02, tail_share=0.0, outer_momentum=0.0))
+        worker = Worker(transport, stream_config(grace_s=0.02, tail_share=0.0, outer_momentum=0.0))
         start = worker.weights()
         for step in range(NUM_STEPS):
             totals = worker.backward(step)
@@ -189,14 +119,14 @@ def test_what_a_stalled_worker_learned_is_not_lost() -> None:
         return worker.weights() - start
 
     def alone(transport: ThreadTransport) -> Tensor:
-        worker = Worker(transport, _config(tail_share=0.0, outer_momentum=0.0))
+        worker = Worker(transport, stream_config(tail_share=0.0, outer_momentum=0.0))
         worker.rank = 2
         start = worker.weights()
         worker.run(0, NUM_STEPS)
         return worker.weights() - start
 
-    moved = _results(3, work)[0]
-    learned = _results(1, alone)[0]
+    moved = results_of(3, work)[0]
+    learned = results_of(1, alone)[0]
     # A mean over three workers of which one learned, weighted by tokens: 20 of 48.
     cosine = torch.cosine_similarity(moved, learned, dim=0)
     assert cosine > 0.9
@@ -205,7 +135,7 @@ def test_what_a_stalled_worker_learned_is_not_lost() -> None:
 
 def test_a_gradient_that_is_not_finite_is_left_out_by_its_worker_alone() -> None:
     def work(transport: ThreadTransport) -> tuple[list[str], Tensor]:
-        worker = Worker(transport, _config())
+        worker = Worker(transport, stream_config())
         verdicts = []
         for step in range(NUM_STEPS):
             totals = worker.backward(step)
@@ -217,7 +147,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_by_its_worker_alone() -> None
         worker.close()
         return verdicts, worker.weights()
 
-    results = _results(3, work)
+    results = results_of(3, work)
     expected = ["apply"] * NUM_STEPS
     assert results[0][0] == results[2][0] == expected
     assert results[1][0] == [*expected[:5], "skip", *expected[6:]]
@@ -227,21 +157,21 @@ def test_a_gradient_that_is_not_finite_is_left_out_by_its_worker_alone() -> None
 
 def test_a_worker_without_targets_waits() -> None:
     def work(transport: ThreadTransport) -> str:
-        worker = Worker(transport, _config())
+        worker = Worker(transport, stream_config())
         before = worker.weights()
         verdict = worker.exchange.step(StepTotals())
         assert torch.equal(worker.weights(), before)
         worker.close()
         return verdict.verdict
 
-    assert _results(1, work) == ["wait"]
+    assert results_of(1, work) == ["wait"]
 
 
 def _resume(
     transport: ThreadTransport, states: list[dict[str, Any]], model: dict[str, Tensor]
 ) -> Worker:
     """As a checkpoint is loaded: rank 0's weights, then the exchange's states of all ranks."""
-    worker = Worker(transport, _config())
+    worker = Worker(transport, stream_config())
     worker.model.load_state_dict(model)
     worker.exchange.load_state_dict(states)
     return worker
@@ -250,7 +180,7 @@ def _resume(
 @pytest.mark.parametrize("at_step", [13, 20, 38])
 def test_a_resumed_run_ends_with_the_bits_of_one_that_went_on(at_step: int) -> None:
     def work(transport: ThreadTransport) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
-        worker = Worker(transport, _config())
+        worker = Worker(transport, stream_config())
         worker.run(0, at_step)
         worker.exchange.flush()
         state = deepcopy(worker.exchange.state_dict())  # as saving it does
@@ -259,7 +189,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_went_on(at_step: int) -> N
         worker.close()
         return state, model, worker.weights()
 
-    states, models, weights = zip(*_results(3, work), strict=True)
+    states, models, weights = zip(*results_of(3, work), strict=True)
 
     def work_again(transport: ThreadTransport) -> Tensor:
         worker = _resume(transport, list(states), models[0])
@@ -268,20 +198,20 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_went_on(at_step: int) -> N
         worker.close()
         return worker.weights()
 
-    assert _all_equal([weights[0], *_results(3, work_again)])
+    assert _all_equal([weights[0], *results_of(3, work_again)])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_another_number_of_workers_resumes_from_the_global_weights(world_size: int) -> None:
     def work(transport: ThreadTransport) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        worker = Worker(transport, _config())
+        worker = Worker(transport, stream_config())
         worker.run(0, 20)
         worker.exchange.flush()
         found = deepcopy((worker.exchange.state_dict(), worker.model.state_dict()))
         worker.close()
         return found
 
-    states, models = zip(*_results(3, work), strict=True)
+    states, models = zip(*results_of(3, work), strict=True)
 
     def work_again(transport: ThreadTransport) -> tuple[Tensor, dict[str, Any], Tensor, float]:
         worker = _resume(transport, list(states), models[0])
@@ -290,7 +220,7 @@ def test_another_number_of_workers_resumes_from_the_global_weights(world_size: i
         worker.close()
         return resumed, state, worker.weights(), sum(worker.losses[-5:]) / 5
 
-    resumed, new_states, weights, losses = zip(*_results(world_size, work_again), strict=True)
+    resumed, new_states, weights, losses = zip(*results_of(world_size, work_again), strict=True)
     assert _all_equal(list(resumed))
     assert _all_equal(list(weights))
     assert max(losses) < 1.0
@@ -300,75 +230,6 @@ def test_another_number_of_workers_resumes_from_the_global_weights(world_size: i
             after = torch.cat([state["owner"][name][fragment] for state in new_states])
             assert torch.equal(before, after)
             assert before.any()
-
-
-def test_a_worker_that_fails_is_named_by_the_others() -> None:
-    def work(transport: ThreadTransport) -> None:
-        worker = Worker(transport, _config())
-        try:
-            if worker.rank == 1:
-                worker.run(0, 5)
-                raise RuntimeError("out of memory")
-            worker.run(0, NUM_STEPS)
-        finally:
-            worker.exchange.close()
-
-    errors = run_workers(3, work)
-    assert isinstance(errors[1], RuntimeError)
-    assert any("rank 1" in str(errors[rank]) for rank in (0, 2))  # the third may see the second go
-    assert all(isinstance(errors[rank], ExchangeError) for rank in (0, 2))
-
-
-def test_a_worker_that_hangs_is_named_after_the_timeout() -> None:
-    def work(transport: ThreadTransport) -> None:
-        worker = Worker(transport, _config(grace_s=0.05, timeout_s=0.4))
-        try:
-            worker.run(0, 3 if worker.rank == 1 else NUM_STEPS)
-            time.sleep(2.0)
-        finally:
-            worker.exchange.close()
-
-    started = time.monotonic()
-    errors = run_workers(3, work)
-    assert errors[1] is None
-    assert any(
-        "rank 1 has not answered, and no worker has made a step, for 0.4 s" in str(errors[rank])
-        for rank in (0, 2)
-    )
-    assert time.monotonic() - started < 5.0
-
-
-def test_a_slow_worker_is_waited_for_beyond_the_timeout() -> None:
-    """The last merge waits for all of its steps, 1.6 s; each of them is news."""
-
-    def work(transport: ThreadTransport) -> None:
-        worker = Worker(transport, _config(grace_s=0.05, timeout_s=0.4, tail_share=0), 16)
-        try:
-            for step in range(16):
-                time.sleep(0.1 if worker.rank == 1 else 0.0)
-                worker.run(step, step + 1)
-            worker.exchange.flush()
-        finally:
-            worker.exchange.close()
-
-    assert run_workers(2, work) == [None, None]
-
-
-def test_global_weights_that_differ_are_found_at_the_next_flush() -> None:
-    def work(transport: ThreadTransport) -> None:
-        worker = Worker(transport, _config())
-        worker.run(0, 9)
-        if worker.rank == 1:
-            worker.exchange._copies[0].global_E[3] += 1e-6
-        try:
-            worker.exchange.flush()
-        finally:
-            worker.exchange.close()
-
-    errors = run_workers(2, work)
-    assert all(isinstance(error, Exception) for error in errors)
-    # Who finds it first ends the other's last collective, at times before that has seen it too.
-    assert any("global weights differ" in str(error) for error in errors)
 
 
 def test_bytes_at_100_local_steps_are_a_four_hundredth_of_ddp() -> None:
@@ -398,6 +259,6 @@ def test_bytes_at_100_local_steps_are_a_four_hundredth_of_ddp() -> None:
     frames = 2 * (num_workers - 1) * 4  # both ways, to every other worker, of four fragments
     # A frame of some 1,300 bytes is one segment: IPv4, TCP and its options, and as much for an ack.
     headers = frames * 2 * (14 + 20 + 32)
-    for sent in _results(num_workers, work):
+    for sent in results_of(num_workers, work):
         assert sent + headers <= ddp / 400
         assert sent >= ddp / 1200  # not less than zstd can leave of 4 bits: all was sent
