@@ -170,9 +170,9 @@ def _measure(config: FusionConfig, words: int) -> tuple[int, int]:
 def _hidden(model: Decoder, pixels_B3SS: Tensor, ids_BT: Tensor) -> Tensor:
     """Final states [B, T, D] of the words, which an image stands before."""
     assert model.fusion is not None
-    features_BPE = model.fusion.encoder(pixels_B3SS)
+    memory_BPF = model.fusion.remember(pixels_B3SS)
     places_B1 = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=ids_BT.device)
-    context = ImageContext(features_BPE[:, None], places_B1, places_B1 + 2**31)
+    context = ImageContext(memory_BPF[:, None], places_B1, places_B1 + 2**31)
     taken = model.fusion.config.num_image_tokens
     return model.hidden(F.pad(ids_BT, (taken, 0), value=-1), images=context)[:, taken:]
 

@@ -9,14 +9,18 @@ marks it. Tokens there have negative ids; no text has these. A token sees the im
 begun, and nothing of later ones: what is known of a prompt's beginning holds for every prompt that
 begins so, and prompts may be read in pieces.
 
-Price beside the encoder's, per token and patch: early, that of P more tokens in all layers; mid,
-2 FLOP per cross-attention parameter, and features of the image for every later token; late, the
-same at the output alone. Keys and values of mid are computed anew in each forward.
+What tokens read of an image is computed once and remembered: embeddings of its patches (early),
+their keys and values for every cross-attention (mid), or one pooled vector (late).
+
+Price beside the encoder's, per token: early, that of P more tokens in all layers; mid, 2 FLOP per
+parameter of the queries and outputs of cross-attention, and 4·P·C for each; late, 2 FLOP per
+parameter at the output alone. Per image: 2·P FLOP per parameter of what makes what is remembered.
 Source: early, Chen et al. 2020 (UNITER, arXiv:1909.11740); mid, Alayrac et al. 2022 (Flamingo,
 arXiv:2204.14198); late, Antol et al. 2015 (VQA, arXiv:1505.00468).
 
-Shape legend: B rows, T tokens, I images of a row, P patches, E encoder width, D hidden size,
-C channels of the fusion, N heads of cross-attention.
+Shape legend: B rows, T tokens, I images of a row, P patches (what is remembered has one for late),
+E encoder width, D hidden size, C channels of the fusion, N heads of cross-attention, X of those,
+F numbers remembered of a patch (early D, mid X·2·C, late C).
 """
 
 import abc
@@ -36,6 +40,7 @@ __all__ = [
     "Fusion",
     "ImageContext",
     "ImageView",
+    "MidFusion",
     "PlacedImages",
     "RowImages",
     "build_fusion",
@@ -70,12 +75,12 @@ class PlacedImages:
     """The images of one row and where they are in its sequence.
 
     Attributes:
-        features_IPE: what the encoder says of each.
+        memory_IPF: as `Fusion.remember` has it.
         places: of the first token of each.
         ends: of the first token that does not see it any more; None where all later ones do.
     """
 
-    features_IPE: Tensor
+    memory_IPF: Tensor
     places: Sequence[int]
     ends: Sequence[int] | None = None
 
@@ -85,11 +90,11 @@ class ImageContext:
     """The images of the rows of a forward, padded to the same number.
 
     Attributes:
-        features_BIPE: zero where there is no image.
+        memory_BIPF: as `Fusion.remember` has it; zero where there is no image.
         places_BI, ends_BI: as in `PlacedImages`; no token is at the place of padding.
     """
 
-    features_BIPE: Tensor
+    memory_BIPF: Tensor
     places_BI: Tensor
     ends_BI: Tensor
 
@@ -124,28 +129,22 @@ class ImageView:
         return self.positions_BT[:, :, None] - self.context.places_BI[:, None]
 
 
-def gather_images(rows: Sequence[PlacedImages | None], like: Tensor) -> ImageContext | None:
-    """The images of `rows`, padded; None where no row has any.
-
-    Args:
-        like: [P, E] of the device and dtype for rows without images.
-    """
-    most = max((len(row.places) for row in rows if row is not None), default=0)
-    if most == 0:
+def gather_images(rows: Sequence[PlacedImages | None]) -> ImageContext | None:
+    """The images of `rows`, padded; None where no row has any."""
+    found = [(index, row) for index, row in enumerate(rows) if row is not None and row.places]
+    if not found:
         return None
-    features_BIPE = like.new_zeros(len(rows), most, *like.shape)
+    like, most = found[0][1].memory_IPF, max(len(row.places) for _, row in found)
+    memory_BIPF = like.new_zeros(len(rows), most, *like.shape[1:])
     places_BI = torch.full((len(rows), most), _NEVER, device=like.device)
     ends_BI = torch.full((len(rows), most), _NEVER, device=like.device)
-    parts = []
-    for index, row in enumerate(rows):
-        count = 0 if row is None else len(row.places)
-        if row is not None and count:
-            places_BI[index, :count] = torch.tensor(row.places, device=like.device)
-            if row.ends is not None:
-                ends_BI[index, :count] = torch.tensor(row.ends, device=like.device)
-            parts.append(row.features_IPE)
-        parts.append(features_BIPE[index, count:])
-    return ImageContext(torch.cat(parts).view_as(features_BIPE), places_BI, ends_BI)
+    for index, row in found:
+        count = len(row.places)
+        memory_BIPF[index, :count] = row.memory_IPF
+        places_BI[index, :count] = torch.tensor(row.places, device=like.device)
+        if row.ends is not None:
+            ends_BI[index, :count] = torch.tensor(row.ends, device=like.device)
+    return ImageContext(memory_BIPF, places_BI, ends_BI)
 
 
 class Fusion(nn.Module, abc.ABC):
@@ -168,18 +167,22 @@ class Fusion(nn.Module, abc.ABC):
         """What a forward over `num_rows` rows takes in of their images; None without any."""
         if images is None:
             return None
-        features_IPE = self.encoder(images.pixels_I3SS)
+        memory_IPF = self.remember(images.pixels_I3SS)
         rows: list[PlacedImages | None] = []
         for row in range(num_rows):
             own = [index for index, of in enumerate(images.rows) if of == row]
             rows.append(
                 PlacedImages(
-                    features_IPE[own],
+                    memory_IPF[own],
                     [images.places[index] for index in own],
                     None if images.ends is None else [images.ends[index] for index in own],
                 )
             )
-        return gather_images(rows, self.encoder.positions_PE)
+        return gather_images(rows)
+
+    def remember(self, pixels_I3SS: Tensor) -> Tensor:
+        """What tokens read of these images, whichever they are: [I, P, F]."""
+        return self.digest(self.encoder(pixels_I3SS))
 
     def list_products(self) -> tuple[nn.Module, ...]:
         """The modules that multiply matrices, each called with float32 where that is asked."""
@@ -187,6 +190,10 @@ class Fusion(nn.Module, abc.ABC):
         for child in self.children():
             found += child.values() if isinstance(child, nn.ModuleDict) else [child]
         return tuple(found)
+
+    @abc.abstractmethod
+    def digest(self, features_IPE: Tensor) -> Tensor:
+        """What is remembered of the encoder's features: [I, P, F]."""
 
     @abc.abstractmethod
     def embed(self, x_BTD: Tensor, view: ImageView) -> Tensor:
@@ -212,15 +219,18 @@ class EarlyFusion(Fusion):
         # As large as embeddings of words are, where a decoder is trained already.
         nn.init.normal_(self.proj.weight, std=0.02)
 
+    def digest(self, features_IPE: Tensor) -> Tensor:
+        memory_IPF: Tensor = self.proj(features_IPE)
+        return memory_IPF
+
     def embed(self, x_BTD: Tensor, view: ImageView) -> Tensor:
-        features_BIPD = self.proj(view.context.features_BIPE)
         patches = self.config.num_patches
         offsets_BTI = view.offsets()
         is_inside_BTI = (offsets_BTI >= 0) & (offsets_BTI < patches)
         image_BT = is_inside_BTI.int().argmax(-1)
         offset_BT = offsets_BTI.gather(2, image_BT[..., None])[..., 0].clamp(0, patches - 1)
         rows_B1 = torch.arange(len(x_BTD), device=x_BTD.device)[:, None]
-        taken_BTD = features_BIPD[rows_B1, image_BT, offset_BT].to(x_BTD.dtype)
+        taken_BTD = view.context.memory_BIPF[rows_B1, image_BT, offset_BT].to(x_BTD.dtype)
         return torch.where(is_inside_BTI.any(-1)[..., None], taken_BTD, x_BTD)
 
 
@@ -261,10 +271,22 @@ class MidFusion(MarkedFusion):
                 for layer in sorted(chosen)
             }
         )
+        self._numbers = {name: number for number, name in enumerate(self.crossings)}
+
+    def digest(self, features_IPE: Tensor) -> Tensor:
+        parts = [
+            crossing.get_submodule(name)(features_IPE)
+            for crossing in self.crossings.values()
+            for name in ("k_proj", "v_proj")
+        ]
+        return torch.cat(parts, -1)
 
     def before_layer(self, layer: int, x_BTD: Tensor, view: ImageView) -> Tensor:
-        name = str(layer)
-        return self.crossings[name](x_BTD, view) if name in self.crossings else x_BTD
+        number = self._numbers.get(str(layer))
+        if number is None:
+            return x_BTD
+        memory_BIPX2C = view.context.memory_BIPF.unflatten(-1, (len(self._numbers), 2, -1))
+        return self.crossings[str(layer)](x_BTD, *memory_BIPX2C[..., number, :, :].unbind(-2), view)
 
 
 class _Crossing(nn.Module):
@@ -280,23 +302,19 @@ class _Crossing(nn.Module):
         self.o_proj = nn.Linear(width, decoder.hidden_size, bias=False)
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x_BTD: Tensor, view: ImageView) -> Tensor:
-        features_BIPE = view.context.features_BIPE
-        patches = features_BIPE.shape[2]
-        memory_BME = features_BIPE.flatten(1, 2)  # M = I · P
-
+    def forward(self, x_BTD: Tensor, k_BIPC: Tensor, v_BIPC: Tensor, view: ImageView) -> Tensor:
         def heads(states: Tensor) -> Tensor:
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         sees_BTI = view.sees()
         sees_none_BT1 = ~sees_BTI.any(-1, keepdim=True)
         # Who sees nothing attends to anything, so that no softmax is of nothing, and gets nothing.
-        mask_B1TM = (sees_BTI | sees_none_BT1).repeat_interleave(patches, -1)[:, None]
+        mask_BTI = sees_BTI | sees_none_BT1
         out_BNTH = F.scaled_dot_product_attention(
             heads(self.q_proj(self.norm(x_BTD))),
-            heads(self.k_proj(memory_BME)),
-            heads(self.v_proj(memory_BME)),
-            attn_mask=mask_B1TM,
+            heads(k_BIPC.flatten(1, 2)),
+            heads(v_BIPC.flatten(1, 2)),
+            attn_mask=mask_BTI.repeat_interleave(k_BIPC.shape[2], -1)[:, None],
         )
         out_BTD = self.o_proj(out_BNTH.transpose(1, 2).flatten(2))
         return x_BTD + torch.tanh(self.gate) * out_BTD.masked_fill(sees_none_BT1, 0.0)
@@ -313,11 +331,14 @@ class LateFusion(MarkedFusion):
         self.o_proj = nn.Linear(width, decoder.hidden_size, bias=False)
         nn.init.zeros_(self.o_proj.weight)
 
+    def digest(self, features_IPE: Tensor) -> Tensor:
+        memory_IPF: Tensor = self.v_proj(features_IPE.mean(1, keepdim=True))
+        return memory_IPF
+
     def after(self, h_BTD: Tensor, view: ImageView) -> Tensor:
         sees_BTI = view.sees().to(h_BTD.dtype)
         shares_BTI = sees_BTI / sees_BTI.sum(-1, keepdim=True).clamp_min(1)
-        images_BIC = self.v_proj(view.context.features_BIPE.mean(2))
-        pooled_BTC = shares_BTI @ images_BIC
+        pooled_BTC = shares_BTI @ view.context.memory_BIPF[:, :, 0]
         return h_BTD + self.o_proj(F.silu(self.q_proj(h_BTD)) * pooled_BTC)
 
 

@@ -305,11 +305,11 @@ class BatchGenerator:
             if row.images is None and row.request.images:
                 pixels = np.stack([image.pixels_3SS for image in row.request.images])
                 device = fusion.encoder.positions_PE.device
-                features_IPE = fusion.encoder(torch.from_numpy(pixels).to(device))
+                memory_IPF = fusion.remember(torch.from_numpy(pixels).to(device))
                 places = [image.place for image in row.request.images]
-                row.images = PlacedImages(features_IPE, places)
+                row.images = PlacedImages(memory_IPF, places)
             placed.append(row.images)
-        return gather_images(placed, fusion.encoder.positions_PE)
+        return gather_images(placed)
 
 
 def _attended_share(own: Sequence[int]) -> float:

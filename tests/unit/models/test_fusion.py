@@ -57,12 +57,7 @@ def random_pixels(count: int, seed: int = 0) -> Tensor:
 def look(model: Decoder, pixels_I3SS: Tensor, places: list[int]) -> PlacedImages:
     assert model.fusion is not None
     with torch.no_grad():
-        return PlacedImages(model.fusion.encoder(pixels_I3SS), places)
-
-
-def feature_like(model: Decoder) -> Tensor:
-    assert model.fusion is not None
-    return model.fusion.encoder.positions_PE.detach()
+        return PlacedImages(model.fusion.remember(pixels_I3SS), places)
 
 
 def build_row(model: Decoder, *parts: int) -> tuple[Tensor, list[int]]:
@@ -80,7 +75,7 @@ def build_row(model: Decoder, *parts: int) -> tuple[Tensor, list[int]]:
 
 def logits(model: Decoder, ids_T: Tensor, placed: PlacedImages) -> Tensor:
     with torch.no_grad():
-        return model(ids_T[None], images=gather_images([placed], feature_like(model)))[0]
+        return model(ids_T[None], images=gather_images([placed]))[0]
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -125,7 +120,7 @@ def test_rows_of_a_batch_have_the_logits_that_they_have_alone(kind: FusionType) 
     ids_BT = torch.stack([torch.nn.functional.pad(ids, (0, width - len(ids))) for ids, _ in rows])
 
     with torch.no_grad():
-        context = gather_images([placed for _, placed in rows], feature_like(model))
+        context = gather_images([placed for _, placed in rows])
         together = model(ids_BT, images=context)
 
         for (ids, placed), found in zip(rows, together, strict=True):
@@ -143,7 +138,7 @@ def test_a_packed_row_keeps_images_in_their_documents(kind: FusionType) -> None:
     lengths = [len(first_T), len(text_T), len(second_T)]
     starts = [0, lengths[0], lengths[0] + lengths[1]]
     placed = PlacedImages(
-        images.features_IPE,
+        images.memory_IPF,
         [first_places[0], starts[2] + second_places[0]],
         [lengths[0], sum(lengths)],
     )
@@ -152,10 +147,10 @@ def test_a_packed_row_keeps_images_in_their_documents(kind: FusionType) -> None:
         packed = model(
             torch.cat([first_T, text_T, second_T])[None],
             document_lengths=lengths,
-            images=gather_images([placed], feature_like(model)),
+            images=gather_images([placed]),
         )[0].split(lengths)
-        first = logits(model, first_T, PlacedImages(images.features_IPE[:1], first_places))
-        second = logits(model, second_T, PlacedImages(images.features_IPE[1:], second_places))
+        first = logits(model, first_T, PlacedImages(images.memory_IPF[:1], first_places))
+        second = logits(model, second_T, PlacedImages(images.memory_IPF[1:], second_places))
 
         torch.testing.assert_close(packed[0], first, rtol=0, atol=TOLERANCE)
         torch.testing.assert_close(packed[1], model(text_T[None])[0], rtol=0, atol=TOLERANCE)
@@ -172,7 +167,7 @@ def test_a_prompt_read_in_pieces_over_a_cache_gives_the_same_logits(
         quantize_modules(model)
     ids_T, places = build_row(model, 3, 9)
     placed = look(model, random_pixels(1), places)
-    context = gather_images([placed], feature_like(model))
+    context = gather_images([placed])
     whole = logits(model, ids_T, placed)
 
     with torch.inference_mode():
@@ -223,8 +218,8 @@ def test_every_parameter_of_the_fusion_gets_a_gradient(kind: FusionType) -> None
     model = build_model(kind).train()
     assert model.fusion is not None
     ids_T, places = build_row(model, 2, 4)
-    features = model.fusion.encoder(random_pixels(1))
-    context = gather_images([PlacedImages(features, places)], feature_like(model))
+    memory = model.fusion.remember(random_pixels(1))
+    context = gather_images([PlacedImages(memory, places)])
 
     model(ids_T[None], images=context).square().mean().backward()
 
@@ -245,7 +240,7 @@ def test_rounds_repeat_the_blocks_without_more_parameters() -> None:
 def test_a_text_model_refuses_images() -> None:
     model = build_model("early")
     ids_T, places = build_row(model, 2, 2)
-    context = gather_images([look(model, random_pixels(1), places)], feature_like(model))
+    context = gather_images([look(model, random_pixels(1), places)])
     model.fusion = None
 
     with pytest.raises(ShapeError, match="reads text alone"):

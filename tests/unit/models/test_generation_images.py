@@ -9,7 +9,7 @@ from r1ray.config.fusion import FusionType
 from r1ray.errors import ShapeError
 from r1ray.models import Decoder
 from r1ray.models.batch_generation import generate_batch
-from r1ray.models.fusion import RowImages
+from r1ray.models.fusion import MidFusion, RowImages
 from r1ray.models.generation import BatchGenerator
 from r1ray.models.image_tokens import image_id
 from r1ray.models.quantization import quantize_modules
@@ -103,6 +103,20 @@ def test_what_is_known_of_one_image_is_not_taken_for_another(kind: FusionType) -
     assert found[0] == found[2]
     for prompt, tokens in zip(prompts, found, strict=True):
         assert tokens == reference(model, prompt, 6)
+
+
+def test_an_image_is_read_once_however_many_tokens_follow() -> None:
+    model = build_model("mid")
+    fusion = model.fusion
+    assert isinstance(fusion, MidFusion)
+    read = []
+    keys = [crossing.get_submodule("k_proj") for crossing in fusion.crossings.values()]
+    for module in (fusion.encoder, *keys):
+        module.register_forward_hook(lambda module, *_: read.append(module))
+
+    answer(model, [build_prompt(model, 3, 6, 0)])
+
+    assert read == [fusion.encoder, *keys]
 
 
 def test_repetition_counts_words_alone() -> None:
