@@ -54,7 +54,7 @@ def write_report(
         plot_accuracy(results, directory / "accuracy.png")
         plot_size_latency(results, directory / "size_latency.png")
         write_json(directory / "report.json", record)
-        text = _render(name, record, rows, results, artifacts)
+        text = _render(name, record, rows, evaluation, artifacts)
         (directory / "report.md").write_text(text, encoding="utf-8")
         store.publish(directory)
     return f"{store.path}/report.md"
@@ -107,6 +107,10 @@ def _rows(
             baseline_value=compressed["float_bytes"],
             bar="<= 0.3",
         ),
+        *(
+            accuracy(f"{model}_image", found["accuracy"])
+            for model, found in evaluation.get("images", {}).items()
+        ),
         Row(f"{name}.seconds", sum(durations.values()), "s, all stages"),
     ]
 
@@ -115,9 +119,10 @@ def _render(
     name: str,
     record: Mapping[str, Any],
     rows: list[Row],
-    results: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
     artifacts: Mapping[str, Artifact],
 ) -> str:
+    results, images = evaluation["models"], evaluation.get("images")
     parts = [
         f"# Run `{name}`",
         _describe_machine(record),
@@ -128,6 +133,7 @@ def _render(
         "family's own scorer. *Mentions* counts replies whose last line holds the expected answer "
         "in whatever form: it tells knowing the answer from keeping to the format. The base model "
         "of the demo was already rounded to 4 bits by its publisher.",
+        *([] if images is None else ["## Questions about images", _image_table(images)]),
         "![Held-out problems solved](accuracy.png)",
         "![Size and latency](size_latency.png)",
         "## Training",
@@ -183,6 +189,16 @@ def _model_table(results: Mapping[str, Any]) -> str:
             f"{result['latency']['decode_ms_per_token']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _image_table(images: Mapping[str, Any]) -> str:
+    """Exact answers of every model: of all questions, and by their kind."""
+    kinds = list(next(iter(images.values()))["by_kind"])
+    lines = ["| model | accuracy | " + " | ".join(kinds) + " |", "|---" * (2 + len(kinds)) + "|"]
+    for model, found in images.items():
+        by_kind = (f"{100 * found['by_kind'][kind]['value']:.0f}%" for kind in kinds)
+        lines.append(f"| {model} | {_percent(found['accuracy'])} | " + " | ".join(by_kind) + " |")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from r1ray.config import PipelineConfig, load_config
 from r1ray.data.batch_set import BatchSet
 from r1ray.data.scene_files import write_scenes
+from r1ray.data.scenes import KINDS
 from r1ray.errors import ArtifactError, ConfigError
 from r1ray.models import load_model
 from r1ray.models.fusion_file import FUSION_NAME
@@ -97,13 +98,17 @@ def test_images_go_from_files_to_an_int8_model(
     assert compressed.manifest.metrics["max_fake_quant_difference"] < 1e-3
 
 
-def test_questions_about_images_are_evaluated_by_kind(workspace: Path) -> None:
-    evaluated = Pipeline(_config(workspace, "late", "train.resources.num_workers=1")).evaluate()
+def test_questions_about_images_are_evaluated_and_reported_by_kind(workspace: Path) -> None:
+    pipeline = Pipeline(_config(workspace, "late", "train.resources.num_workers=1"))
 
-    report = json.loads((evaluated.local_dir / "evaluation.json").read_text())
-    assert set(report["images"]) == {"base", "tuned", "int8"}
-    assert report["images"]["int8"]["accuracy"]["count"] == 10
-    assert len(report["images"]["int8"]["by_kind"]) == 5
+    text = Path(pipeline.write_report(command="a test")).read_text()
+
+    evaluation = json.loads((pipeline.evaluate().local_dir / "evaluation.json").read_text())
+    assert set(evaluation["images"]) == {"base", "tuned", "int8"}
+    assert evaluation["images"]["int8"]["accuracy"]["count"] == 10
+    assert len(evaluation["images"]["int8"]["by_kind"]) == 5
+    assert "| model | accuracy | " + " | ".join(sorted(KINDS)) + " |" in text
+    assert "`late.int8_image_accuracy`" in text
 
 
 def test_a_frozen_decoder_stays_as_it_was(workspace: Path) -> None:
