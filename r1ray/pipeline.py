@@ -46,6 +46,7 @@ from r1ray.models.base import (
 )
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.config import ModelConfig
+from r1ray.models.fusion_file import read_fusion
 from r1ray.models.student import build_student, plan_student
 from r1ray.observability.progress import StageProgress
 from r1ray.publication import LINK, has_replaced
@@ -84,6 +85,11 @@ class Pipeline:
         base = self._import("base", "base.source", config.source, config.context, config.fusion)
         shape = ModelConfig.load(base.local_dir)
         check_lengths(self.config, shape.max_context)
+        if self.config.unfit_for_fusion and read_fusion(base.local_dir) is not None:
+            raise ConfigError(
+                f"base.source {config.source} sees images, and does not go with "
+                f"{self.config.unfit_for_fusion[0]}; leave one of them out"
+            )
         if self.config.student is not None:
             plan_student(shape, self.config.student)
         if self.config.distill is not None:

@@ -219,11 +219,10 @@ class PipelineConfig:
             )
         return self
 
-    @model_validator(mode="after")
-    def _fusion_goes_with(self) -> "PipelineConfig":
-        if self.base.fusion is None:
-            return self
-        excluded = {
+    @property
+    def unfit_for_fusion(self) -> list[str]:
+        """What is chosen here that models which see images cannot do."""
+        chosen = {
             "student": self.student is not None,
             "distill": self.distill is not None,
             "train.gates": self.train.gates is not None,
@@ -232,9 +231,14 @@ class PipelineConfig:
             "compress.exports": bool(self.compress.exports),
             "serve.budget_mib": self.serve.budget_mib is not None,
         }
-        for name, is_there in excluded.items():
-            if is_there:
-                raise ValueError(f"base.fusion does not go with {name}; leave one of them out")
+        return [name for name, is_chosen in chosen.items() if is_chosen]
+
+    @model_validator(mode="after")
+    def _fusion_goes_with(self) -> "PipelineConfig":
+        if self.base.fusion is not None and self.unfit_for_fusion:
+            raise ValueError(
+                f"base.fusion does not go with {self.unfit_for_fusion[0]}; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

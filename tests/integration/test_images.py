@@ -123,6 +123,14 @@ def test_a_frozen_decoder_stays_as_it_was(workspace: Path) -> None:
     assert all(torch.equal(base[name], trained[name]) for name in base)
 
 
+def test_a_base_that_sees_images_is_not_cut_into_a_student(workspace: Path) -> None:
+    seeing = Pipeline(_config(workspace, "late")).base().local_dir
+    student = ["base.fusion=null", "student={layers: [0]}", "run.name=student"]
+
+    with pytest.raises(ConfigError, match="sees images, and does not go with student"):
+        Pipeline(_config(workspace, "late", f"base.source={seeing}", *student)).start()
+
+
 def test_images_for_a_text_model_are_refused(workspace: Path) -> None:
     config = _config(workspace, "late", "base.fusion=null", "run.name=text")
 
