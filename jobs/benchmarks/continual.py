@@ -23,7 +23,7 @@ from jobs.benchmarks.continual_report import Run, plot, render_arms, rows
 from jobs.benchmarks.continual_tasks import FAMILIES
 from jobs.benchmarks.parts import StoredParts
 from r1ray.errors import ConfigError
-from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
+from r1ray.evaluation.record import build_record, describe_run, render_table, write_json
 from r1ray.models.checkpoint import save_model
 
 __all__ = ["ContinualBenchmark"]
@@ -79,19 +79,15 @@ class ContinualBenchmark:
             for name in _NAMES
         }
         found = rows(runs)
-        circumstances = {**describe_circumstances(), "commits_of_parts": self._parts.commits}
-        record = build_record("continual", command, found, circumstances)
+        record = build_record("continual", command, found, self._parts.circumstances())
         _TARGET.mkdir(parents=True, exist_ok=True)
         details = {name: [run.accuracies for run in items] for name, items in runs.items()}
         write_json(_TARGET / "continual.json", {**record, "accuracies": details})
         plot(runs, _TARGET / "continual.png")
-        hardware = circumstances["hardware"]
         tables = f"{render_table(found)}\n## By method\n\n{render_arms(runs)}"
         text = (
-            f"# Continual learning\n\n`{command}` on {hardware['cores']} cores of "
-            f"{hardware['cpu']} ({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, "
-            f"commits {', '.join(sorted(set(map(str, self._parts.commits.values()))))}, "
-            f"{circumstances['date']}.\n\n{tables}\n![accuracy by family](continual.png)\n{_NOTES}"
+            f"# Continual learning\n\n{describe_run(record)}\n\n{tables}\n"
+            f"![accuracy by family](continual.png)\n{_NOTES}"
         )
         (_TARGET / "continual.md").write_text(text, encoding="utf-8")
         return tables

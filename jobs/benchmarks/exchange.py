@@ -4,7 +4,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from jobs.benchmarks.exchange_run import CellRunner
 from jobs.benchmarks.exchange_tables import write_report
 from jobs.benchmarks.faults import measure_faults
 from jobs.benchmarks.links import measure_rate, shaped_network
+from jobs.benchmarks.parts import StoredParts
 from r1ray.errors import ExchangeError
-from r1ray.evaluation.record import build_record, describe_circumstances, write_json
-from r1ray.manifest import read_commit
+from r1ray.evaluation.record import build_record, write_json
 from r1ray.models.base import import_base, resolve_source
 
 __all__ = ["ExchangeBenchmark"]
@@ -35,15 +35,16 @@ class ExchangeBenchmark:
 
     def __init__(self, work: Path, budget_s: float | None) -> None:
         self._work = work
+        self._parts = StoredParts(work)
         self._deadline = None if budget_s is None else time.monotonic() + budget_s
         self._runner: CellRunner | None = None
 
     def run(self, parts: Sequence[str]) -> bool:
         """Measure what is missing of `parts`; False where the budget ended before they did."""
         if "links" in parts:
-            self._once("links", _measure_links)
+            self._parts.once("links", _measure_links)
         if "faults" in parts:
-            self._once("faults", self._measure_faults)
+            self._parts.once("faults", self._measure_faults)
         cells = [cell for part in PARTS if part in parts for cell in plan_cells(part)]
         missing = [cell for cell in cells if not self._is_done(cell)]
         for number, cell in enumerate(missing, start=1):
@@ -58,25 +59,19 @@ class ExchangeBenchmark:
         """Write the record, its tables and the plots; returns the table of the record's rows.
 
         Raises:
-            ExchangeError: a cell has not been measured, or failed.
+            ArtifactError: a cell has not been measured, or with uncommitted changes.
+            ExchangeError: a cell failed, or has other settings now.
         """
         cells = [cell for part in PARTS for cell in plan_cells(part)]
-        results = []
-        for cell in cells:
-            if not self._is_done(cell):
-                raise ExchangeError(f"{cell.name} was not measured; run the benchmark again")
-            results.append(self._read(cell.name))
-        commits = sorted({str(item["commit"]) for item in results})
-        if changed := [commit for commit in commits if commit.endswith("+")]:
+        results = [self._parts.read(cell.name) for cell in cells]
+        if failed := [cell.name for cell in cells if not self._is_done(cell)]:
             raise ExchangeError(
-                f"cells were measured with uncommitted changes ({', '.join(changed)}); commit, "
-                f"remove {self._work}, and run the benchmark again"
+                f"{failed[0]} failed, or was measured with other settings; run the benchmark again"
             )
-        links = self._once("links", _measure_links)
-        faults = self._once("faults", self._measure_faults)
+        links = self._parts.once("links", _measure_links)
+        faults = self._parts.once("faults", self._measure_faults)
         rows = build_rows(results, links, faults["recovery_s"])
-        circumstances = describe_circumstances()
-        circumstances["commits_of_cells"] = commits
+        circumstances = self._parts.circumstances()
         circumstances["cells"] = [
             {name: value for name, value in item.items() if name not in ("ended_s", "sent")}
             for item in results
@@ -87,9 +82,9 @@ class ExchangeBenchmark:
         return write_report(record, rows, results, _TARGET)
 
     def _is_done(self, cell: Cell) -> bool:
-        if not (self._work / f"{cell.name}.json").exists():
+        if not self._parts.has(cell.name):
             return False
-        stored = self._read(cell.name)
+        stored = self._parts.read(cell.name)
         return "error" not in stored and stored.get("settings") == _settings_of(cell)
 
     def _run_cell(self, cell: Cell) -> dict[str, Any]:
@@ -98,7 +93,7 @@ class ExchangeBenchmark:
             result = {"settings": _settings_of(cell), **self._cell_runner().run(cell)}
         except ExchangeError as error:
             result = {"error": str(error)}
-        self._store(cell.name, result)
+        self._parts.store(cell.name, result)
         return result
 
     def _cell_runner(self) -> CellRunner:
@@ -110,19 +105,6 @@ class ExchangeBenchmark:
         with tempfile.TemporaryDirectory(prefix="r1ray-faults-") as directory:
             measured = measure_faults(Path(directory), self._base_dir(), self._cell_runner())
         return {"recovery_s": measured}
-
-    def _once(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if not (self._work / f"{name}.json").exists():
-            self._store(name, measure())
-        return self._read(name)
-
-    def _store(self, name: str, result: dict[str, Any]) -> None:
-        partial = self._work / f"{name}.tmp"
-        partial.write_text(json.dumps({"commit": read_commit(), **result}), encoding="utf-8")
-        partial.rename(self._work / f"{name}.json")
-
-    def _read(self, name: str) -> dict[str, Any]:
-        return dict(json.loads((self._work / f"{name}.json").read_text(encoding="utf-8")))
 
     def _base_dir(self) -> Path:
         path = self._work / "base"

@@ -155,7 +155,11 @@ def gap_rows(results: Results) -> list[Row]:
             )
             if arm == "dense":
                 continue
-            gaps = [cell["final_loss"] / base - 1 for cell, base in zip(mine, dense, strict=True)]
+            losses = [cell["final_loss"] for cell in mine]  # null where it was not finite
+            gaps = [
+                math.inf if loss is None else loss / base - 1
+                for loss, base in zip(losses, dense, strict=True)
+            ]
             bar = {"delta4": "<= 0.01", "delta4_async": "<= 0.015"}.get(arm, "<= 0.02")
             rows.append(
                 Row(
@@ -208,7 +212,8 @@ def _crossings(results: Results, arm: str, rate_mbit: int) -> list[Mapping[str, 
         target = _MARGIN * base["final_loss"]
         if base["steps_done"] != base["num_steps"]:
             raise ExchangeError(f"{base['arm']} at {rate_mbit} Mbit/s was capped: no target")
-        points.append(next((item for item in cell["curve"] if item["loss"] <= target), None))
+        finite = (item for item in cell["curve"] if item["loss"] is not None)  # null where not
+        points.append(next((item for item in finite if item["loss"] <= target), None))
     return points
 
 

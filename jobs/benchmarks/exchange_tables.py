@@ -19,7 +19,7 @@ from jobs.benchmarks.exchange_report import (
     steps_to_target,
     times_to_target,
 )
-from r1ray.evaluation.record import Row, render_table
+from r1ray.evaluation.record import Row, describe_run, render_table
 
 __all__ = ["plot_bytes", "plot_losses", "render_arithmetic", "render_cells", "write_report"]
 
@@ -41,11 +41,9 @@ def write_report(
     """Write exchange.md and its plots into `target`; returns the table of the rows."""
     plot_losses(results, target / "exchange_loss.png")
     plot_bytes(results, target / "exchange_bytes.png")
-    table, hardware = render_table(rows), record["hardware"]
+    table = render_table(rows)
     (target / "exchange.md").write_text(
-        f"# Exchange across slow links\n\n`{record['command']}` on {hardware['cores']} cores of "
-        f"{hardware['cpu']} ({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, "
-        f"commits {', '.join(record['commits_of_cells'])}, {record['date']}.\n\n"
+        f"# Exchange across slow links\n\n{describe_run(record)}\n\n"
         "![Loss over time](exchange_loss.png)\n\n![Bytes a step](exchange_bytes.png)\n\n"
         f"{table}\n## Every cell\n\n{render_cells(results)}\n"
         f"## Arithmetic\n\n{render_arithmetic()}\n{_NOTES}",

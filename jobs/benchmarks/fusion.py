@@ -33,7 +33,7 @@ from jobs.benchmarks.parts import StoredParts
 from r1ray.evaluation.record import (
     Row,
     build_record,
-    describe_circumstances,
+    describe_run,
     render_table,
     write_json,
 )
@@ -180,8 +180,7 @@ class FusionBenchmark:
                 Row(f"fusion.smollm2_{name}", 100 * found["accuracy"]["value"], "%")
                 for name, found in self.smollm2()["images"].items()
             ]
-        circumstances = {**describe_circumstances(), "commits_of_parts": self._parts.commits}
-        record = build_record("fusion", command, rows, circumstances)
+        record = build_record("fusion", command, rows, self._parts.circumstances())
         self._target.mkdir(parents=True, exist_ok=True)
         write_json(
             self._target / "fusion.json",
@@ -194,7 +193,7 @@ class FusionBenchmark:
         )
         plot_arms(right, test.kinds, chances, self._target / "fusion.png")
         text = (
-            f"# Fusion of pictures and text\n\n{render_table(rows)}\n"
+            f"# Fusion of pictures and text\n\n{describe_run(record)}\n\n{render_table(rows)}\n"
             f"## By kind of question, % right\n\n{render_kinds(right, test.kinds, chances)}\n"
             f"![arms](fusion.png)\n\n## What was measured\n\n{_render_equality(equality)}{_NOTES}"
         )

@@ -16,7 +16,7 @@ from jobs.benchmarks.peer_environments import run_module
 from r1ray.evaluation.record import (
     Row,
     build_record,
-    describe_circumstances,
+    describe_run,
     render_table,
     write_json,
 )
@@ -52,16 +52,11 @@ class HardwareBenchmark:
     def file_record(self, command: str, target: Path) -> str:
         """Write the record and its table into `target`; returns the table."""
         rows = [*engine_rows(self.engines()), *routing_rows(self.routing())]
-        circumstances = {**describe_circumstances(), "commits_of_parts": self._parts.commits}
         target.mkdir(parents=True, exist_ok=True)
-        write_json(target / "hardware.json", build_record("hardware", command, rows, circumstances))
-        hardware, table = circumstances["hardware"], render_table(rows)
-        text = (
-            f"# Hardware\n\n`{command}` on {hardware['cores']} cores of {hardware['cpu']} "
-            f"({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, commits "
-            f"{', '.join(sorted(set(map(str, self._parts.commits.values()))))}, "
-            f"{circumstances['date']}.\n\n{table}\n{_NOTES}"
-        )
+        record = build_record("hardware", command, rows, self._parts.circumstances())
+        write_json(target / "hardware.json", record)
+        table = render_table(rows)
+        text = f"# Hardware\n\n{describe_run(record)}\n\n{table}\n{_NOTES}"
         (target / "hardware.md").write_text(text, encoding="utf-8")
         return table
 

@@ -21,7 +21,7 @@ from jobs.benchmarks.parts import StoredParts
 from jobs.benchmarks.peer_environments import write_peer_gguf
 from r1ray.data.long_context import TASKS
 from r1ray.data.texts import read_english
-from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
+from r1ray.evaluation.record import build_record, describe_run, render_table, write_json
 from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["LongContextBenchmark"]
@@ -104,18 +104,14 @@ class LongContextBenchmark:
             *reading_rows(reads, self.peers()),
             *quality_rows(quality),
         ]
-        circumstances = {**describe_circumstances(), "commits_of_parts": self._parts.commits}
         _TARGET.mkdir(parents=True, exist_ok=True)
-        record = build_record("long_context", command, rows, circumstances)
+        record = build_record("long_context", command, rows, self._parts.circumstances())
         write_json(_TARGET / "long_context.json", {**record, "peers": self.peers()})
         plot_operator(found, _TARGET / "long_context.png")
-        hardware = circumstances["hardware"]
         table = render_table(rows)
         text = (
-            f"# Long contexts\n\n`{command}` on {hardware['cores']} cores of {hardware['cpu']} "
-            f"({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, commits "
-            f"{', '.join(sorted(set(map(str, self._parts.commits.values()))))}, "
-            f"{circumstances['date']}.\n\n{table}\n![operator](long_context.png)\n\n"
+            f"# Long contexts\n\n{describe_run(record)}\n\n{table}\n"
+            "![operator](long_context.png)\n\n"
             f"{self._render_quality(quality)}{_NOTES}"
         )
         (_TARGET / "long_context.md").write_text(text, encoding="utf-8")

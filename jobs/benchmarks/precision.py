@@ -8,7 +8,7 @@ from jobs.benchmarks.precision_arms import ARMS
 from jobs.benchmarks.precision_failures import FAILURES, run_failure
 from jobs.benchmarks.precision_report import failure_rows, render_failures, step_rows
 from jobs.benchmarks.precision_steps import SHAPES, measure_steps
-from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
+from r1ray.evaluation.record import build_record, describe_run, render_table, write_json
 
 __all__ = ["PrecisionBenchmark"]
 
@@ -44,18 +44,11 @@ class PrecisionBenchmark:
         """Write the record and its tables; returns the tables."""
         steps, failures = self.steps(), self.failures()
         rows = [*step_rows(steps), *failure_rows(failures)]
-        circumstances = {**describe_circumstances(), "commits_of_parts": self._parts.commits}
-        record = build_record("precision", command, rows, circumstances)
+        record = build_record("precision", command, rows, self._parts.circumstances())
         _TARGET.mkdir(parents=True, exist_ok=True)
         write_json(_TARGET / "precision.json", {**record, "provoked_failures": failures})
-        hardware = circumstances["hardware"]
         tables = f"{render_table(rows)}\n## Provoked failures\n\n{render_failures(failures)}"
-        text = (
-            f"# Dynamic mixed precision\n\n`{command}` on {hardware['cores']} cores of "
-            f"{hardware['cpu']} ({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, "
-            f"commits {', '.join(sorted(set(map(str, self._parts.commits.values()))))}, "
-            f"{circumstances['date']}.\n\n{tables}\n{_NOTES}"
-        )
+        text = f"# Dynamic mixed precision\n\n{describe_run(record)}\n\n{tables}\n{_NOTES}"
         (_TARGET / "precision.md").write_text(text, encoding="utf-8")
         return tables
 

@@ -22,7 +22,7 @@ from jobs.benchmarks.serving_report import (
     render_engines,
     serving_rows,
 )
-from r1ray.evaluation.record import build_record, describe_circumstances, render_table, write_json
+from r1ray.evaluation.record import build_record, describe_run, render_table, write_json
 
 __all__ = ["PEERS", "SCENARIOS", "ServingBenchmark"]
 
@@ -113,18 +113,13 @@ class ServingBenchmark:
                 soak=self.soak(),
             ),
         ]
-        circumstances = {**describe_circumstances(), "commits_of_parts": self._parts.commits}
         _TARGET.mkdir(parents=True, exist_ok=True)
-        record = build_record("serving", command, rows, circumstances)
+        record = build_record("serving", command, rows, self._parts.circumstances())
         engines = {"engine": condense(engine), "peers": list(map(condense, peers))}
         write_json(_TARGET / "serving.json", {**record, **engines})
-        hardware = circumstances["hardware"]
         table = render_table(rows)
         text = (
-            f"# Serving\n\n`{command}` on {hardware['cores']} cores of {hardware['cpu']} "
-            f"({', '.join(hardware['flags'])}), {hardware['memory_gib']} GiB, commits "
-            f"{', '.join(sorted(set(map(str, self._parts.commits.values()))))}, "
-            f"{circumstances['date']}.\n\n{table}\n## Engines\n\n"
+            f"# Serving\n\n{describe_run(record)}\n\n{table}\n## Engines\n\n"
             f"{render_engines(engine, peers)}\n{_NOTES}"
         )
         (_TARGET / "serving.md").write_text(text, encoding="utf-8")

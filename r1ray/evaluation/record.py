@@ -21,6 +21,7 @@ __all__ = [
     "build_record",
     "describe_circumstances",
     "describe_hardware",
+    "describe_run",
     "render_table",
     "write_json",
 ]
@@ -88,6 +89,22 @@ def describe_circumstances() -> dict[str, Any]:
         "hardware": describe_hardware(),
         "versions": find_versions(),
     }
+
+
+def describe_run(record: Mapping[str, Any]) -> str:
+    """What a record was measured with, on what, from which code and when: a line of Markdown.
+
+    Args:
+        record: as `build_record` has it, with `commits_of_parts` (part -> commit).
+    """
+    hardware = record["hardware"]
+    flags = ", ".join(hardware["flags"]) or "no vector flags"
+    commits = sorted({str(commit) for commit in record["commits_of_parts"].values()})
+    return (
+        f"`{record['command']}` on {hardware['cores']} cores of {hardware['cpu']} ({flags}; native "
+        f"kernels: {hardware['native_kernels'] or 'none'}), {hardware['memory_gib']} GiB, commits "
+        f"{', '.join(commits)}, {record['date']}."
+    )
 
 
 def render_table(rows: Sequence[Row]) -> str:

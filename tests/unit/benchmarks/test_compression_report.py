@@ -198,7 +198,7 @@ def test_the_page_names_models_kernels_and_commits(tmp_path: Path) -> None:
     record = {
         "command": "python -m jobs.bench_compression",
         "date": "2026-11-26",
-        "commits_of_parts": ["abc"],
+        "commits_of_parts": {"teacher": "abc"},
         "hardware": {
             "cpu": "x",
             "cores": 2,

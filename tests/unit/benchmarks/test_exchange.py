@@ -20,9 +20,10 @@ from jobs.benchmarks.exchange_report import (
 from jobs.benchmarks.exchange_run import summarize
 from jobs.benchmarks.exchange_tables import render_arithmetic, render_cells, write_report
 from jobs.benchmarks.exchange_worker import WorkerResult
+from jobs.benchmarks.parts import StoredParts
 from r1ray.config.training import TrainConfig
-from r1ray.errors import ExchangeError
-from r1ray.evaluation.record import Row
+from r1ray.errors import ArtifactError, ExchangeError
+from r1ray.evaluation.record import Row, build_record
 
 _SPEED = {"ddp_fp32": 1.0, "ddp_bf16": 0.5, "delta4": 0.3, "delta4_async": 0.2, "stream": 0.08}
 
@@ -146,10 +147,10 @@ def test_every_cell_is_in_the_report(results: list[dict[str, Any]], tmp_path: Pa
     grid = [line for line in lines if line.startswith("| grid")]
     assert all("~" not in line for line in grid if "| stream |" in line)
     assert any("~" in line for line in grid if "| delta4 |" in line)
-    record = {"command": "x", "hardware": {"cores": 2, "cpu": "c", "flags": [], "memory_gib": 1}}
-    record |= {"commits_of_cells": ["abc"], "date": "today"}
+    parts = StoredParts(tmp_path / "work")
+    record = build_record("exchange", "x", rows, parts.circumstances())
     write_report(record, rows, results, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in tmp_path.glob("exchange*")} == {
         "exchange.md",
         "exchange_loss.png",
         "exchange_bytes.png",
@@ -194,7 +195,7 @@ def test_cells_are_stored_and_only_what_failed_is_run_again(
     benchmark = _benchmark(tmp_path, runner)
     assert benchmark.run(["smollm2"])
     assert runner.ran == [cells[2].name]
-    with pytest.raises(ExchangeError, match="was not measured"):
+    with pytest.raises(ArtifactError, match="was not measured"):
         benchmark.file_record("x")
     monkeypatch.setitem(ARMS, cells[1].arm, Arm({"type": "dense", "dtype": "bf16"}))
     again = _benchmark(tmp_path, runner)
