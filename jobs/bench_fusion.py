@@ -38,14 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     number, count = map(int, arguments.shard.split("/"))
     from jobs.benchmarks.fusion import FusionBenchmark
 
-    benchmark = FusionBenchmark(
-        arguments.work,
-        device=arguments.device,
-        source=arguments.base,
-        shard=(number, count),
-    )
-
     def measure() -> None:
+        benchmark = FusionBenchmark(
+            arguments.work,
+            device=arguments.device,
+            source=arguments.base,
+            shard=(number, count),
+        )
         for part in arguments.only:
             print(f"bench_fusion: {part}", flush=True)
             getattr(benchmark, part)()

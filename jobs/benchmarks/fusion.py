@@ -26,10 +26,17 @@ from jobs.benchmarks.fusion_arms import (
     pretrain,
     train_arm,
 )
-from jobs.benchmarks.fusion_data import Examples, read_easy_vqa, write_examples, write_texts
+from jobs.benchmarks.fusion_data import (
+    VOCABULARY,
+    Examples,
+    read_easy_vqa,
+    write_examples,
+    write_texts,
+)
 from jobs.benchmarks.fusion_report import difference_rows, plot_arms, render_kinds, result_rows
 from jobs.benchmarks.fusion_smollm2 import run_end_to_end
 from jobs.benchmarks.parts import StoredParts
+from r1ray.errors import ConfigError
 from r1ray.evaluation.record import (
     Row,
     build_record,
@@ -81,6 +88,12 @@ class FusionBenchmark:
         self._size, self._num_seeds, self._shard = size, num_seeds, shard
         self._device = torch.device(device)
         self._sets: dict[str, Examples] = {}
+        wanted = {**dataclasses.asdict(size), "words": len(VOCABULARY), "device": device}
+        if self._parts.once("size", lambda: wanted) != wanted:
+            raise ConfigError(
+                f"{work} has runs of another size or device, which do not go together with these; "
+                "take another folder for --work"
+            )
 
     def equality(self) -> dict[str, dict[str, Any]]:
         """Parameters and work of the arms; raises where they differ by more than they may."""

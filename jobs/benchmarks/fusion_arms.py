@@ -41,6 +41,7 @@ __all__ = [
     "Arm",
     "Regime",
     "RunSize",
+    "answer",
     "build_decoder",
     "fusion_of",
     "judge_texts",
@@ -240,7 +241,7 @@ def train_arm(
     optimizer = _build_optimizer(decoder, learning_rate)
     losses = []
     for step, chosen in enumerate(_draw(len(train), size.batch, size.steps, seed, device)):
-        loss = F.cross_entropy(*_answer(decoder, arm, train, chosen))
+        loss = F.cross_entropy(*answer(decoder, arm, train, chosen))
         _update(optimizer, loss, learning_rate, step, size.steps)
         if step % 50 == 49:
             losses.append(loss.item())
@@ -256,27 +257,25 @@ def _ask(decoder: Decoder, arm: Arm, examples: Examples) -> list[bool]:
     right: list[bool] = []
     numbers = torch.arange(len(examples), device=examples.ids_NT.device)
     for chosen in numbers.split(_EVALUATED_AT_ONCE):
-        logits_PV, labels_P = _answer(decoder, arm, examples, chosen)
+        logits_PV, labels_P = answer(decoder, arm, examples, chosen)
         right += (logits_PV.argmax(-1) == labels_P).tolist()
     return right
 
 
-def _answer(
-    decoder: Decoder, arm: Arm, examples: Examples, chosen: Tensor
-) -> tuple[Tensor, Tensor]:
+def answer(decoder: Decoder, arm: Arm, examples: Examples, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(logits [P, V], right answers [P]), row by row; controls do not see the other half."""
     pixels, ids_BT = examples.pixels_N3SS[chosen], examples.ids_NT[chosen]
     labels_BT = examples.labels_NT[chosen]
     if arm == "question_only":
         pixels = torch.full_like(pixels, 128)
     is_answered_BT = labels_BT != IGNORED
-    labels_P = labels_BT[is_answered_BT]
-    if arm == "image_only":
+    if arm == "image_only":  # without words there is one answer: to the question of the test
+        is_answered_BT &= is_answered_BT.cumsum(1) == 1
         ids_BT = torch.zeros_like(ids_BT)
     hidden_BTD = _hidden(decoder, pixels, ids_BT)
     if arm == "image_only":  # nor where a question ends, which says how long it is
         hidden_BTD = hidden_BTD[:, :1].expand_as(hidden_BTD)
-    return decoder.lm_head(hidden_BTD[is_answered_BT]), labels_P
+    return decoder.lm_head(hidden_BTD[is_answered_BT]), labels_BT[is_answered_BT]
 
 
 def _draw(

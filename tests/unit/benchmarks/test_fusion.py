@@ -18,6 +18,7 @@ from jobs.benchmarks.fusion_arms import (
     MAX_PARAMETER_SPREAD,
     REGIMES,
     RunSize,
+    answer,
     build_decoder,
     measure_arms,
     pretrain,
@@ -63,20 +64,38 @@ def test_examples_end_in_their_answers() -> None:
     assert (one.pixels_N3SS == more.pixels_N3SS).all()
 
 
-@pytest.mark.parametrize(("arm", "hidden"), [("question_only", "image"), ("image_only", "words")])
-def test_controls_do_not_see_the_other_half(arm: Any, hidden: str) -> None:
-    train, test = write_examples(20, 7), write_examples(20, 100)
-    changed = dataclasses.replace(test, pixels_N3SS=test.pixels_N3SS.flip(0))
-    if hidden == "words":
-        other = test.ids_NT.roll(5, 0)  # of the same kind, with its own answer
-        changed = dataclasses.replace(test, ids_NT=other)
+@pytest.mark.parametrize(
+    ("arm", "without_image", "without_words"),
+    [("early", False, False), ("question_only", True, False), ("image_only", False, True)],
+)
+def test_controls_do_not_see_the_other_half(
+    arm: Any, without_image: bool, without_words: bool
+) -> None:
+    examples, chosen = write_examples(20, 100), torch.arange(20)
+    other_image = dataclasses.replace(examples, pixels_N3SS=examples.pixels_N3SS.flip(0))
+    ids_NT = examples.ids_NT.roll(1, 0)
+    other_words = dataclasses.replace(examples, ids_NT=ids_NT)
+    decoder = build_decoder(0)
+    train_arm(arm, "trained", 1e-3, 0, TINY, decoder, examples, {})
 
-    found = [
-        train_arm(arm, "trained", 1e-3, 0, TINY, build_decoder(0), train, {"test": asked})
-        for asked in (test, changed)
-    ]
+    with torch.no_grad():
+        seen, image, words = (
+            answer(decoder, arm, asked, chosen)[0] for asked in (examples, other_image, other_words)
+        )
 
-    assert found[0]["right"] == found[1]["right"]
+    assert torch.equal(seen, image) is without_image
+    assert torch.equal(seen, words) is without_words
+
+
+def test_without_words_there_is_one_answer() -> None:
+    examples, chosen = write_examples(20, 7, questions=4), torch.arange(20)
+    decoder = build_decoder(0)
+    train_arm("image_only", "trained", 1e-3, 0, TINY, decoder, examples, {})
+
+    _, labels_P = answer(decoder, "image_only", examples, chosen)
+
+    _, first_P = answer(decoder, "image_only", write_examples(20, 7), chosen)
+    assert torch.equal(labels_P, first_P)
 
 
 def test_a_frozen_decoder_stays_as_it_was() -> None:
