@@ -273,13 +273,19 @@ class MidFusion(MarkedFusion):
         )
         self._numbers = {name: number for number, name in enumerate(self.crossings)}
 
-    def digest(self, features_IPE: Tensor) -> Tensor:
-        parts = [
-            crossing.get_submodule(name)(features_IPE)
+    def list_products(self) -> tuple[nn.Module, ...]:
+        return *super().list_products(), *self._list_readers()
+
+    def _list_readers(self) -> list[nn.Module]:
+        """What makes keys and values, which no crossing calls: k and v of the first, and so on."""
+        return [
+            crossing.get_submodule(name)
             for crossing in self.crossings.values()
             for name in ("k_proj", "v_proj")
         ]
-        return torch.cat(parts, -1)
+
+    def digest(self, features_IPE: Tensor) -> Tensor:
+        return torch.cat([project(features_IPE) for project in self._list_readers()], -1)
 
     def before_layer(self, layer: int, x_BTD: Tensor, view: ImageView) -> Tensor:
         number = self._numbers.get(str(layer))

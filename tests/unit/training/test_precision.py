@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from r1ray.config.exchange import StreamExchangeConfig
+from r1ray.config.fusion import FusionType
 from r1ray.config.training import TrainConfig
 from r1ray.errors import DivergenceError
 from r1ray.exchange import LocalTransport, StepOutcome, StepTotals, build_exchange
 from r1ray.exchange.dense import DenseExchange
+from r1ray.models.fusion import RowImages
 from r1ray.training.loss import summed_loss
 from r1ray.training.precision import Precision, agree_precision, resolve_precision
 from r1ray.training.range_controller import RangeController
@@ -19,6 +21,7 @@ from r1ray.training.range_meter import split_groups
 from r1ray.training.step import TrainState
 from tests.fakes import tiny_model
 from tests.unit.exchange.threads import run_workers
+from tests.unit.models.test_fusion import TYPES, build_model, build_row, random_pixels
 from tests.unit.training.batches import random_batch, split
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -169,6 +172,29 @@ def test_only_promoted_groups_multiply_in_float32(precision: str, tie_embeddings
     assert _dtypes_of_products(state, {first}) == [torch.float32, low, low]
     assert _dtypes_of_products(state, {first + 1, first + 2}) == [low, *[torch.float32] * 2]
     assert _dtypes_of_products(state, set()) == [low, low, low]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("is_promoted", [False, True])
+def test_what_sees_images_multiplies_in_float32_once_it_is_promoted(
+    kind: FusionType, is_promoted: bool
+) -> None:
+    model = build_model(kind)
+    assert model.fusion is not None
+    precision = Precision(model, _config("bf16"), LocalTransport())
+    if is_promoted:
+        precision._policy.promoted = frozenset({0})
+    ids_T, places = build_row(model, 3, 5)
+    products = [module for module in model.fusion.modules() if isinstance(module, nn.Linear)]
+    seen: list[torch.dtype] = []
+    for module in products:
+        module.register_forward_hook(lambda *arguments: seen.append(arguments[2].dtype))
+
+    with precision.autocast():
+        images = model.fusion.look(RowImages(random_pixels(1), (0,), tuple(places)), 1)
+        model(ids_T[None], images=images).sum().backward()
+
+    assert seen == [torch.float32 if is_promoted else torch.bfloat16] * len(products)
 
 
 def test_a_forward_that_fails_leaves_autocast_as_it_was() -> None:
