@@ -176,7 +176,7 @@ class ArtifactStore:
         run_id = compute_run_id(stage, config, inputs)
         existing = self.find(stage, run_id)
         if existing is None:
-            with self._lock(stage, run_id):
+            with self.lock(stage, run_id):
                 existing = self.find(stage, run_id)  # another process may have been quicker
                 if existing is None:
                     with self._work_dir(stage, run_id, keep) as work_dir:
@@ -247,8 +247,11 @@ class ArtifactStore:
             self._fs.move(f"{target}.tmp", target)
 
     @contextmanager
-    def _lock(self, stage: str, run_id: str) -> Iterator[None]:
+    def lock(self, stage: str, run_id: str) -> Iterator[None]:
         """Hold the run's advisory lock, which the kernel drops when the process ends.
+
+        Raises:
+            ArtifactError: another process holds it.
 
         The lock file stays: removing it would let two processes hold locks on different files of
         the same name. Remote roots have no lock.

@@ -2,7 +2,7 @@
 
 1. The sources of the configuration are learned in phases (`r1ray.pipeline`) that begin with the
    published model's float weights and its memory. A model that was trained without `continual` has
-   none: its reservoir is drawn from its BatchSet.
+   none: its reservoir is drawn from its BatchSets.
 2. The quantized result and the published model answer the same held-out problems.
 3. Where a family lost more than `update.max_forgetting_points`, nothing is published. Else the link
    that servers follow is replaced.
@@ -20,10 +20,11 @@ from typing import Any
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.config.schema import BaseConfig, PipelineConfig, identity
 from r1ray.data.reservoir import Reservoir, read_samples
-from r1ray.errors import ConfigError, ForgettingError
+from r1ray.errors import ArtifactError, ConfigError, ForgettingError
 from r1ray.evaluation.forgetting import find_forgotten, measure_changes, render_changes
 from r1ray.evaluation.record import write_json
 from r1ray.manifest import compute_run_id
+from r1ray.models.fusion_file import read_fusion
 from r1ray.models.memory import RESERVOIR_NAME, memory_path
 from r1ray.observability.progress import StageProgress
 from r1ray.pipeline import Pipeline, describe_sources
@@ -54,11 +55,22 @@ def run_update(config: PipelineConfig) -> UpdateOutcome:
 
     Raises:
         ForgettingError: the new model forgets too much, and is not published.
-        ConfigError, ArtifactError: there is nothing to update, or not in this way.
+        ConfigError, ArtifactError: there is nothing to update, or not in this way; or another
+            update of the run is under way, or something else was published meanwhile.
     """
     _check(config)
     store = ArtifactStore(config.run.root, config.run.name)
+    with store.lock(JUDGE, "update"):
+        return _update(config, store)
+
+
+def _update(config: PipelineConfig, store: ArtifactStore) -> UpdateOutcome:
     published = find_published(store)
+    if read_fusion(published.trained.local_dir) is not None:
+        raise ConfigError(
+            "the published model sees images, which an update neither replays nor asks about; "
+            "train it anew on all data with `python -m jobs.pipeline`"
+        )
     learns = _identify(config)
     if (judged := _find_made(store, published, learns)) is not None:
         return UpdateOutcome(published.served.manifest.run_id, judged, is_new=False)
@@ -71,6 +83,11 @@ def run_update(config: PipelineConfig) -> UpdateOutcome:
     judged = _judge(pipeline, published, new, taught, learns)
     if judged.manifest.metrics["forgotten"]:
         raise ForgettingError(_explain(config, judged))
+    if find_published(store).served.digest != published.served.digest:
+        raise ArtifactError(
+            f"{store.path}/{LINK} leads to another model since this update began, and the new "
+            "model was not compared with that one; start the update again"
+        )
     store.link(LINK, new)
     logger.info("published %s in place of %s", new.location, published.served.location)
     return UpdateOutcome(new.manifest.run_id, judged, is_new=True)
@@ -122,13 +139,23 @@ def _find_taught(store: ArtifactStore, published: Published) -> set[str]:
         if judged.manifest.inputs["new"] == published.served.digest:
             return set(judged.manifest.metrics["taught"])
     taught = set[str]()
-    by_digest = {item.digest: item.manifest for item in store.find_all("prepare")}
-    wanted: str | None = published.trained.manifest.inputs["prepare"]
-    while wanted is not None and (manifest := by_digest.get(wanted)) is not None:
-        sections = (manifest.config["PrepareConfig"], manifest.config["TasksConfig"])
-        taught |= _list_families(*sections)
-        wanted = manifest.inputs.get("prepare")
+    for item in _list_prepared(store, published.trained):
+        config = item.manifest.config
+        taught |= _list_families(config["PrepareConfig"], config["TasksConfig"])
     return taught
+
+
+def _list_prepared(store: ArtifactStore, trained: Artifact) -> list[Artifact]:
+    """The BatchSets that a model was trained on, phase by phase, without those that are gone."""
+    phases = {item.digest: item for item in store.find_all("train")}
+    prepared = {item.digest: item for item in store.find_all("prepare")}
+    found: list[Artifact] = []
+    phase: Artifact | None = trained
+    while phase is not None:
+        inputs = phase.manifest.inputs
+        found += [prepared[inputs["prepare"]]] if inputs["prepare"] in prepared else []
+        phase = phases.get(inputs.get("train", ""))
+    return found[::-1]
 
 
 def _find_memory(
@@ -138,22 +165,22 @@ def _find_memory(
     replay = None if config.continual is None else config.continual.replay
     if replay is None or memory_path(published.trained.local_dir, RESERVOIR_NAME).is_file():
         return None
-    digest = published.trained.manifest.inputs["prepare"]
-    found = [item for item in store.find_all("prepare") if item.digest == digest]
-    if not found:
+    prepared, seed = _list_prepared(store, published.trained), config.run.seed
+    if not prepared:
         logger.warning("the published model's BatchSet is gone; nothing of it can be replayed")
         return None
-    prepared, seed = found[0], config.run.seed
 
     def body(out_dir: Path) -> dict[str, Any]:
         reservoir = Reservoir(replay.reservoir_rows, seed=seed)
-        for samples in read_samples(prepared.local_dir):
-            reservoir.add(samples)
+        for item in prepared:
+            for samples in read_samples(item.local_dir):
+                reservoir.add(samples)
         reservoir.save(out_dir)
         return {"num_seen": reservoir.num_seen}
 
     values = {"reservoir_rows": replay.reservoir_rows, "seed": seed}
-    return store.run("memory", values, {"prepare": digest}, body)
+    inputs = {f"prepare {number}": item.digest for number, item in enumerate(prepared, 1)}
+    return store.run("memory", values, inputs, body)
 
 
 def _list_families(prepare: Mapping[str, Any], tasks: Mapping[str, Any]) -> set[str]:

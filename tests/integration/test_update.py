@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from r1ray import updates
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.compression.export import export_model
 from r1ray.config import PipelineConfig, load_config
@@ -18,8 +20,8 @@ from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.memory import FISHER_NAME, RESERVOIR_NAME, memory_path
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.pipeline import Pipeline
-from r1ray.publication import LINK, find_published, has_replaced
-from r1ray.updates import run_update
+from r1ray.publication import LINK, Published, find_published, has_replaced
+from r1ray.updates import _find_memory, run_update
 from tests.fakes import EOS_ID, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -201,6 +203,61 @@ def test_all_phases_are_prepared_before_any_is_trained(root: Path, replay: str) 
     phases = [alone._prepare(phase) for phase in range(alone.num_phases)]
     counts = [item.manifest.metrics["num_samples"] for item in phases]
     assert (counts, phases[-1].digest) == ([20, 30], last.digest)
+
+
+def test_phases_without_replay_are_all_remembered_as_taught(root: Path) -> None:
+    config = _configure(
+        root,
+        "run.name=taught",
+        "prepare.sources=[{type: tasks, num_samples: 20, families: [gcd]}, "
+        "{type: tasks, num_samples: 30, families: [spell_backward]}]",
+        "continual={replay: null}",
+        "train.num_steps=3",
+    )
+    Pipeline(config).compress()
+
+    with pytest.raises(ConfigError, match="was taught gcd, which tasks"):
+        run_update(_configure(root, "run.name=taught", "continual={}", f"tasks.families=[{SPELL}]"))
+    store = ArtifactStore(str(root), "taught")
+    memory = _find_memory(
+        store, find_published(store), _configure(root, "run.name=taught", "continual={}")
+    )
+    assert memory is not None
+    assert memory.manifest.metrics["num_seen"] == 20 + 30
+
+
+def test_one_update_at_a_time(root: Path) -> None:
+    store = ArtifactStore(str(root), "tiny")
+
+    with store.lock("judge", "update"), pytest.raises(ArtifactError, match="another process"):
+        run_update(_configure(root, "continual={}"))
+
+
+def test_what_was_published_meanwhile_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ArtifactStore(str(root), "tiny")
+    before = find_published(store)
+    other = store.run("compress", {"other": 1}, {"train": before.trained.digest}, _copy(before))
+
+    def judge(*_: Any) -> Artifact:
+        store.link(LINK, other)
+        return other
+
+    monkeypatch.setattr(updates, "_judge", judge)
+    monkeypatch.setitem(other.manifest.metrics, "forgotten", [])
+    with pytest.raises(ArtifactError, match="leads to another model since this update began"):
+        run_update(_configure(root, "continual={replay: null}", "train.num_steps=3"))
+
+    assert find_published(store).served.digest == other.digest
+    store.link(LINK, before.served)
+
+
+def _copy(published: Published) -> Callable[[Path], dict[str, Any]]:
+    def body(out_dir: Path) -> dict[str, Any]:
+        shutil.copytree(published.served.local_dir, out_dir, dirs_exist_ok=True)
+        (out_dir / "note.txt").write_text("another one")
+        return {}
+
+    return body
 
 
 def test_what_cannot_be_an_update_is_refused_before_anything_runs(root: Path) -> None:
