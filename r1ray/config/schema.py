@@ -222,6 +222,7 @@ class PipelineConfig:
     @property
     def unfit_for_fusion(self) -> list[str]:
         """What is chosen here that models which see images cannot do."""
+        groups = list_groups(self.serve).values()
         chosen = {
             "student": self.student is not None,
             "distill": self.distill is not None,
@@ -229,9 +230,19 @@ class PipelineConfig:
             "train.resources.tiers": self.train.resources.tiers is not None,
             "compress.scheme: codebook4": self.compress.scheme == "codebook4",
             "compress.exports": bool(self.compress.exports),
-            "serve.budget_mib": self.serve.budget_mib is not None,
+            "budget_mib in serve": any(group.budget_mib for group in groups),
+            "backend openvino in serve": any(group.backend == "openvino" for group in groups),
         }
         return [name for name, is_chosen in chosen.items() if is_chosen]
+
+    @model_validator(mode="after")
+    def _a_frozen_decoder_sees_images(self) -> "PipelineConfig":
+        if self.train.freeze_decoder and not self.prepare.has_images:
+            raise ValueError(
+                "train.freeze_decoder trains what sees images alone, and prepare.sources has none; "
+                "add a source of type images, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fusion_goes_with(self) -> "PipelineConfig":

@@ -17,7 +17,13 @@ from pyarrow import fs
 from r1ray.config.images import ImageLimits
 from r1ray.config.prepare import ImageSourceConfig
 from r1ray.data.schemas import COLUMNS
-from r1ray.data.sources import check_row, rows_to_table
+from r1ray.data.sources import (
+    MAX_ROW_BYTES,
+    check_row,
+    read_values,
+    rows_to_table,
+    text_bytes,
+)
 from r1ray.errors import ArtifactError, ImageError
 from r1ray.models.images import read_image, write_png
 
@@ -50,8 +56,9 @@ def read_image_file(path: str, source: ImageSourceConfig, size: int) -> Iterator
             number = 0
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=wanted):
                 rows = []
-                for row in batch.to_pylist():
-                    rows.append({"source": path, "row": number, **_check(row, source, size)})
+                for row, error, shown in read_values(batch):
+                    checked = check_row(row, error, shown) if error else _check(row, source, size)
+                    rows.append({"source": path, "row": number, **checked})
                     number += 1
                 yield rows_to_table(rows)
     except (OSError, pa.ArrowException) as error:
@@ -70,6 +77,8 @@ def _check(row: dict[str, Any], source: ImageSourceConfig, size: int) -> dict[st
         ]
     except ImageError as problem:
         error = str(problem)
+    if text_bytes(row) > MAX_ROW_BYTES:
+        error = f"row is longer than {MAX_ROW_BYTES} bytes"
     checked = check_row(row, error, row)
     return checked if checked.get("error") else {**checked, "images": images}
 

@@ -29,12 +29,15 @@ from r1ray.data.schemas import COLUMNS, RowError, normalize_row
 from r1ray.errors import ArtifactError, ConfigError
 
 __all__ = [
+    "MAX_ROW_BYTES",
     "ROW_SCHEMA",
     "check_row",
     "describe_files",
     "list_files",
     "read_file",
+    "read_values",
     "rows_to_table",
+    "text_bytes",
 ]
 
 ROW_SCHEMA = pa.schema(
@@ -278,14 +281,15 @@ def _plan_batch_rows(group: Any, wanted: Sequence[str]) -> int:
 
 def _read_batch(batch: pa.RecordBatch) -> Iterator[_Read]:
     may_be_long = batch.nbytes > MAX_ROW_BYTES  # no row is longer than all of them
-    for value, error, shown in _batch_values(batch):
-        if may_be_long and error is None and _text_bytes(value) > MAX_ROW_BYTES:
+    for value, error, shown in read_values(batch):
+        if may_be_long and error is None and text_bytes(value) > MAX_ROW_BYTES:
             yield None, f"row is longer than {MAX_ROW_BYTES} bytes", shown
         else:
             yield value, error, shown
 
 
-def _batch_values(batch: pa.RecordBatch) -> Iterator[_Read]:
+def read_values(batch: pa.RecordBatch) -> Iterator[_Read]:
+    """The rows of `batch`: (value, reason why there is none, what an excerpt is made of)."""
     try:
         values = batch.to_pylist()
     except Exception:  # some row has no Python form; the others are found one by one
@@ -304,11 +308,12 @@ def _batch_values(batch: pa.RecordBatch) -> Iterator[_Read]:
             yield value, None, value
 
 
-def _text_bytes(value: Any) -> int:
+def text_bytes(value: Any) -> int:
+    """Of all texts in `value`, in UTF-8."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, dict):
-        return sum(map(_text_bytes, value.values()))
+        return sum(map(text_bytes, value.values()))
     if isinstance(value, list | tuple):
-        return sum(map(_text_bytes, value))
+        return sum(map(text_bytes, value))
     return len(value) if isinstance(value, bytes) else 0

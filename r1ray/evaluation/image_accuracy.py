@@ -65,7 +65,7 @@ def read_image_questions(config: ImageQuestionsConfig) -> list[ImageQuestion]:
                     raise ArtifactError(f"{path}: a row has no text as its question or answer")
                 kind = str(row.get("kind") or "all")
                 questions.append(ImageQuestion(tuple(images), asked, answer, kind))
-        except (ImageError, OSError, pa.ArrowException) as error:
+        except (ImageError, OSError, UnicodeDecodeError, pa.ArrowException) as error:
             raise ArtifactError(f"{path}: cannot be evaluated on ({error})") from error
     return questions
 

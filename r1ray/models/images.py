@@ -39,7 +39,7 @@ def read_image(data: bytes, size: int, limits: ImageLimits) -> NDArray[np.uint8]
             width, height = image.size
             if width * height > limits.max_pixels:
                 raise _too_large(f"{width} x {height}", limits)
-            fitted = _fit(ImageOps.exif_transpose(image).convert("RGBA"), size)
+            fitted = _fit(_to_rgba(ImageOps.exif_transpose(image)), size)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -50,6 +50,12 @@ def read_image(data: bytes, size: int, limits: ImageLimits) -> NDArray[np.uint8]
             f"the image cannot be read as one of {formats} ({type(error).__name__}: {error})"
         ) from error
     return np.ascontiguousarray(np.asarray(fitted, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # gray of 16 bits, which Pillow would clip to 8
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGBA")
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:

@@ -18,6 +18,7 @@ from r1ray.errors import ArtifactError, ConfigError
 from r1ray.models.checkpoint import assign_weights, list_shards, read_scheme
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
+from r1ray.models.fusion_file import read_fusion
 from r1ray.models.gates import load_gates
 from r1ray.models.mapped import MappedTensors
 from r1ray.models.quantization import fake_quantize_modules, quantize_modules, tie_head
@@ -58,10 +59,12 @@ def load_to_serve(path: str | Path, *, budget_bytes: int, reserved_bytes: int = 
     Args:
         reserved_bytes: of the budget, for what else is to be kept, such as a KV cache.
     Raises:
-        ArtifactError: as `load_model`; also for weights that have to be decoded first.
+        ArtifactError: as `load_model`; also for weights that have to be decoded first, and models
+            that see images.
         BudgetError: the largest parts of the model do not fit; in a forward, the budget is spent.
     """
     path = Path(path)
+    _check_reads_text(path)
     budget = Budget(budget_bytes)
     scheme = read_scheme(path)
     if scheme not in (None, "w8a8"):
@@ -98,6 +101,7 @@ def load_to_train(
         ConfigError: `directory` is in memory.
     """
     path = Path(path)
+    _check_reads_text(path)
     check_is_on_disk(str(directory or tempfile.gettempdir()))
     budget = Budget(budget_bytes)
     if (scheme := read_scheme(path)) is not None:
@@ -143,6 +147,13 @@ def move_to_device(model: Decoder, device: torch.device, *, budget_bytes: int) -
     stream_units(model, static, DeviceTier({unit: units[unit] for unit in static}, device))
     logger.info("%s", placement.describe())
     return placement
+
+
+def _check_reads_text(path: Path) -> None:
+    if read_fusion(path) is not None:
+        raise ArtifactError(
+            f"{path}: sees images, and such a model is not streamed; leave the budget out"
+        )
 
 
 def check_is_on_disk(directory: str) -> None:

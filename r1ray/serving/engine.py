@@ -24,6 +24,7 @@ from prometheus_client.metrics_core import Metric
 from r1ray.errors import ServingError, ShapeError
 from r1ray.models.generation import BatchGenerator
 from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
+from r1ray.models.speed import Speed, SpeedMeter
 from r1ray.serving.engine_metrics import EngineMetrics
 from r1ray.serving.submission import Delivery, Submission, drain, put_all
 
@@ -56,6 +57,7 @@ class Engine:
         max_concurrency: requests decoded together.
         max_queued_requests: further requests that may wait.
         timeout_s: how long a request may take; looked at between steps.
+        meter: of the generators' steps.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Engine:
         max_concurrency: int,
         max_queued_requests: int,
         timeout_s: float = math.inf,
+        meter: SpeedMeter | None = None,
     ) -> None:
+        self._meter = meter
         self._build_generator = build_generator
         self._max_concurrency = max_concurrency
         self._max_queued_requests = max_queued_requests
@@ -99,6 +103,11 @@ class Engine:
     def stats(self) -> GeneratorStats:
         """As of the latest step."""
         return self._stats
+
+    @property
+    def speed(self) -> Speed | None:
+        """As measured by now; None where it is not."""
+        return None if self._meter is None else self._meter.speed
 
     def metrics(self) -> list[Metric]:
         """For Prometheus, as of the latest step."""

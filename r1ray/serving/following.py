@@ -5,8 +5,8 @@
 2. Where it has changed, the new model is loaded beside the old one, which goes on answering.
 3. New requests go to the new engine; the old one is closed when its last answer has ended. Nothing
    is restarted, and nobody waits.
-4. A model that cannot be loaded, or whose tokens are not those of the served one, is reported once;
-   the old one stays.
+4. A model that cannot be loaded, or whose tokens or images are not those of the served one, is
+   reported once; the old one stays.
 
 Price: both models' weights, and both caches, from loading until the last old answer has ended; a
 further version waits until then.
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from r1ray.errors import ConfigError
+from r1ray.models.fusion_file import read_fusion
 from r1ray.models.tokenizer import TOKENIZER_FILES
 from r1ray.serving.engine import Engine
 
@@ -95,7 +96,7 @@ class EngineFollower:
             return
         self._refused = target  # until it is served
         try:
-            _check_same_tokens(self._target, target)
+            _check_same_requests(self._target, target)
             engine = self._build(target)
         except Exception:  # whatever is wrong with it, the old one answers
             logger.exception("%s cannot be served; %s stays", target, self._target)
@@ -133,8 +134,8 @@ class EngineFollower:
                 logger.exception("looking at %s failed", self._path)
 
 
-def _check_same_tokens(old: str, new: str) -> None:
-    """Requests are tokenized by whoever read the old directory."""
+def _check_same_requests(old: str, new: str) -> None:
+    """Requests are tokenized, and their images fitted, by whoever read the old directory."""
     for name in TOKENIZER_FILES:
         before, after = (
             file.read_bytes() if (file := Path(path) / name).is_file() else None
@@ -142,3 +143,5 @@ def _check_same_tokens(old: str, new: str) -> None:
         )
         if before != after:
             raise ConfigError(f"its {name} is not that of the served model; restart the server")
+    if read_fusion(old) != read_fusion(new):
+        raise ConfigError("it sees images in another way than the served model; restart the server")

@@ -77,13 +77,11 @@ def compile_forms(model_dir: str) -> FormCompiler:
     return FormCompiler(tokenizer, vocab_size=config.vocab_size, stop_token_ids=stops)
 
 
-def build_engine(
-    model_dir: str, config: EngineConfig, *, meter: SpeedMeter | None = None
-) -> Engine:
+def build_engine(model_dir: str, config: EngineConfig, *, is_measured: bool = False) -> Engine:
     """An engine over the model in `model_dir`, on the device that `config` names.
 
     Args:
-        meter: notes how fast it is: first with prompts that are made up, for two seconds.
+        is_measured: note how fast it is: first with prompts that are made up, for two seconds.
     Raises:
         ConfigError: contexts are longer than the model's, memory is too small for one, or the
             device is not there.
@@ -92,6 +90,7 @@ def build_engine(
     lengths = AnswerLengths(read_answer_lengths(model_dir))
     backend, forms = load_backend(model_dir, config), compile_forms(model_dir)
     num_pages = plan_pages(config, backend.page_bytes)
+    meter = SpeedMeter() if is_measured else None
 
     def build(lengths: AnswerLengths | None) -> BatchGenerator:
         return BatchGenerator(
@@ -118,6 +117,7 @@ def build_engine(
         max_concurrency=config.max_concurrency,
         max_queued_requests=config.max_queued_requests,
         timeout_s=config.timeout_s,
+        meter=meter,
     )
 
 
@@ -135,16 +135,15 @@ class ModelReplica:
         sys.setswitchinterval(SWITCH_S)
         num_threads = max(1, int(args.num_cpus_per_replica))
         torch.set_num_threads(num_threads)
-        # Who has no choice needs no measurement.
-        self._meter = meter = None if group is None else SpeedMeter()
+        is_measured = group is not None  # who has no choice needs no measurement
         self._follower = EngineFollower(
-            args.model_dir, lambda path: build_engine(path, args, meter=meter)
+            args.model_dir, lambda path: build_engine(path, args, is_measured=is_measured)
         )
         logger.info(
             "%s is loaded; %d torch threads; %s", args.model_dir, num_threads, native.describe()
         )
-        if self._meter is not None:
-            logger.info("group %s measures %s", group, self._meter.speed)
+        if is_measured:
+            logger.info("group %s measures %s", group, self._follower.engine.speed)
 
     async def generate(
         self, request: GenerationRequest
@@ -185,7 +184,7 @@ class ModelReplica:
 
     async def read_speed(self) -> Speed | None:
         """What it has measured by now; None where it was not asked to."""
-        return None if self._meter is None else self._meter.speed
+        return self._follower.engine.speed
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, for `r1ray.serving.scaling`."""

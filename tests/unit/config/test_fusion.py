@@ -38,12 +38,20 @@ def test_a_fusion_that_there_cannot_be_is_refused(override: str, message: str) -
         ("distill={teacher: x}", "distill"),
         ("compress.scheme=codebook4", "compress.scheme: codebook4"),
         ("compress.exports=[gguf]", "compress.exports"),
-        ("serve.budget_mib=64", "serve.budget_mib"),
+        ("serve.budget_mib=64", "budget_mib in serve"),
+        ("serve.groups=[{name: a, budget_mib: 64}]", "budget_mib in serve"),
+        ("serve.backend=openvino", "backend openvino in serve"),
+        ("serve.groups=[{name: a}, {name: b, backend: openvino}]", "backend openvino in serve"),
     ],
 )
 def test_what_a_fusion_does_not_go_with_is_named(override: str, name: str) -> None:
     with pytest.raises(ConfigError, match=f"base.fusion does not go with {name}"):
         load_config("jobs/configs/tiny.yaml", [FUSION, "train.fake_quant=null", override])
+
+
+def test_a_frozen_decoder_wants_images_to_learn_from() -> None:
+    with pytest.raises(ConfigError, match="prepare.sources has none"):
+        load_config("jobs/configs/tiny.yaml", [FUSION, "train.freeze_decoder=true"])
 
 
 def test_sources_say_whether_they_have_images() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from r1ray.config.images import ImageLimits
 from r1ray.config.prepare import ImageSourceConfig
+from r1ray.data import image_rows
 from r1ray.data.image_rows import read_image_file
 from r1ray.data.scene_files import write_scenes
 from r1ray.data.schemas import Conversation, RowError
@@ -78,6 +79,33 @@ def test_bad_images_and_bad_texts_are_quarantined_with_their_numbers(tmp_path: P
     for row, reason in zip(found[1:], reasons, strict=True):
         assert reason in row["error"]
         assert row["images"] is None
+
+
+def test_a_text_that_is_not_utf8_costs_its_own_row_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    questions = pa.array([b"what?", b"\xff\xfe", b"where?"], pa.binary()).view(pa.string())
+    columns = {"image": [png()] * 3, "question": questions, "answer": ["red"] * 3}
+    pq.write_table(pa.table(columns), path)
+
+    found = read(path)
+
+    assert [row["error"] is None for row in found] == [True, False, True]
+    assert "not UTF-8" in found[1]["error"]
+
+
+def test_images_do_not_count_as_the_text_of_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_rows, "MAX_ROW_BYTES", 50)
+    path = tmp_path / "rows.parquet"
+    questions = ["what?", "what" * 20 + "?"]
+    rows = [{"image": png(), "question": question, "answer": "red"} for question in questions]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+    short, long = read(path)
+
+    assert short["error"] is None
+    assert long["error"] == "row is longer than 50 bytes"
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -55,6 +55,14 @@ def test_proportions_are_kept_and_the_rest_is_gray() -> None:
     assert (pixels[:, 12:] == 128).all()
 
 
+def test_gray_of_16_bits_is_scaled_and_not_clipped() -> None:
+    levels = np.repeat(np.array([[0, 20_000, 40_000, 65_535]], np.uint16), 4, axis=0)
+
+    pixels = read_image(encode(Image.fromarray(levels)), 4, LIMITS)
+
+    assert pixels[0, 0].tolist() == [0, 20_000 >> 8, 40_000 >> 8, 255]
+
+
 def test_transparency_shows_gray() -> None:
     clear = Image.new("RGBA", (16, 16), (250, 0, 0, 0))
 

@@ -1,13 +1,16 @@
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 
 import pytest
 import torch
 
+from r1ray.config.fusion import FusionConfig
 from r1ray.errors import ArtifactError, BudgetError, ConfigError
 from r1ray.models import Decoder, load_model, save_model
 from r1ray.models.config import Family
+from r1ray.models.fusion_file import attach_fusion
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.streaming import list_units, stream_units
@@ -181,6 +184,16 @@ def test_weights_that_have_to_be_decoded_are_refused(tmp_path: Path) -> None:
         load_to_serve(path, budget_bytes=64 * MIB)
     with pytest.raises(ArtifactError, match="training starts from a float model"):
         load_to_train(path, None, budget_bytes=64 * MIB)
+
+
+def test_a_model_that_sees_images_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    attach_fusion(model, FusionConfig(type="late", image_size=16, patch_size=8))
+    save_model(model, tmp_path)
+
+    for load in (load_to_serve, functools.partial(load_to_train, directory=None)):
+        with pytest.raises(ArtifactError, match="sees images"):
+            load(tmp_path, budget_bytes=1 << 30)
 
 
 def test_a_damaged_model_is_named_as_by_load_model(tmp_path: Path) -> None:

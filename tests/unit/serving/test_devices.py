@@ -14,7 +14,6 @@ from r1ray.models.backend import DecoderBackend
 from r1ray.models.grammar import regex_form
 from r1ray.models.openvino import OpenVinoBackend
 from r1ray.models.requests import GenerationRequest
-from r1ray.models.speed import SpeedMeter
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.serving.devices import load_backend
 from r1ray.serving.replica import build_engine
@@ -88,11 +87,10 @@ def test_openvino_keeps_to_forms(model_dir: str) -> None:
 
 
 def test_an_engine_is_measured_before_it_answers(model_dir: str) -> None:
-    meter = SpeedMeter()
-    engine = build_engine(model_dir, config(max_concurrency=2), meter=meter)
+    engine = build_engine(model_dir, config(max_concurrency=2), is_measured=True)
     try:
-        assert meter.speed is not None
-        assert [number for number, _ in meter.speed.step_s] == [1, 2]
+        assert engine.speed is not None
+        assert [number for number, _ in engine.speed.step_s] == [1, 2]
         assert engine.stats.num_prompt_tokens == 0  # what was made up does not count
     finally:
         engine.close()

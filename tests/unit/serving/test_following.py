@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from r1ray.config.fusion import FusionConfig
 from r1ray.config.serving import EngineConfig
+from r1ray.models.checkpoint import load_model, save_model
+from r1ray.models.fusion_file import attach_fusion
 from r1ray.models.requests import GenerationRequest
 from r1ray.serving.engine import Engine
 from r1ray.serving.following import EngineFollower
@@ -120,6 +123,20 @@ def test_what_cannot_be_served_leaves_the_old_version(
     _lead(link, "one")
     follower.look()
     assert (follower.version, len(follower.engines)) == ("one", 1)
+
+
+def test_another_fusion_is_another_kind_of_request(
+    follower: EngineFollower, link: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_model(link.parent / "two")
+    attach_fusion(model, FusionConfig(type="mid", image_size=16, patch_size=8))
+    save_model(model, link.parent / "two")
+    _lead(link, "two")
+
+    follower.look()
+
+    assert "sees images in another way than the served model" in caplog.text
+    assert follower.version == "one"
 
 
 def test_a_thread_looks_by_itself(link: Path) -> None:
