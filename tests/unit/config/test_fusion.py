@@ -50,7 +50,7 @@ def test_what_a_fusion_does_not_go_with_is_named(override: str, name: str) -> No
 
 
 def test_a_frozen_decoder_wants_images_to_learn_from() -> None:
-    with pytest.raises(ConfigError, match="prepare.sources has none"):
+    with pytest.raises(ConfigError, match=r"prepare\.sources has none"):
         load_config("jobs/configs/tiny.yaml", [FUSION, "train.freeze_decoder=true"])
 
 
