@@ -26,9 +26,8 @@ from r1ray.compression.export import export_model
 from r1ray.compression.logits import PARTS_DIR, store_logits
 from r1ray.config.checks import check_lengths
 from r1ray.config.distill import DistillConfig, StoredLogitsConfig
-from r1ray.config.fusion import FusionConfig
 from r1ray.config.prepare import FileSourceConfig, ImageSourceConfig, PrepareConfig
-from r1ray.config.schema import ContextConfig, PipelineConfig, identity
+from r1ray.config.schema import BaseConfig, PipelineConfig, identity
 from r1ray.data.batch_set import BatchSet
 from r1ray.data.pipeline import prepare_batches
 from r1ray.data.reasoning import Problem, draw_heldout
@@ -82,7 +81,7 @@ class Pipeline:
         if "base" in self._made:
             return self._made["base"]
         config = self.config.base
-        base = self._import("base", "base.source", config.source, config.context, config.fusion)
+        base = self._import("base", "base.source", config)
         shape = ModelConfig.load(base.local_dir)
         check_lengths(self.config, shape.max_context)
         if self.config.unfit_for_fusion and read_fusion(base.local_dir) is not None:
@@ -98,7 +97,7 @@ class Pipeline:
 
     def teacher(self, config: DistillConfig) -> Artifact:
         """A clean Hugging Face checkpoint of the teacher."""
-        return self._import("teacher", "distill.teacher", config.teacher)
+        return self._import("teacher", "distill.teacher", BaseConfig(source=config.teacher))
 
     def _check_teacher(self, config: DistillConfig, base: Artifact) -> None:
         teacher = self.teacher(config)
@@ -314,18 +313,11 @@ class Pipeline:
     def heldout_problems(self) -> list[Problem]:
         return draw_heldout(self.config.tasks, self.config.evaluate.num_problems)
 
-    def _import(
-        self,
-        stage: str,
-        key: str,
-        name: str,
-        context: ContextConfig | None = None,
-        fusion: FusionConfig | None = None,
-    ) -> Artifact:
-        """The checkpoint at the source `name`, which `key` gives, as the artifact of `stage`."""
+    def _import(self, stage: str, key: str, config: BaseConfig) -> Artifact:
+        """The checkpoint at the source that `key` gives, as the artifact of `stage`."""
         if stage in self._made:
             return self._made[stage]
-        source = resolve_source(name, key=key)
+        source, seed = resolve_source(config.source, key=key), self.config.run.seed
 
         def body(out_dir: Path) -> dict[str, Any]:
             with StageProgress(stage, "checkpoint", 1) as progress:
@@ -333,18 +325,21 @@ class Pipeline:
                     source,
                     out_dir,
                     key=key,
-                    context=context,
-                    fusion=fusion,
-                    seed=self.config.run.seed,
+                    context=config.context,
+                    fusion=config.fusion,
+                    is_rotated=config.rotate,
+                    seed=seed,
                 )
                 progress.update(1)
             return metrics
 
-        values: dict[str, Any] = {"BaseConfig": {"source": name}}
-        if context is not None:
-            values |= identity(context)
-        if fusion is not None:
-            values |= identity(fusion) | {"seed": self.config.run.seed}
+        values: dict[str, Any] = {"BaseConfig": {"source": config.source}}
+        if config.context is not None:
+            values |= identity(config.context)
+        if config.fusion is not None:
+            values |= identity(config.fusion) | {"seed": seed}
+        if config.rotate:
+            values |= {"rotate": True, "seed": seed}
         return self._stage(stage, values, {"source": digest_path(source)}, body, job="base")
 
     def _stage(

@@ -68,6 +68,8 @@ class BaseConfig:
     """Scaling of rotary positions for longer contexts; null leaves them as the checkpoint has."""
     fusion: FusionConfig | None = None
     """What the model is to see images with, untrained at first; null for what the source has."""
+    rotate: bool = False
+    """The same function in another basis, which rounding costs less; unties a tied head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -234,6 +236,15 @@ class PipelineConfig:
             "backend openvino in serve": any(group.backend == "openvino" for group in groups),
         }
         return [name for name, is_chosen in chosen.items() if is_chosen]
+
+    @model_validator(mode="after")
+    def _rotated_channels_are_alike(self) -> "PipelineConfig":
+        if self.base.rotate and self.student is not None and self.student.hidden_size is not None:
+            raise ValueError(
+                f"student.hidden_size ({self.student.hidden_size}) chooses channels, which are all "
+                "alike after base.rotate; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_frozen_decoder_sees_images(self) -> "PipelineConfig":
