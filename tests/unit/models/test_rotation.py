@@ -19,7 +19,6 @@ from r1ray.models.rotation import rotate
 from tests.fakes import tiny_model, write_tiny_model
 from tests.unit.oracle import FAMILIES, build_oracle, random_ids, save_oracle
 
-
 READERS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
 
 
