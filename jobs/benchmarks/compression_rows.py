@@ -24,9 +24,14 @@ __all__ = [
 
 Results = Mapping[str, Mapping[str, Any]]
 NEEDS_GPU = ("student_1", "student_2", "untaught_")  # hours each without
-OPTIONAL = (*NEEDS_GPU, "quantization_fp32.", "quantization_int8_qat.")  # as far as measured
+_BY_SEED = ("fp32", "fp32_rotated", "int8_qat", "int8_qat_unrotated")
+OPTIONAL = (*NEEDS_GPU, *(f"quantization_{name}." for name in _BY_SEED))  # as far as measured
 _STUDENTS = ("untaught", "student")
-QUANTIZED = ("bf16", "int8_ptq", "int8_qat", "w4a8_ptq", "w4a8_qat", "codebook4")
+_ROTATED = ("int8_ptq_rotated", "int8_qat", "w4a8_ptq_rotated")  # compared with fp32_rotated
+QUANTIZED = (
+    *("fp32_rotated", "bf16", "int8_ptq", "int8_ptq_rotated", "int8_qat", "int8_qat_unrotated"),
+    *("w4a8_ptq", "w4a8_ptq_rotated", "w4a8_qat", "codebook4"),
+)
 _EASY_NATS = 0.02  # less than that lost by rounding says nothing about what QAT recovers
 
 
@@ -61,9 +66,13 @@ def _pair_seeds(name: str, results: Results) -> list[tuple[Mapping[str, Any], Ma
             for part, found in results.items()
             if part == f"quantization_{arm}" or part.startswith(f"quantization_{arm}.")
         }
-        for arm in ("fp32", name)
+        for arm in (_float_of(name), name)
     )
     return [(floats[seed], others[seed]) for seed in sorted(floats.keys() & others.keys())]
+
+
+def _float_of(name: str) -> str:
+    return "fp32_rotated" if name in _ROTATED else "fp32"
 
 
 def _drop_row(name: str, results: Results) -> Row:
@@ -76,7 +85,7 @@ def _drop_row(name: str, results: Results) -> Row:
         drop,
         f"points/100 (seeds: {len(pairs)})",
         (low, high),
-        "fp32, accuracy",
+        f"{_float_of(name)}, accuracy",
         statistics.mean(plain),
         "<= 0.01" if name == "int8_qat" else None,
     )
@@ -97,7 +106,7 @@ def _perplexity_rows(name: str, results: Results) -> list[Row]:
             means[text],
             f"x ({text}, seeds: {len(pairs)})",
             (min(ratios[text]), max(ratios[text])) if len(pairs) > 1 else None,
-            f"fp32, {text}",
+            f"{_float_of(name)}, {text}",
             statistics.geometric_mean(plain[f"{text}_perplexity"] for plain, _ in pairs),
             bar,
         )

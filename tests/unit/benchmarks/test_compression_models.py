@@ -13,8 +13,10 @@ def test_quantization_arms_differ_in_rounding_alone(tmp_path: Path) -> None:
         unrounded = dataclasses.replace(arm.config.train, fake_quant=None, fake_quant_start_share=0)
         assert unrounded == plain.train
         assert arm.config.prepare == plain.prepare
-        assert arm.config.base == plain.base
+        assert dataclasses.replace(arm.config.base, rotate=False) == plain.base
     assert arms["int8_ptq"].config.train.fake_quant is None
     assert arms["int8_qat"].config.train.fake_quant == "w8a8"
     assert arms["w4a8_qat"].config.train.fake_quant == arms["w4a8_qat"].config.compress.scheme
+    rotated = {name for name, arm in arms.items() if arm.config.base.rotate}
+    assert rotated == {"fp32_rotated", "int8_ptq_rotated", "int8_qat", "w4a8_ptq_rotated"}
     assert not arms["bf16"].is_compressed
