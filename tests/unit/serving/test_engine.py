@@ -28,11 +28,11 @@ class ControlledGenerator(BatchGenerator):
         super().__init__(MODEL, max_concurrency=2, max_context_tokens=128)
         self.gate = threading.Event()
         self.gate.set()
-        self.fails = False
+        self.fails_with: int | None = None  # so many running requests, or more
 
     def step(self) -> list[TokenEvent]:
         assert self.gate.wait(timeout=20)
-        if self.fails:
+        if self.fails_with is not None and self.num_running >= self.fails_with:
             raise RuntimeError("made to fail")
         return super().step()
 
@@ -190,7 +190,7 @@ def test_failed_step_fails_the_running_requests_and_no_others() -> None:
             await until(lambda: engine.num_open == 2)
             waiting = asyncio.create_task(read(engine, request("w")))
             await until(lambda: engine.num_open == 3)
-            built[0].fails = True
+            built[0].fails_with = 2
             built[0].gate.set()
             errors = await asyncio.gather(*running, return_exceptions=True)
             assert [getattr(error, "status", None) for error in errors] == [500, 500]
@@ -325,7 +325,7 @@ def test_dead_thread_is_seen_and_answers_503() -> None:
             if built:
                 raise MemoryError("no room for another cache")
             built.append(ControlledGenerator())
-            built[0].fails = True
+            built[0].fails_with = 0
             return built[0]
 
         engine = Engine(build, max_concurrency=2, max_queued_requests=1)
