@@ -158,10 +158,10 @@ def _speed(
 
 _NOTES = f"""
 - SmolLM2-135M; two threads, if the command does not say otherwise. native: INT8 weights,
-  activations, keys and values by r1ray's kernels; openvino: the same weights, with activations as
-  its plugin has them; torch_int8: the same model where the kernels were not built; torch_fp32 and
-  torch_bf16: the float model, as torch runs it; torch: whichever of the three was fastest in a
-  repetition.
+  activations, keys and values by r1ray's kernels; openvino: the same weights, with float32
+  activations, as equal logits ask (its default on processors with bfloat16 is that);
+  torch_int8: the same model where the kernels were not built; torch_fp32 and torch_bf16: the float
+  model, as torch runs it; torch: whichever of the three was fastest in a repetition.
 - native_vs_*: one prompt of {PROMPT} tokens and {_NEW} tokens behind it. Arms in turn within every
   repetition; intervals are of the repetitions' ratios.
 - routed: a replica with r1ray's kernels and one with OpenVINO, a thread each, as two groups of one
