@@ -23,6 +23,7 @@ from typing import Any
 from r1ray import __version__
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.compression.export import export_model
+from r1ray.compression.gguf import check_gguf
 from r1ray.compression.logits import PARTS_DIR, store_logits
 from r1ray.config.checks import check_lengths
 from r1ray.config.distill import DistillConfig, StoredLogitsConfig
@@ -89,6 +90,8 @@ class Pipeline:
                 f"base.source {config.source} sees images, and does not go with "
                 f"{self.config.unfit_for_fusion[0]}; leave one of them out"
             )
+        if "gguf" in self.config.compress.exports:
+            check_gguf(base.local_dir)
         if self.config.student is not None:
             plan_student(shape, self.config.student)
         if self.config.distill is not None:

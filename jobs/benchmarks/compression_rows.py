@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ NEEDS_GPU = ("student_1", "student_2", "untaught_")  # hours each without
 _BY_SEED = ("fp32", "fp32_rotated", "int8_qat", "int8_qat_unrotated")
 OPTIONAL = (*NEEDS_GPU, *(f"quantization_{name}." for name in _BY_SEED))  # as far as measured
 _STUDENTS = ("untaught", "student")
-_ROTATED = ("int8_ptq_rotated", "int8_qat", "w4a8_ptq_rotated")  # compared with fp32_rotated
+_ROTATED = ("int8_ptq_rotated", "int8_qat", "w4a8_ptq_rotated")
 QUANTIZED = (
     *("fp32_rotated", "bf16", "int8_ptq", "int8_ptq_rotated", "int8_qat", "int8_qat_unrotated"),
     *("w4a8_ptq", "w4a8_ptq_rotated", "w4a8_qat", "codebook4"),
@@ -55,10 +56,18 @@ def _quantization_rows(results: Results) -> list[Row]:
         rows.append(_drop_row(name, results))
         rows += _perplexity_rows(name, results)
         rows += _cost_rows(name, arms[name], plain)
+        rows += _agreement_rows(name, arms[name])
     return [*rows, *_recovery_rows(arms)]
 
 
-def _pair_seeds(name: str, results: Results) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def _floats_of(name: str) -> tuple[str, ...]:
+    """What an arm is compared with: where there are two, whichever it looks worse against."""
+    return ("fp32", "fp32_rotated") if name in _ROTATED else ("fp32",)
+
+
+def _pair_seeds(
+    float_name: str, name: str, results: Results
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """(float, this arm) of all seeds that were measured of both."""
     floats, others = (
         {
@@ -66,56 +75,69 @@ def _pair_seeds(name: str, results: Results) -> list[tuple[Mapping[str, Any], Ma
             for part, found in results.items()
             if part == f"quantization_{arm}" or part.startswith(f"quantization_{arm}.")
         }
-        for arm in (_float_of(name), name)
+        for arm in (float_name, name)
     )
     return [(floats[seed], others[seed]) for seed in sorted(floats.keys() & others.keys())]
 
 
-def _float_of(name: str) -> str:
-    return "fp32_rotated" if name in _ROTATED else "fp32"
-
-
 def _drop_row(name: str, results: Results) -> Row:
     """Over all seeds that were measured of both arms."""
-    pairs = _pair_seeds(name, results)
-    plain, other = ([item for pair in pairs for item in pair[at]["is_correct"]] for at in (0, 1))
-    drop, low, high = paired_difference(plain, other)
-    return Row(
-        f"compression.{name}_accuracy_drop",
-        drop,
-        f"points/100 (seeds: {len(pairs)})",
-        (low, high),
-        f"{_float_of(name)}, accuracy",
-        statistics.mean(plain),
-        "<= 0.01" if name == "int8_qat" else None,
-    )
+
+    def against(float_name: str) -> Row:
+        pairs = _pair_seeds(float_name, name, results)
+        plain, other = (
+            [item for pair in pairs for item in pair[at]["is_correct"]] for at in (0, 1)
+        )
+        drop, low, high = paired_difference(plain, other)
+        return Row(
+            f"compression.{name}_accuracy_drop",
+            drop,
+            f"points/100 (seeds: {len(pairs)})",
+            (low, high),
+            f"{float_name}, accuracy",
+            statistics.mean(plain),
+            "<= 0.01" if name == "int8_qat" else None,
+        )
+
+    return max(map(against, _floats_of(name)), key=_value)
 
 
 def _perplexity_rows(name: str, results: Results) -> list[Row]:
     """The worse of both texts, then each: geometric means and ranges over the seeds."""
-    pairs = _pair_seeds(name, results)
-    ratios = {
-        text: [other[f"{text}_perplexity"] / plain[f"{text}_perplexity"] for plain, other in pairs]
-        for text in ("task", "english")
-    }
-    means = {text: statistics.geometric_mean(values) for text, values in ratios.items()}
 
-    def row(text: str, suffix: str, bar: str | None) -> Row:
+    def against(float_name: str, text: str) -> Row:
+        pairs = _pair_seeds(float_name, name, results)
+        key = f"{text}_perplexity"
+        ratios = [other[key] / plain[key] for plain, other in pairs]
         return Row(
-            f"compression.{name}_perplexity_ratio{suffix}",
-            means[text],
+            f"compression.{name}_perplexity_ratio.{text}",
+            statistics.geometric_mean(ratios),
             f"x ({text}, seeds: {len(pairs)})",
-            (min(ratios[text]), max(ratios[text])) if len(pairs) > 1 else None,
-            f"{_float_of(name)}, {text}",
-            statistics.geometric_mean(plain[f"{text}_perplexity"] for plain, _ in pairs),
-            bar,
+            (min(ratios), max(ratios)) if len(pairs) > 1 else None,
+            f"{float_name}, {text}",
+            statistics.geometric_mean(plain[key] for plain, _ in pairs),
         )
 
-    worse = max(means, key=means.__getitem__)
-    return [
-        row(worse, "", "<= 1.01" if name == "int8_qat" else None),
-        *(row(text, f".{text}", None) for text in means),
+    rows = [
+        max((against(float_name, text) for float_name in _floats_of(name)), key=_value)
+        for text in ("task", "english")
     ]
+    bar = "<= 1.01" if name == "int8_qat" else None
+    worse = max(rows, key=_value)
+    return [replace(worse, id=f"compression.{name}_perplexity_ratio", bar=bar), *rows]
+
+
+def _value(row: Row) -> float:
+    assert row.value is not None
+    return row.value
+
+
+def _agreement_rows(name: str, arm: Mapping[str, Any]) -> list[Row]:
+    """How far served logits are from those that training through the rounding saw."""
+    difference = arm.get("max_fake_quant_difference")
+    if difference is None:
+        return []
+    return [Row(f"compression.{name}_fake_quant_difference", difference, "of a logit, at most")]
 
 
 def _cost_rows(name: str, arm: Mapping[str, Any], plain: Mapping[str, Any]) -> list[Row]:
@@ -337,9 +359,13 @@ def _layer_rows(task: str, results: Results) -> list[Row]:
 
 
 def _export_rows(exports: Mapping[str, Any]) -> list[Row]:
+    """A reader that was not installed was not measured."""
     return [
-        Row(f"compression.export_equal_{kind}.{reader}", exports[reader][kind], "share")
+        Row(
+            f"compression.export_equal_{kind}.{reader}",
+            exports[reader][kind] if reader in exports else None,
+            "share",
+        )
         for reader in ("llama_cpp", "transformers")
-        if reader in exports
         for kind in ("first_tokens", "tokens")
     ]

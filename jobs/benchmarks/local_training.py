@@ -5,6 +5,7 @@ what is measured there.
 """
 
 import random
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -89,4 +90,5 @@ def save_trained(model: Decoder, tokenizer_dir: Path, target: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     save_model(model.cpu().eval(), partial)
     copy_tokenizer(tokenizer_dir, partial)
+    shutil.rmtree(target, ignore_errors=True)  # of a start that ended before it was judged
     partial.rename(target)

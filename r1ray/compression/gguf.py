@@ -26,7 +26,7 @@ from r1ray.models.config import ModelConfig
 from r1ray.models.gates import is_gate
 from r1ray.models.gguf import BLOCK_NAMES, OUTER_NAMES, interleave
 
-__all__ = ["write_gguf"]
+__all__ = ["check_gguf", "write_gguf"]
 
 _BLOCK_SIZE = 32  # columns of Q8_0
 _GGUF_NAMES = {ours: theirs for theirs, ours in BLOCK_NAMES.items()}
@@ -41,15 +41,12 @@ def write_gguf(model_dir: str | Path, path: str | Path) -> None:
     Of a quantized model these are the values that it is served with, rounded once more.
 
     Raises:
-        ArtifactError: a rope scaling or tokenizer that cannot be written.
+        ArtifactError: as `check_gguf`.
     """
     model_dir = Path(model_dir)
+    check_gguf(model_dir)
     model = load_model(model_dir)
     config = model.config
-    if config.rope.type != "default":
-        raise ArtifactError(
-            f"{model_dir}: rope type {config.rope.type!r} cannot be written as GGUF"
-        )
     writer = gguf.GGUFWriter(path, config.family)
     _add_shape(writer, config)
     _add_tokenizer(writer, model_dir, config)
@@ -62,6 +59,20 @@ def write_gguf(model_dir: str | Path, path: str | Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def check_gguf(model_dir: Path) -> None:
+    """Whether what is trained from this model can be written, before it is.
+
+    Raises:
+        ArtifactError: a rope scaling or tokenizer that cannot be written.
+    """
+    if (kind := ModelConfig.load(model_dir).rope.type) != "default":
+        raise ArtifactError(
+            f"{model_dir}: positions are scaled ({kind}), which cannot be written as GGUF; leave "
+            "gguf out of compress.exports, or base.context"
+        )
+    _read_tokenizer(model_dir)
 
 
 def _float_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,7 +100,8 @@ def _add_shape(writer: Any, config: ModelConfig) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer: Any, model_dir: Path, config: ModelConfig) -> None:
+def _read_tokenizer(model_dir: Path) -> tuple[Any, Any, str]:
+    """(vocabulary, added tokens, llama.cpp's name for what comes before them)."""
     path = model_dir / "tokenizer.json"
     try:
         raw = read_json(path, max_bytes=TABLE_BYTES)
@@ -98,7 +110,15 @@ def _add_tokenizer(writer: Any, model_dir: Path, config: ModelConfig) -> None:
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: no readable tokenizer ({error!r})") from error
     if kind != "BPE":
-        raise ArtifactError(f"{path}: a {kind} tokenizer cannot be written as GGUF, only BPE")
+        raise ArtifactError(
+            f"{path}: a {kind} tokenizer cannot be written as GGUF, only BPE; leave gguf out of "
+            "compress.exports"
+        )
+    return vocabulary, added, _name_pre_tokenizer(pre_tokenizer, path)
+
+
+def _add_tokenizer(writer: Any, model_dir: Path, config: ModelConfig) -> None:
+    vocabulary, added, pre_name = _read_tokenizer(model_dir)
     # Rows of the embedding that no token has are filled up, as llama.cpp wants one name each.
     tokens = [f"[PAD{index}]" for index in range(config.vocab_size)]
     types = [gguf.TokenType.UNUSED] * config.vocab_size
@@ -109,7 +129,7 @@ def _add_tokenizer(writer: Any, model_dir: Path, config: ModelConfig) -> None:
         tokens[entry["id"]] = entry["content"]
         types[entry["id"]] = gguf.TokenType.CONTROL if is_special else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_name_pre_tokenizer(pre_tokenizer, path))
+    writer.add_tokenizer_pre(pre_name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_add_bos_token(False)  # chat templates write it where a model wants it
@@ -132,7 +152,8 @@ def _name_pre_tokenizer(pre_tokenizer: Any, path: Path) -> str:
             if part in pattern:
                 return name
     raise ArtifactError(
-        f"{path}: the pre-tokenizer {kinds} has no counterpart in llama.cpp that r1ray knows"
+        f"{path}: the pre-tokenizer {kinds} has no counterpart in llama.cpp that r1ray knows; "
+        "leave gguf out of compress.exports"
     )
 
 

@@ -99,7 +99,7 @@ def import_base(
                 f"{source}: remembers how much each weight matters (continual.ewc), and has no "
                 "such weights when rotated; leave base.rotate out"
             )
-        rotate(model, seed=seed)
+        rotate(model.float(), seed=seed)
     if fusion is not None:
         if model.fusion is not None:
             raise ArtifactError(f"{source}: sees images already; leave base.fusion out")

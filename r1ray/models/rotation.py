@@ -28,7 +28,7 @@ __all__ = ["rotate"]
 
 @torch.no_grad()
 def rotate(model: Decoder, *, seed: int = 0) -> None:
-    """Change the basis of a float `model` that reads text, in place.
+    """Change the basis of a float32 `model` that reads text, in place.
 
     Args:
         seed: of the basis.

@@ -128,6 +128,7 @@ def test_accuracy_and_perplexity_are_compared_over_the_seeds_that_both_arms_have
     rows = _rows(**changes)
     row = rows["compression.int8_qat_accuracy_drop"]
     assert row.value == pytest.approx(0.02)  # none of 0.80, 4 points of 0.84
+    assert row.baseline == "fp32_rotated, accuracy"  # against fp32, of one seed, it loses nothing
     assert row.baseline_value == pytest.approx(0.82)
     assert "2" in row.unit
     ratio = rows["compression.int8_qat_perplexity_ratio"]

@@ -85,6 +85,19 @@ def test_the_base_is_rotated_on_import(tmp_path: Path) -> None:
     assert not ModelConfig.load(tmp_path / "rotated").tie_embeddings
 
 
+def test_a_checkpoint_in_bf16_is_rotated_in_float32(tmp_path: Path) -> None:
+    source, ids = write_tiny_model(tmp_path / "source"), random_ids(1, 12)
+    save_model(load_model(source).bfloat16(), source)
+    (tmp_path / "target").mkdir()
+    import_base(source, tmp_path / "target", is_rotated=True)
+
+    with torch.inference_mode():
+        expected = load_model(source, dtype=torch.float32)(ids)
+        torch.testing.assert_close(
+            load_model(tmp_path / "target")(ids), expected, rtol=0, atol=1e-4
+        )
+
+
 def test_what_knows_the_old_basis_is_refused(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     seeing = tiny_model()
