@@ -2,7 +2,7 @@
 
 Every quantization arm trains the same number of tokens from the same checkpoint: the float one, and
 one through the rounding of each scheme. Rotated arms have that checkpoint in another basis, which
-is the same function (`base.rotate`), and are compared with what float makes of it.
+is the same function (`base.rotate`).
 """
 
 import os

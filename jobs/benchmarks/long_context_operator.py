@@ -21,6 +21,7 @@ from torch import Tensor
 
 from jobs.benchmarks.kernel_memory import read_peak, reset_peak
 from r1ray.models.rope import apply_rotary
+from r1ray.ops import block_selection
 from r1ray.ops.block_gate import BlockGate, pool_keys
 from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.block_sparse import block_sparse_attention
@@ -129,18 +130,19 @@ def measure_memory(tokens: int = 1024) -> dict[str, Any]:
 
     Sparse attention is forced on: as many blocks as beyond 2,048 tokens.
     """
-    peaks = {name: _ask_peak(name, tokens) for name in ("sparse", "dense", "eager")}
+    found = {name: _ask_peak(name, tokens) for name in ("sparse", "dense", "eager")}
     units = -(-tokens // BLOCK)
-    kept = sum(min(unit + 1, 2 + _forced_count(tokens)) for unit in range(units))
+    kept = sum(min(unit + 1, 2 + found["sparse"]["count"]) for unit in range(units))
+    peaks = {name: item["peak_bytes"] for name, item in found.items()}
     return {"peak_bytes": peaks, "pairs_kept": kept / units**2}
 
 
 def measure_growth() -> dict[str, int]:
     """Peak bytes of sparse attention less its output, by length."""
-    return {str(tokens): _ask_peak("sparse", tokens) for tokens in LENGTHS}
+    return {str(tokens): _ask_peak("sparse", tokens)["peak_bytes"] for tokens in LENGTHS}
 
 
-def _ask_peak(name: str, tokens: int) -> int:
+def _ask_peak(name: str, tokens: int) -> dict[str, int]:
     found = subprocess.run(
         [sys.executable, "-m", "jobs.benchmarks.long_context_operator", name, str(tokens)],
         check=True,
@@ -148,26 +150,23 @@ def _ask_peak(name: str, tokens: int) -> int:
         text=True,
         timeout=300,
     )
-    return int(json.loads(found.stdout.splitlines()[-1]))
-
-
-def _forced_count(tokens: int) -> int:
-    from r1ray.ops import block_selection
-
-    block_selection.DENSE_BLOCKS = 0
-    return block_selection.count_chosen(tokens // BLOCK - 1)
+    return dict(json.loads(found.stdout.splitlines()[-1]))
 
 
 @torch.inference_mode()
-def _peak(name: str, tokens: int) -> int:
-    _forced_count(tokens)
-    # Thread pools, libraries; of memory that kernels keep for their next call, next to nothing.
+def _peak(name: str, tokens: int) -> dict[str, int]:
+    """In a process of its own, whose attention is sparse from the first block on."""
+    block_selection.DENSE_BLOCKS = 0
+    # Thread pools, libraries, and what kernels keep for their next call: some 100 KiB a thread.
     getattr(_Layer(2 * BLOCK), f"prefill_{name}")()
     layer = _Layer(tokens)
     call: Callable[[], Tensor] = getattr(layer, f"prefill_{name}")
     baseline = reset_peak()
     out = call()
-    return read_peak() - baseline - out.nbytes
+    return {
+        "peak_bytes": read_peak() - baseline - out.nbytes,
+        "count": block_selection.count_chosen(tokens // BLOCK - 1),
+    }
 
 
 def _in_turns(calls: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:

@@ -34,6 +34,7 @@ from r1ray.models.gates import set_attention
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.tokenizer import Tokenizer
+from r1ray.ops.block_selection import BLOCK
 
 __all__ = ["ATTENTIONS", "LENGTHS", "PRECISIONS", "QualityBenchmark"]
 
@@ -214,7 +215,11 @@ class QualityBenchmark:
                 place = int((starts <= prompt.index(f"is: {task.answers[0]}") + 4).sum()) - 1
                 ids_1T = torch.tensor([[*ids.tolist(), *answer]], device=pick_device())
                 recall = measure_block_recall(
-                    model, ids_1T, num_queries=len(answer) + 1, needle_token=place
+                    model,
+                    ids_1T,
+                    num_queries=len(answer) + 1,
+                    needle_token=place,
+                    has_int8_keys=precision == "int8",
                 )
                 masses.append(recall.mass)
                 found["looks"] += recall.num_looks
@@ -222,7 +227,13 @@ class QualityBenchmark:
             found["mass"][name] = _mean_columns(masses)
         ids_T = torch.tensor(tokenizer.encode(read_english()), device=pick_device())
         masses = [
-            measure_block_recall(model, ids[None], num_queries=64).mass
+            measure_block_recall(
+                model,
+                ids[None],
+                num_queries=BLOCK,
+                unit=BLOCK,
+                has_int8_keys=precision == "int8",
+            ).mass
             for ids in ids_T.split(CONTEXT)
             if len(ids) == CONTEXT
         ]

@@ -7,10 +7,10 @@ tokens, positions are scaled by YaRN. Re-reading reads every prefix that ends wi
 tokens from its beginning, densely.
 """
 
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,30 +27,35 @@ __all__ = ["LENGTHS", "describe", "load_reader", "measure_reading", "measure_rer
 
 LENGTHS = (8000, 16_000, 32_000)
 _TRAINED, _NEW_TOKENS, _PIECE = 8192, 32, 4096
-_REPEATS = {8000: 5, 16_000: 3, 32_000: 2}
+_REPEATS = {8000: 5, 16_000: 5, 32_000: 3}
+_WARM_UP = 2500
+_ATTENTIONS: tuple[AttentionKind, ...] = ("dense", "sparse")
 
 
 def measure_reading(
-    base: Path, token_ids: Sequence[int], length: int, attention: AttentionKind
-) -> dict[str, list[float]]:
+    base: Path, token_ids: Sequence[int], length: int
+) -> dict[str, dict[str, list[float]]]:
     """Seconds of reading `length` tokens, and of each of the tokens decoded behind them.
 
-    The first reading, which is not counted, warms up.
+    From attention -> what; dense and sparse in turns. A short reading before warms up.
     """
-    model = load_reader(base, length, attention)
-    found: dict[str, list[float]] = {"prefill_s": [], "token_s": []}
-    for repeat in range(1 + _REPEATS[length]):
-        prompt = token_ids[repeat : repeat + length]
-        prefill_s, tokens_s = _read(model, prompt if repeat else prompt[:2500])
-        if repeat:
-            found["prefill_s"].append(prefill_s)
-            found["token_s"] += tokens_s
+    found: dict[str, dict[str, list[float]]] = {}
+    models = {attention: load_reader(base, length, attention) for attention in _ATTENTIONS}
+    for model in models.values():
+        _read(model, token_ids[:_WARM_UP])
+    for repeat in range(_REPEATS[length]):
+        for attention, model in models.items():
+            prefill_s, tokens_s = _read(model, token_ids[repeat : repeat + length])
+            seconds = found.setdefault(attention, {"prefill_s": [], "token_s": []})
+            seconds["prefill_s"].append(prefill_s)
+            seconds["token_s"] += tokens_s
     return found
 
 
 def measure_rereading(base: Path, token_ids: Sequence[int], length: int) -> list[float]:
     """Seconds of reading each prefix of a multiple of 4,096 tokens, up to `length`, densely."""
     model = load_reader(base, length, "dense")
+    _read(model, token_ids[:_WARM_UP])
     ends = [*range(_PIECE, length, _PIECE), length]
     return [_read(model, token_ids[:end])[0] for end in ends]
 
@@ -89,8 +94,10 @@ def _read(model: Decoder, prompt: Sequence[int]) -> tuple[float, list[float]]:
     return seconds[0], seconds[1:]
 
 
-def describe(found: dict[str, Any]) -> str:
-    """One line on a reading, for the terminal."""
-    tokens_s = sorted(found["token_s"])
-    prefill_s = sorted(found["prefill_s"])[len(found["prefill_s"]) // 2]
-    return f"{prefill_s:.2f} s, {1 / tokens_s[len(tokens_s) // 2]:.1f} tokens/s"
+def describe(found: dict[str, dict[str, list[float]]]) -> str:
+    """One line on the readings of a length, for the terminal."""
+    parts = []
+    for attention, seconds in found.items():
+        prefill_s, token_s = (statistics.median(seconds[name]) for name in ("prefill_s", "token_s"))
+        parts.append(f"{attention} {prefill_s:.2f} s, {1 / token_s:.1f} tokens/s")
+    return "; ".join(parts)

@@ -20,7 +20,7 @@ from r1ray.models.decoder import Attention, Decoder
 from r1ray.models.gates import list_attentions
 from r1ray.models.rope import rotary_tables
 from r1ray.ops.block_selection import BLOCK
-from r1ray.ops.cached_states import CachedStates
+from r1ray.ops.cached_states import CachedStates, quantize_states
 
 __all__ = ["BlockRecall", "measure_block_recall"]
 
@@ -44,13 +44,22 @@ class BlockRecall:
 
 @torch.inference_mode()
 def measure_block_recall(
-    model: Decoder, ids_1T: Tensor, *, num_queries: int, needle_token: int | None = None
+    model: Decoder,
+    ids_1T: Tensor,
+    *,
+    num_queries: int,
+    needle_token: int | None = None,
+    unit: int = 1,
+    has_int8_keys: bool = False,
 ) -> BlockRecall:
     """Attention of the last `num_queries` tokens of `ids_1T` against their gates' choice.
 
     Args:
         model: sparse.
         needle_token: position of a token that the needle's block holds.
+        unit: queries that choose together: 1 as where they are written, 64 as where they are read;
+            they are whole units then, from the beginning of a block on.
+        has_int8_keys: whether heads that choose by the keys do so by those of an int8 cache.
     """
     tokens = ids_1T.shape[1]
     positions_1T = torch.arange(tokens, device=ids_1T.device)[None]
@@ -68,8 +77,10 @@ def measure_block_recall(
         summaries = gate.summarize(k_BKTH[:, :, :whole], cos[:, :, :whole], sin[:, :, :whole])
         rotary = (cos[:, :, last], sin[:, :, last])
         queries = (q_BTNH[:, last], q_BNTH[:, :, last])
-        chosen = gate.choose(*queries, rotary, summaries, CachedStates(k_BKTH), [last.start], 1)
-        kept_KQC = _kept(chosen[0], owns, -(-tokens // BLOCK))
+        keys = CachedStates(*quantize_states(k_BKTH)) if has_int8_keys else CachedStates(k_BKTH)
+        chosen = gate.choose(*queries, rotary, summaries, keys, [last.start], unit)
+        chosen_KQM = chosen[0].repeat_interleave(unit, dim=1)
+        kept_KQC = _kept(chosen_KQM, owns, -(-tokens // BLOCK))
         share_NQC = _attention_by_block(q_BNTH[0, :, last], k_BKTH[0])
         kept_NQC = kept_KQC.repeat_interleave(len(share_NQC) // len(kept_KQC), dim=0)
         mass.append(float((share_NQC * kept_NQC).sum(-1).mean()))

@@ -117,11 +117,12 @@ def load_gates(model: Decoder, path: Path) -> None:
     expected = {name: tensor for name, tensor in model.state_dict().items() if is_gate(name)}
     for name in sorted(expected.keys() | tensors.keys()):
         found, wanted = (
-            tuple(of[name].shape) if name in of else None for of in (tensors, expected)
+            f"{of[name].dtype} of shape {tuple(of[name].shape)}" if name in of else "missing"
+            for of in (tensors, expected)
         )
         if found != wanted:
             raise ArtifactError(
-                f"{file}: {name} has the shape {found}, and the model's has {wanted}; train gates "
-                "for this model again"
+                f"{file}: {name} is {found}, and the model's is {wanted}; train gates for this "
+                "model again"
             )
     model.load_state_dict(tensors, strict=False, assign=True)

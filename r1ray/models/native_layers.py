@@ -138,13 +138,14 @@ class NativeLayers:
         blocks, ends = model.model.layers, (model.model.norm, model.lm_head)
         modules = [*blocks.modules(), *ends]
         attentions: list[Any] = [block.self_attn for block in blocks]
-        held = [
+        held: list[tuple[Any, str, Any]] = [
             (holder, name, holder[name])
             for module in modules
             for holder in (module._modules, module._parameters, module._buffers)
             for name in holder
         ]
         held += [(item._modules, "gate", item._modules.get("gate")) for item in attentions]
+        held.append((vars(model), "config", model.config))
         held += [(model._modules, "lm_head", ends[1]), (model.model._modules, "norm", ends[0])]
         self._held = tuple(zip(*held, strict=True))
         self._parameters = [*blocks.parameters(), model.model.norm.weight]

@@ -23,6 +23,7 @@ from torch import Tensor
 __all__ = [
     "BLOCK",
     "DENSE_BLOCKS",
+    "TOKENS_TOGETHER",
     "choose_blocks",
     "count_chosen",
     "count_exact",
@@ -30,6 +31,7 @@ __all__ = [
 
 BLOCK = 64  # tokens, of keys and of a unit of queries
 DENSE_BLOCKS = 32  # 2,048 tokens
+TOKENS_TOGETHER = 32  # single queries that torch gathers keys for at once
 _LEAST, _MOST = 4, 64
 _EXACT_TIMES = 4
 

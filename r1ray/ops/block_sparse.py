@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from r1ray.errors import ShapeError
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK
+from r1ray.ops.block_selection import BLOCK, TOKENS_TOGETHER
 from r1ray.ops.cached_states import CachedStates
 from r1ray.ops.causal_attention import flash_attention, merge_attention
 from r1ray.ops.packed_attention import compiled_flex_attention
@@ -219,14 +219,27 @@ def _in_units(x_XTH: Tensor) -> Tensor:
 
 
 def _attend_tokens(
-    q_BNTH: Tensor, k: CachedStates, v: CachedStates, chosen_BKUM: Tensor, starts: list[int]
+    q_BNTH: Tensor, k: CachedStates, v: CachedStates, chosen_BKTM: Tensor, starts: list[int]
 ) -> Tensor:
-    """Every query gathers its own keys: for the few tokens of a decode step."""
+    """Every query has chosen for itself; a few at a time, as each gathers its own keys."""
+    parts = zip(
+        range(0, q_BNTH.shape[2], TOKENS_TOGETHER),
+        q_BNTH.split(TOKENS_TOGETHER, dim=2),
+        chosen_BKTM.split(TOKENS_TOGETHER, dim=2),
+        strict=False,  # split makes one part of nothing
+    )
+    out = [_attend_few(q, k, v, few, [at + start for start in starts]) for at, q, few in parts]
+    return torch.cat(out, dim=2) if out else torch.empty_like(q_BNTH)
+
+
+def _attend_few(
+    q_BNTH: Tensor, k: CachedStates, v: CachedStates, chosen_BKTM: Tensor, starts: list[int]
+) -> Tensor:
     batch, heads, tokens, head_dim = q_BNTH.shape
     kv_heads, device, dtype = k.shape[1], q_BNTH.device, q_BNTH.dtype
     positions_BT = _positions(starts, tokens, device)
     own_BKT1 = (positions_BT // BLOCK)[:, None, :, None].expand(batch, kv_heads, tokens, 1)
-    blocks_BKTM = torch.cat([chosen_BKUM, own_BKT1 - 1, own_BKT1], dim=3)
+    blocks_BKTM = torch.cat([chosen_BKTM, own_BKT1 - 1, own_BKT1], dim=3)
     offsets = torch.arange(BLOCK, device=device)
     slots_BKTL = (blocks_BKTM[..., None] * BLOCK + offsets).flatten(3)
     is_kept_BKTL = (blocks_BKTM >= 0)[..., None].expand(*blocks_BKTM.shape, BLOCK).flatten(3)

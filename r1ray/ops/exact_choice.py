@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK, choose_blocks, count_exact
+from r1ray.ops.block_selection import BLOCK, TOKENS_TOGETHER, choose_blocks, count_exact
 from r1ray.ops.cached_states import CachedStates
 
 __all__ = ["choose_exact"]
@@ -74,7 +74,27 @@ def _choose_tokens(
     before_BKTM: Tensor,
     owns_BT: list[list[int]],
 ) -> Tensor:
-    """[B, K, T, M] of single queries; all at once, few as they are."""
+    """[B, K, T, M] of single queries, a few at a time."""
+    parts = zip(
+        range(0, q_BNTH.shape[2], TOKENS_TOGETHER),
+        q_BNTH.split(TOKENS_TOGETHER, dim=2),
+        before_BKTM.split(TOKENS_TOGETHER, dim=2),
+        strict=False,  # split makes one part of nothing
+    )
+    chosen = [
+        _choose_few(q, k, is_marked_KG, before, [row[at : at + TOKENS_TOGETHER] for row in owns_BT])
+        for at, q, before in parts
+    ]
+    return torch.cat(chosen, dim=2) if chosen else before_BKTM
+
+
+def _choose_few(
+    q_BNTH: Tensor,
+    k: CachedStates,
+    is_marked_KG: Tensor,
+    before_BKTM: Tensor,
+    owns_BT: list[list[int]],
+) -> Tensor:
     blocks = max(map(max, owns_BT)) + 1
     padding = max(0, blocks * BLOCK - k.shape[2])
     k_BKSH = F.pad(k.floats()[:, :, : blocks * BLOCK].float(), (0, 0, 0, padding))

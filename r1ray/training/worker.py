@@ -190,7 +190,7 @@ def _build_model(job: WorkerJob, device: torch.device) -> tuple[Decoder, Exchang
             _train_fusion_alone(model)
         if config.gates is not None:
             _train_gates_alone(model)
-        elif detach_gates(model):
+        elif not config.freeze_decoder and detach_gates(model):
             logger.warning("the base's gates fit the weights as they were, and are left behind")
         return model, build_exchange(config.exchange)
     tiered = load_to_train(

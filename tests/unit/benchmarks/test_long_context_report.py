@@ -64,16 +64,17 @@ def _peer(name: str, prefill_s: float, tokens_per_s: float) -> dict[str, Any]:
 
 def test_the_fastest_peer_counts_if_both_were_measured() -> None:
     lengths = (8000, 16_000, 32_000)
-    reads = {
-        kind: {length: {"prefill_s": [factor], "token_s": [0.01]} for length in lengths}
-        for kind, factor in (("sparse", 5.0), ("dense", 20.0))
+    arms = {
+        "sparse": {"prefill_s": [5.0, 4.0, 6.0], "token_s": [0.01]},
+        "dense": {"prefill_s": [20.0, 20.0, 20.0], "token_s": [0.1]},
     }
-    reads["reread"] = [10.0, 40.0]  # type: ignore[assignment]
+    reads = {"by_length": dict.fromkeys(lengths, arms), "reread": [10.0, 40.0]}
     peers = [_peer("llama_cpp", 50.0, 20.0), _peer("openvino", 10.0, 30.0)]
     rows = _by_id(reading_rows(reads, peers))
     assert rows["long_context.prefill_8k_vs_best_peer"].value == 2.0
     assert rows["long_context.decode_8k_vs_llamacpp"].value == pytest.approx(5.0)
-    assert rows["long_context.chunked_16k_vs_dense"].met
+    chunked = rows["long_context.chunked_16k_vs_dense"]
+    assert (chunked.value, chunked.interval, chunked.met) == (4.0, (20 / 6, 5.0), True)
     assert rows["long_context.chunked_16k_vs_rereading"].value == 10.0
     alone = _by_id(reading_rows(reads, peers[:1]))
     assert "long_context.prefill_8k_vs_best_peer" not in alone
@@ -81,18 +82,36 @@ def test_the_fastest_peer_counts_if_both_were_measured() -> None:
 
 def test_the_worst_task_that_dense_attention_can_do_counts() -> None:
     found = {
-        "scores": {("vt", 4096): (0.9, 0.88), ("cwe", 4096): (0.4, 0.0), ("fwe", 4096): (0.8, 0.7)},
+        "scores": {
+            **dict.fromkeys([("niah_single_1", 4096), ("niah_multikey_2", 4096)], (1.0, 1.0)),
+            ("vt", 4096): (0.9, 0.88),
+            ("cwe", 4096): (0.4, 0.0),
+            ("fwe", 4096): (0.8, 0.7),
+        },
         "perplexity": {4096: (20.0, 20.2), 8192: (18.0, 18.9)},
         "recall": {"found": 98, "looks": 100, "mass": {"documents": [0.9, 0.8]}},
         "agreement": 0.9,
     }
     rows = _by_id(quality_rows({"int8": found}))
     drop = rows["long_context.worst_task_drop"]
-    assert (drop.value, drop.baseline_value, drop.met) == (pytest.approx(0.1), 2.0, False)
+    assert (drop.value, drop.baseline_value, drop.met) == (pytest.approx(0.1), 4.0, False)
     assert rows["long_context.perplexity_ratio"].value == pytest.approx(1.05)
     assert rows["long_context.needle_block_recall"].met
     table = render_tasks({"int8": found}, ["vt", "cwe"], [4096])
     assert "| vt | 4096 | 0.900 | 0.880 |" in table
+
+
+@pytest.mark.parametrize("dense", [0.6, 0.1])
+def test_too_few_tasks_say_nothing(dense: float) -> None:
+    found = {
+        "scores": {("vt", length): (dense, dense) for length in (4096, 8192)},
+        "perplexity": {4096: (20.0, 20.2)},
+        "recall": {"found": 98, "looks": 100, "mass": {"documents": [0.9, 0.8]}},
+        "agreement": 0.9,
+    }
+    drop = _by_id(quality_rows({"int8": found}))["long_context.worst_task_drop"]
+    assert (drop.value, drop.met) == (None, None)
+    assert "of 4 tasks" in drop.unit
 
 
 def test_the_training_of_gates_is_shown_over_tokens() -> None:

@@ -52,3 +52,19 @@ def test_nothing_stays_attached_to_the_model() -> None:
     set_attention(model, "sparse")
     measure_block_recall(model, random_ids(1, 200), num_queries=1)
     assert all(attention.observe is None for attention in list_attentions(model))
+
+
+@pytest.mark.usefixtures("few_dense_blocks")
+def test_queries_that_are_read_choose_together() -> None:
+    model = tiny_model(max_positions=1024).eval()
+    set_attention(model, "sparse")
+    for attention in list_attentions(model):
+        with torch.no_grad():
+            attention.q_proj.weight.mul_(30.0)
+    ids = random_ids(1, 11 * BLOCK)
+
+    alone, together = (
+        measure_block_recall(model, ids, num_queries=BLOCK, unit=unit).mass for unit in (1, BLOCK)
+    )
+
+    assert all(shared < own for shared, own in zip(together, alone, strict=True))

@@ -89,6 +89,20 @@ def test_what_torch_has_to_run_is_left_to_it() -> None:
     assert _find(mixed) is None
 
 
+def test_another_configuration_is_another_table() -> None:
+    model, ids = _quantized(), random_ids(1, 8)
+
+    def ask() -> torch.Tensor:
+        cache = KVCache(model.config, max_rows=1, max_tokens=8, dtype=torch.float32)
+        with torch.inference_mode():
+            return model(ids, cache.add_rows(1))
+
+    before = ask()
+    model.config = model.config.with_context("yarn", 4.0)
+
+    assert not torch.allclose(ask(), before, atol=1e-3)
+
+
 def test_a_head_that_does_not_fit_is_left_to_torch() -> None:
     model = _quantized()
     found = _find(model)

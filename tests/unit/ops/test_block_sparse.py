@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from r1ray.errors import ShapeError
-from r1ray.ops.block_selection import BLOCK
+from r1ray.ops.block_selection import BLOCK, TOKENS_TOGETHER
 from r1ray.ops.block_sparse import (
     block_sparse_attention,
     build_block_mask,
@@ -172,3 +172,18 @@ def test_shapes_that_do_not_fit_are_refused(
     q, k = torch.zeros(1, 2, 128, 16), CachedStates(torch.zeros(1, 2, 128, 16))
     with pytest.raises(ShapeError, match=message):
         block_sparse_attention(q, k, k, torch.full(shape, -1), starts)
+
+
+def test_many_single_queries_gather_a_few_at_a_time() -> None:
+    """As where an answer is read again, after another had its memory."""
+    tokens, keys = 2 * TOKENS_TOGETHER + 5, 12 * BLOCK
+    chosen = _choose([9], 2, tokens, 1, 3, seed=1)
+    q, k, v = _normal(1, 4, tokens, 8, seed=2), *(_normal(1, 2, keys, 8, seed=s) for s in (3, 4))
+    states = CachedStates(k), CachedStates(v)
+
+    found = block_sparse_attention(q, *states, chosen, [9 * BLOCK])
+
+    expected = reference_attention(q, *states, chosen, [9 * BLOCK])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    one = block_sparse_attention(q[:, :, 40:41], *states, chosen[:, :, 40:41], [9 * BLOCK + 40])
+    torch.testing.assert_close(found[:, :, 40:41], one, rtol=0, atol=1e-6)

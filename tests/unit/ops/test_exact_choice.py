@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK, count_exact
+from r1ray.ops.block_selection import BLOCK, TOKENS_TOGETHER, count_exact
 from r1ray.ops.cached_states import CachedStates, quantize_states
 from r1ray.ops.exact_choice import choose_exact
 
@@ -176,3 +176,25 @@ def test_keys_that_do_not_belong_to_the_queries_are_refused() -> None:
     for count in (21, own, -1):  # more than there is room for, or than there are
         with pytest.raises(ShapeError, match="before the one before"):
             native.choose_exact(q, k, marks, [[count]], starts, chosen)
+
+
+def test_many_single_queries_choose_as_each_does_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, own = 2 * TOKENS_TOGETHER + 3, 10
+    generator = torch.Generator().manual_seed(0)
+    q, k = (
+        torch.randn(1, heads, count, 8, generator=generator)
+        for heads, count in ((4, tokens), (2, 14 * BLOCK))
+    )
+    is_marked = torch.tensor([False, True, False, False])
+    chosen = torch.zeros(1, 2, tokens, 2, dtype=torch.long)  # the sink
+    chosen[..., 1] = -1
+    start = own * BLOCK
+
+    together = _by_torch(monkeypatch, q, CachedStates(k), is_marked, chosen, [start])
+
+    for at in (0, TOKENS_TOGETHER - 1, TOKENS_TOGETHER, tokens - 1):
+        arguments = (q[:, :, at : at + 1], CachedStates(k), is_marked, chosen[:, :, at : at + 1])
+        alone = _by_torch(monkeypatch, *arguments, [start + at])
+        width = alone.shape[3]
+        assert torch.equal(together[:, :, at : at + 1, :width], alone)
+        assert (together[:, :, at, width:] == -1).all()

@@ -187,14 +187,18 @@ def test_gates_that_do_not_fit_are_named(tmp_path: Path) -> None:
     gates = load_file(tmp_path / "gated" / GATES_NAME)
     metadata = {"format": "pt", "block": "64"}
     save_file(gates | {name: torch.zeros(7)}, tmp_path / "plain" / GATES_NAME, metadata)
-    with pytest.raises(ArtifactError, match=rf"{name} has the shape \(7,\), and the model's has"):
+    with pytest.raises(ArtifactError, match=rf"{name} is .* of shape \(7,\), and the model's is"):
+        load_model(tmp_path / "plain")
+    half = {key: item.half() if item.is_floating_point() else item for key, item in gates.items()}
+    save_file(half, tmp_path / "plain" / GATES_NAME, metadata)
+    with pytest.raises(ArtifactError, match=r"float16 .*, and the model's is torch.float32"):
         load_model(tmp_path / "plain")
     save_file(
         {key: item for key, item in gates.items() if key != name},
         tmp_path / "plain" / GATES_NAME,
         metadata,
     )
-    with pytest.raises(ArtifactError, match=rf"{name} has the shape None.* train gates"):
+    with pytest.raises(ArtifactError, match=rf"{name} is missing.* train gates"):
         load_model(tmp_path / "plain")
 
 
