@@ -136,9 +136,9 @@ _NOTES = """
   between 8,192 and 65,536 tokens. Memory: the peak of resident memory over the call, its output
   left out; sparse attention is forced on at 1,024 tokens, where it would be dense.
 - Reading: dense and sparse in turns, ratios by pairs with their range; INT8 weights, chunks of
-  1,024 tokens. Dense attention runs the same kernels over all blocks, which takes less time than torch's
-  over float32. Peers run in environments of their own, two threads each; what each computes in is
-  in the record.
+  1,024 tokens. Dense attention runs the same kernels over all blocks, which takes less time than
+  torch's over float32. Peers run in environments of their own, two threads each; what each computes
+  in is in the record.
 - Quality: SmolLM2 is taught the tasks densely first, then gates are trained; answers are greedy.
   A task counts where dense attention scores at least 50%. Needle recall: of the heads that give
   the needle's block at least a tenth of their attention as the answer is written, the share whose
