@@ -38,6 +38,7 @@ class EngineFollower:
         path: of a model directory, or of a link to one.
         build: makes an engine over a model directory.
         look_every_s: seconds between two looks; None to be told by `look` alone.
+        has_room: whether another engine fits beside the one that answers.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class EngineFollower:
         build: Callable[[str], Engine],
         *,
         look_every_s: float | None = FOLLOW_S,
+        has_room: bool = True,
     ) -> None:
-        self._path, self._build = path, build
+        self._path, self._build, self._has_room = path, build, has_room
         self._lock = threading.Lock()  # guards the next three
         self._target = self._refused = os.path.realpath(path)
         self._engine = build(self._target)
@@ -96,6 +98,11 @@ class EngineFollower:
             return
         self._refused = target  # until it is served
         try:
+            if not self._has_room:
+                raise ConfigError(
+                    "serve.budget_mib has room for one version at a time; restart the server to "
+                    "serve it"
+                )
             _check_same_requests(self._target, target)
             engine = self._build(target)
         except Exception:  # whatever is wrong with it, the old one answers

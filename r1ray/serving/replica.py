@@ -137,7 +137,9 @@ class ModelReplica:
         torch.set_num_threads(num_threads)
         is_measured = group is not None  # who has no choice needs no measurement
         self._follower = EngineFollower(
-            args.model_dir, lambda path: build_engine(path, args, is_measured=is_measured)
+            args.model_dir,
+            lambda path: build_engine(path, args, is_measured=is_measured),
+            has_room=args.budget_mib is None,
         )
         logger.info(
             "%s is loaded; %d torch threads; %s", args.model_dir, num_threads, native.describe()

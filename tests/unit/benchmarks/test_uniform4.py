@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from jobs.benchmarks.uniform4 import best_uniform, group_size_for
+from r1ray.compression.codebook import fit_rows
 
 
 def _weights(rows: int = 16, columns: int = 96) -> Tensor:
@@ -46,3 +47,25 @@ def test_outliers_stay_as_they_are_and_do_not_widen_their_group() -> None:
     decoded, _ = best_uniform(weight, mask, 0.25)["symmetric"]
     assert torch.all(decoded[:, 5] == 50.0)
     assert (decoded - weight).abs().max() < 0.6
+
+
+@pytest.mark.parametrize(("has_heavy_tails", "most"), [(False, 0.9), (True, 0.75)])
+def test_codebooks_lose_less_than_the_best_uniform_of_equal_bits(
+    has_heavy_tails: bool, most: float
+) -> None:
+    """The squared error, weighted by importance, is at most this share of the best rival's."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 576, generator=generator)
+    if has_heavy_tails:
+        weight = weight * weight.abs()
+    importance = torch.randn(64, 576, generator=generator).exp()
+    q, scale = fit_rows(weight, importance, outlier_share=0.0)
+    spare = (16 * 8 + 32) / 576  # a row's values and its scale
+    nothing = torch.zeros_like(weight).bool()
+
+    def loss(decoded: Tensor) -> float:
+        return float((importance * (decoded - weight).square()).sum())
+
+    rivals = best_uniform(weight, nothing, spare).values()
+    assert all(bits >= 4 + spare for _, bits in rivals)
+    assert loss(q * scale[:, None]) < most * min(loss(decoded) for decoded, _ in rivals)

@@ -139,6 +139,20 @@ def test_another_fusion_is_another_kind_of_request(
     assert follower.version == "one"
 
 
+def test_without_room_for_two_the_old_version_stays(
+    link: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    follower = EngineFollower(
+        str(link), lambda path: build_engine(path, CONFIG), look_every_s=None, has_room=False
+    )
+    _lead(link, "two")
+    follower.look()
+
+    assert "room for one version at a time; restart the server" in caplog.text
+    assert (follower.version, len(follower.engines)) == ("one", 1)
+    follower.close()
+
+
 def test_a_thread_looks_by_itself(link: Path) -> None:
     follower = EngineFollower(str(link), lambda path: build_engine(path, CONFIG), look_every_s=0.02)
     _lead(link, "two")
