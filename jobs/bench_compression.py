@@ -1,7 +1,8 @@
 """Measure quantization, codebooks, distillation and layered memory; file it in docs/benchmarks/.
 
-Every part is stored in --work as it finishes, and found there by the next start; models are
-artifacts there. Nothing else should run while `costs`, `latency` and `layers` are measured. All but
+Every part is stored in --work as it finishes, and found there by the next start, or in
+docs/benchmarks/parts/compression, where it was measured on another machine; models are artifacts in
+--work. Nothing else should run while `costs`, `latency` and `layers` are measured. All but
 `distillation` take two hours on 2 cores; `distillation` some ten minutes on a GPU, and hours for
 each student without.
 """

@@ -46,7 +46,7 @@ from r1ray.pipeline import Pipeline
 __all__ = ["CompressionBenchmark"]
 
 _TARGET = Path("docs/benchmarks")
-_ELSEWHERE = _TARGET / "parts" / "compression"  # what a machine with a GPU has measured
+_ELSEWHERE = _TARGET / "parts" / "compression"  # of other machines and days; nothing that is timed
 
 
 class CompressionBenchmark:
