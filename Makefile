@@ -38,7 +38,7 @@ check: setup ## Format, lint, types and import directions.
 fuzz: setup ## A hundred thousand nearly valid inputs for the parsers (minutes).
 	$(BIN)/python -m tests.fuzz
 
-bench: setup ## Measure everything and file the figures in docs/benchmarks/ (hours).
+bench: setup ## Measure the demo and batching, and file the figures (the others: jobs/bench_*.py).
 	$(BIN)/python -m jobs.bench_demo --config jobs/configs/demo.yaml
 	$(BIN)/python -m jobs.bench_batching
 

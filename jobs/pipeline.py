@@ -1,4 +1,7 @@
-"""The whole way: base, prepare, train, compress, evaluate, then serve a few questions and stop."""
+"""The whole way: base, prepare, train, compress, evaluate, then serve a few questions and stop.
+
+Where Ray runs this driver on another node than its head, nothing is served.
+"""
 
 import shlex
 import sys
@@ -17,13 +20,17 @@ def run_pipeline(config: PipelineConfig, *, job: str = "pipeline") -> None:
     """
     with connected_to_ray():
         from r1ray.pipeline import Pipeline
-        from r1ray.serving.app import check_port_is_free
+        from r1ray.serving.app import check_port_is_free, is_on_head
 
-        check_port_is_free(config.serve.host, config.serve.port)  # not after all the stages
+        if serves := is_on_head():
+            check_port_is_free(config.serve.host, config.serve.port)  # not after all the stages
         pipeline = Pipeline(config)
         print_summary(pipeline.prepare().local_dir)
         command = shlex.join(["python", "-m", f"jobs.{job}", *sys.argv[1:]])
         pipeline.write_report(command=command)  # whatever serving may bring
+        if not serves:
+            print("pipeline: no server is tried: this driver is not on the head, where one listens")
+            return
         started = time.monotonic()
         with serving(pipeline) as url:
             ask_heldout_questions(pipeline, url)

@@ -33,7 +33,7 @@ from r1ray.data.batch_set import BatchSet
 from r1ray.data.pipeline import prepare_batches
 from r1ray.data.reasoning import Problem, draw_heldout
 from r1ray.data.reservoir import Replay, Reservoir
-from r1ray.data.sources import describe_files
+from r1ray.data.sources import describe_files, list_files
 from r1ray.errors import ConfigError
 from r1ray.evaluation.evaluate import evaluate_models
 from r1ray.evaluation.report import write_report
@@ -58,6 +58,7 @@ __all__ = ["STAGES", "Pipeline", "describe_sources"]
 logger = logging.getLogger(__name__)
 
 STAGES = ("base", "prepare", "train", "compress", "evaluate")
+_IMAGE_PATHS = "evaluate.images.paths"
 
 
 class Pipeline:
@@ -85,6 +86,13 @@ class Pipeline:
         base = self._import("base", "base.source", config)
         shape = ModelConfig.load(base.local_dir)
         check_lengths(self.config, shape.max_context)
+        if (images := self.config.evaluate.images) is not None:
+            list_files(images.paths, key=_IMAGE_PATHS)
+            if read_fusion(base.local_dir) is None:
+                raise ConfigError(
+                    f"evaluate.images asks about images, and the model at base.source "
+                    f"{config.source} reads text alone; set base.fusion, or leave images out"
+                )
         if self.config.unfit_for_fusion and read_fusion(base.local_dir) is not None:
             raise ConfigError(
                 f"base.source {config.source} sees images, and does not go with "
@@ -299,7 +307,7 @@ class Pipeline:
 
         inputs = {name: artifact.digest for name, artifact in models.items()}
         if config.evaluate.images is not None:
-            inputs |= describe_files(config.evaluate.images.paths)
+            inputs |= describe_files(config.evaluate.images.paths, key=_IMAGE_PATHS)
         return self._stage("evaluate", identity(config.evaluate, config.tasks), inputs, body)
 
     def write_report(self, *, command: str, serve_s: float | None = None) -> str:
@@ -307,7 +315,7 @@ class Pipeline:
         self.evaluate()
         return write_report(
             self.store,
-            {stage: self._made[stage] for stage in STAGES},
+            dict(self._made),
             name=self.config.run.name,
             command=command,
             serve_s=serve_s,

@@ -3,7 +3,8 @@
 1. The sources of the configuration are learned in phases (`r1ray.pipeline`) that begin with the
    published model's float weights and its memory. A model that was trained without `continual` has
    none: its reservoir is drawn from its BatchSets.
-2. The quantized result and the published model answer the same held-out problems.
+2. The quantized result and the published model answer the same held-out problems, which no data
+   set of the run has.
 3. Where a family lost more than `update.max_forgetting_points`, nothing is published. Else the link
    that servers follow is replaced.
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.config.schema import BaseConfig, PipelineConfig, identity
+from r1ray.data.reasoning import Problem, read_questions
 from r1ray.data.reservoir import Reservoir, read_samples
 from r1ray.errors import ArtifactError, ConfigError, ForgettingError
 from r1ray.evaluation.forgetting import find_forgotten, measure_changes, render_changes
@@ -193,7 +195,7 @@ def _list_families(prepare: Mapping[str, Any], tasks: Mapping[str, Any]) -> set[
 def _judge(
     pipeline: Pipeline, published: Published, new: Artifact, taught: set[str], learns: str
 ) -> Artifact:
-    config, problems = pipeline.config, pipeline.heldout_problems()
+    config, problems = pipeline.config, _draw_unseen(pipeline, taught)
     max_points = config.update.max_forgetting_points
 
     def body(out_dir: Path) -> dict[str, Any]:
@@ -221,6 +223,24 @@ def _judge(
     values = identity(config.evaluate, config.tasks, config.update) | {"learns": learns}
     inputs = {"old": published.served.digest, "new": new.digest}
     return pipeline.store.run(JUDGE, values, inputs, body)
+
+
+def _draw_unseen(pipeline: Pipeline, taught: set[str]) -> list[Problem]:
+    """Held-out problems that no data set of the run has: another number of them was kept apart.
+
+    Raises:
+        ConfigError: there are none of some family that was taught.
+    """
+    seen = set[str]()
+    for prepared in pipeline.store.find_all("prepare"):
+        seen |= read_questions(prepared.local_dir)
+    problems = [item for item in pipeline.heldout_problems() if item.question.strip() not in seen]
+    if missing := sorted(taught - {item.family for item in problems}):
+        raise ConfigError(
+            f"evaluate.num_problems ({pipeline.config.evaluate.num_problems}) leaves no held-out "
+            f"problem of {', '.join(missing)} to be asked; raise it"
+        )
+    return problems
 
 
 def _explain(config: PipelineConfig, judged: Artifact) -> str:

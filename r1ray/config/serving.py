@@ -122,7 +122,7 @@ class EngineConfig(ReplicaConfig):
     attention: AttentionKind = "auto"
     """auto: block-sparse beyond 2,048 tokens if the model has gates; sparse: without them, too."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600
-    """How long a request may take, waiting included; it is ended with an error then."""
+    """How long a request may be in a replica, waiting included; then it ends with an error."""
     images: ImageLimits = ImageLimits()
     """What images of a request may be, where the model sees any."""
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 60

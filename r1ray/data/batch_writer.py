@@ -1,7 +1,8 @@
 """From tokenized samples to the BatchSet's file, window by window, in arrow arrays throughout.
 
-1. Samples gather to a window of 65,536 samples or 16 million tokens, whichever comes first: the
-   larger it is, the closer in length are the rows of a batch. A planner may ask for smaller ones.
+1. Samples gather to a window of 65,536 samples, 16 million tokens or 256 MiB of images, whichever
+   comes first: the larger it is, the closer in length are the rows of a batch. A planner may ask
+   for smaller ones.
 2. The planner says which of them make batches; the others stay for the next window.
 3. One `take` brings the samples into batch order; offsets alone make them rows of `BATCH_SCHEMA`.
 
@@ -30,6 +31,7 @@ __all__ = ["WINDOW_SAMPLES", "WINDOW_TOKENS", "BatchWriter"]
 
 WINDOW_SAMPLES = 65_536
 WINDOW_TOKENS = 16 << 20
+_WINDOW_IMAGE_BYTES = 256 << 20
 _GROUP_TOKENS = 256 << 10  # of a row group: what reading one batch decodes
 
 
@@ -52,7 +54,7 @@ class BatchWriter:
         self._file = pq.ParquetWriter(directory / BATCHES_NAME, self._schema, compression="zstd")
         self._left = sample_schema(config).empty_table()
         self._new: list[pa.Table] = []
-        self._num_new = self._new_tokens = 0
+        self._num_new = self._new_tokens = self._new_image_bytes = 0
         self._counts = Counter(num_batches=0, num_tokens=0, num_targets=0, computed=0)
         self._largest = 0
         self._per_ceiling: Counter[int] = Counter()
@@ -77,7 +79,13 @@ class BatchWriter:
         self._new.append(samples)
         self._num_new += samples.num_rows
         self._new_tokens += pc.sum(pc.list_value_length(samples["input_ids"])).as_py() or 0
-        if self._num_new >= self._window_samples or self._new_tokens >= WINDOW_TOKENS:
+        if IMAGES.name in samples.column_names:
+            self._new_image_bytes += samples[IMAGES.name].nbytes
+        if (
+            self._num_new >= self._window_samples
+            or self._new_tokens >= WINDOW_TOKENS
+            or self._new_image_bytes >= _WINDOW_IMAGE_BYTES
+        ):
             self._cut(is_last=False)
 
     def summarize(self) -> dict[str, Any]:
@@ -108,7 +116,8 @@ class BatchWriter:
         lengths = pc.list_value_length(window["input_ids"]).to_numpy().astype(np.int64)
         batches, left = self._planner.plan(lengths, self._num_new, is_last=is_last)
         self._left = window.take(np.sort(left))
-        self._new, self._num_new, self._new_tokens = [], 0, 0
+        self._new, self._num_new = [], 0
+        self._new_tokens = self._new_image_bytes = 0
         if batches:
             self._write(window, lengths, batches)
 

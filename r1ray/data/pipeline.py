@@ -48,7 +48,7 @@ from r1ray.data.planners import (
     PackingPlanner,
     fit_ceilings,
 )
-from r1ray.data.reasoning import Problem, build_messages, draw_training
+from r1ray.data.reasoning import TRACES_NAME, Problem, build_messages, draw_training
 from r1ray.data.reservoir import Replay
 from r1ray.data.sources import list_files, read_file, rows_to_table
 from r1ray.data.summary import plot_summary, render_summary
@@ -59,7 +59,6 @@ from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["prepare_batches"]
 
-TRACES_NAME = "traces.jsonl"
 _SAMPLES_NAME = "samples.arrow.tmp"
 _TRACES_PER_BLOCK, _LONG_PER_BLOCK = 1024, 16
 _BLOCK_BYTES = 4 << 20  # of a block in flight: bounds the memory of a task

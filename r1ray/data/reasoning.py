@@ -10,15 +10,27 @@
 Adding a family means adding one writer to `_WRITERS`.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from r1ray.config.prepare import FamilyConfig, TasksConfig
 from r1ray.errors import ConfigError
 
-__all__ = ["Problem", "build_messages", "draw_heldout", "draw_training", "supported_families"]
+__all__ = [
+    "TRACES_NAME",
+    "Problem",
+    "build_messages",
+    "draw_heldout",
+    "draw_training",
+    "read_questions",
+    "supported_families",
+]
+
+TRACES_NAME = "traces.jsonl"  # beside a BatchSet
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,20 @@ def draw_training(tasks: TasksConfig, count: int, heldout: Sequence[Problem]) ->
     """`count` training problems with distinct questions, none of which is in `heldout`."""
     streams = [_draw(family, tasks.train_seed) for family in tasks.families]
     return _take_distinct(streams, count, seen={problem.question for problem in heldout})
+
+
+def read_questions(directory: Path) -> set[str]:
+    """The questions of the traces that a BatchSet in `directory` was made of."""
+    file = directory / TRACES_NAME
+    if not file.is_file():
+        return set()
+    with file.open(encoding="utf-8") as stream:
+        return {
+            message["content"]
+            for line in stream
+            for message in json.loads(line)["messages"]
+            if message["role"] == "user"
+        }
 
 
 _MAX_REPEATS = 2000  # drawn in a row without a new question: the family has no more

@@ -66,30 +66,38 @@ _Read = tuple[Any, str | None, Any]
 """One row as read: value, error if it has none, and what to show of it should it be bad."""
 
 
-def list_files(paths: Sequence[str]) -> list[str]:
+def list_files(paths: Sequence[str], *, key: str = "prepare.sources") -> list[str]:
     """The data files behind `paths` (files, directories, globs, URIs), sorted, each once.
 
     Files of other kinds in a directory are left out, and their number is logged.
 
+    Args:
+        key: of the configuration, for messages.
     Raises:
         ConfigError: a path matches nothing, cannot be listed, or is a file of no supported kind.
     """
     found: set[str] = set()
     for path in paths:
         try:
-            matches = _list_uri(path) if "://" in path else _list_local(path)
+            matches = _list_uri(path) if "://" in path else _list_local(path, key)
         except (OSError, pa.ArrowException) as error:
-            raise ConfigError(f"prepare.sources: {path!r} cannot be listed ({error})") from error
+            raise ConfigError(f"{key}: {path!r} cannot be listed ({error})") from error
         if not matches:
-            raise ConfigError(f"prepare.sources: {path!r} matches no {', '.join(_SUFFIXES)} file")
+            raise ConfigError(f"{key}: {path!r} matches no {', '.join(_SUFFIXES)} file")
         found.update(matches)
-    return sorted(found)
+    # What is reached in two ways is one file. Its name, and not that of what it links to, tells how
+    # it is read.
+    by_file = {
+        path if "://" in path else os.path.realpath(path): path
+        for path in sorted(found, reverse=True)
+    }
+    return sorted(by_file.values())
 
 
-def describe_files(paths: Sequence[str]) -> dict[str, str]:
+def describe_files(paths: Sequence[str], *, key: str = "prepare.sources") -> dict[str, str]:
     """Size and modification time of every data file: contents may be too large to hash."""
     described = {}
-    for path in list_files(paths):
+    for path in list_files(paths, key=key):
         filesystem, inner = (
             fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
         )
@@ -98,9 +106,9 @@ def describe_files(paths: Sequence[str]) -> dict[str, str]:
     return described
 
 
-def _list_local(path: str) -> list[str]:
+def _list_local(path: str, key: str) -> list[str]:
     entries = [Path(path)] if os.path.exists(path) else map(Path, glob.glob(path, recursive=True))
-    found: list[str] = []
+    found: list[Path] = []
     for entry in entries:
         if entry.is_dir():
             files = list(_walk(entry))
@@ -108,12 +116,12 @@ def _list_local(path: str) -> list[str]:
             if len(usable) < len(files):
                 skipped = len(files) - len(usable)
                 logger.warning("%s: %d files of other kinds are left out", entry, skipped)
-            found += [str(file.resolve()) for file in usable]
+            found += usable
         elif entry.name.endswith(_SUFFIXES) and entry.is_file():
-            found.append(str(entry.resolve()))
+            found.append(entry)
         else:
-            raise ConfigError(f"prepare.sources: {entry} is not one of {', '.join(_SUFFIXES)}")
-    return found
+            raise ConfigError(f"{key}: {entry} is not one of {', '.join(_SUFFIXES)}")
+    return list(map(os.path.abspath, found))
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -51,10 +51,10 @@ def read_image_questions(config: ImageQuestionsConfig) -> list[ImageQuestion]:
     """The first questions of the files.
 
     Raises:
-        ArtifactError: a file cannot be read, or a row is no question.
+        ArtifactError: a file cannot be read, a row is no question, or there are none.
     """
     questions: list[ImageQuestion] = []
-    for path in list_files(config.paths):
+    for path in list_files(config.paths, key="evaluate.images.paths"):
         try:
             for row in _read_rows(path, config.num_questions - len(questions)):
                 images = list_images(
@@ -67,6 +67,8 @@ def read_image_questions(config: ImageQuestionsConfig) -> list[ImageQuestion]:
                 questions.append(ImageQuestion(tuple(images), asked, answer, kind))
         except (ImageError, OSError, UnicodeDecodeError, pa.ArrowException) as error:
             raise ArtifactError(f"{path}: cannot be evaluated on ({error})") from error
+    if not questions:
+        raise ArtifactError(f"evaluate.images.paths {config.paths} have no rows; leave images out")
     return questions
 
 

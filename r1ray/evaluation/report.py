@@ -31,6 +31,8 @@ def write_report(
 ) -> str:
     """Write the report of finished artifacts (stage -> artifact); returns report.md's location.
 
+    Phases that are learned in a row are stages of their own; `prepare` and `train` are the last's.
+
     Args:
         name: of the run; the rows' ids begin with it.
         serve_s: seconds that serving took in this run, when it ran.
@@ -164,8 +166,10 @@ def _describe_training(artifacts: Mapping[str, Artifact]) -> str:
     trained = artifacts["train"].manifest.metrics
     prepared = artifacts["prepare"].manifest.metrics
     rate, waited = trained["tokens_per_s"], 100 * trained["exchange_wait_share"]
+    phases = sum(stage.startswith("train ") for stage in artifacts)
+    which = f"The last of {phases + 1} phases: " if phases else ""
     return (
-        f"{trained['steps']} steps over {trained['tokens']} tokens at {rate:.0f} tokens/s, "
+        f"{which}{trained['steps']} steps over {trained['tokens']} tokens at {rate:.0f} tokens/s, "
         f"{waited:.1f}% of the time spent waiting for the exchange; "
         f"loss {trained['first_loss']:.3f} to {trained['final_loss']:.3f}. "
         f"{prepared['num_samples']} samples in {prepared['num_batches']} batches, "

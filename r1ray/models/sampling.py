@@ -181,7 +181,7 @@ def sample_tokens(logits_BV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled
     Sources: nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751; min-p, arXiv:2407.01082;
     repetition penalty, Keskar et al. 2019, arXiv:1909.05858.
     Raises:
-        FloatingPointError: the logits of a row that is drawn are not finite.
+        FloatingPointError: the logits of a row are not finite.
     """
     chosen = _argmax(logits_BV)
     own = [at for at, row in enumerate(rows) if row.adjusts or row.params.temperature > 0]
@@ -192,6 +192,8 @@ def sample_tokens(logits_BV: Tensor, rows: Sequence[RowSampler]) -> list[Sampled
                 rows[at].adjust(logits_V)
         for at, token in zip(own, _choose(logits_RV, [rows[at] for at in own]), strict=True):
             chosen[at] = token
+    if not logits_BV[torch.arange(len(chosen)), chosen].isfinite().all():
+        raise FloatingPointError("the model's logits are not finite")
     counts = [row.params.num_logprobs for row in rows]
     return [
         SampledToken(token) if count is None else _with_logprobs(logits_BV[at], token, count)

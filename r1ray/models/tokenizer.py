@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 _BATCH_CHARS = 1 << 22  # encoded at once: a token takes some hundred bytes on the way
+_MOST_BYTES = 4  # of a character
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -152,28 +153,49 @@ def _group_texts(texts: Sequence[str]) -> Iterator[list[str]]:
 class StreamDecoder:
     """Text of a growing token sequence, released only when its characters are complete.
 
-    Byte-level tokens may end inside a character; that tail is held back until it decodes.
+    Tokens may end inside a character; that tail is held back until it decodes. What was released
+    last is the context of what follows: whether a word begins with a space depends on it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # ids before it are fully released
-        self._released = ""  # text of ids[start:] that was released
+        self._context: list[int] = []  # the tokens that were released last, all of them complete
+        self._held: list[int] = []
+        self._known = ""  # text of the context
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; may be empty."""
-        self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids[self._start :])
-        if text.endswith(_REPLACEMENT) or len(text) <= len(self._released):
+        self._held.append(token_id)
+        text = self._decode([*self._context, *self._held])
+        if text.endswith(_REPLACEMENT) and len(self._held) > _MOST_BYTES:
+            return self._skip_broken()
+        if len(text) <= len(self._known) and not self._decode([token_id, token_id]):
+            self._held.pop()  # a control token, and not a space that a beginning hides
+        if text.endswith(_REPLACEMENT) or len(text) <= len(self._known):
             return ""
-        fresh = text[len(self._released) :]
-        # Keep one released token as context: a leading space depends on what came before.
-        self._start = max(self._start, len(self._ids) - 1)
-        self._released = self._tokenizer.decode(self._ids[self._start :])
+        fresh = text[len(self._known) :]
+        self._context, self._held = self._held, []
+        self._known = self._decode(self._context)
         return fresh
 
     def finish(self) -> str:
         """The text that is still held back, incomplete characters replaced."""
-        text = self._tokenizer.decode(self._ids[self._start :])
-        return text[len(self._released) :]
+        return self._decode([*self._context, *self._held])[len(self._known) :]
+
+    def _skip_broken(self) -> str:
+        """Text of more tokens than a character has bytes: the first are broken.
+
+        What follows begins anew, without a context that would break it as well.
+        """
+        cut = 1 - _MOST_BYTES  # the last may begin a character
+        for start in range(1, len(self._held)):
+            if not self._decode(self._held[start:]).endswith(_REPLACEMENT):
+                cut = start  # or are one
+                break
+        broken = self._decode([*self._context, *self._held[:cut]])[len(self._known) :]
+        begun = self._held[cut:]
+        self._context, self._held, self._known = [], [], ""
+        return broken + "".join(map(self.push, begun))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)

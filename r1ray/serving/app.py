@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import ray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve import Application
@@ -26,7 +27,14 @@ from r1ray.serving.replica import ModelReplica, check_context
 from r1ray.serving.routing import PrefixRouter
 from r1ray.serving.scaling import TokenScaling
 
-__all__ = ["ServeArgs", "build_app", "check_port_is_free", "start_server", "stop_server"]
+__all__ = [
+    "ServeArgs",
+    "build_app",
+    "check_port_is_free",
+    "is_on_head",
+    "start_server",
+    "stop_server",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +135,17 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
     """Serve `model_dir` from the running Ray and return the base URL once /health answers 200.
 
     Raises:
-        ConfigError: the port is taken, or the context is longer than the model's.
+        ConfigError: the port is taken, the context is longer than the model's, or this is not the
+            head.
         ServingError: the server did not come up.
     """
     model_dir = str(Path(model_dir).absolute())  # a link stays one, and is followed
     check_context(config.max_context_tokens, ModelConfig.load(model_dir))
+    if not is_on_head():
+        raise ConfigError(
+            "the server listens on the head, and this driver is on another node; submit it without "
+            "--entrypoint-num-cpus and the like, or deploy one of `deployments/*.yaml`"
+        )
     check_port_is_free(config.host, config.port)
     _check_serve_is_ours_to_start()
     values = asdict(config)
@@ -153,6 +167,15 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
         raise
     logger.info("serving %s as %s at %s/v1", model_dir, config.model_name, url)
     return url
+
+
+def is_on_head() -> bool:
+    """Whether this process is on the node that the server's proxy runs on."""
+    own = ray.get_runtime_context().get_node_id()
+    return any(
+        node["NodeID"] == own and "node:__internal_head__" in node["Resources"]
+        for node in ray.nodes()
+    )
 
 
 def stop_server() -> None:

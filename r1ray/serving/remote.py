@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
+import grpc
 from prometheus_client.metrics_core import Metric
 from ray import serve
 from ray.exceptions import RayError
@@ -30,7 +31,7 @@ __all__ = ["RemoteModel"]
 
 PROBE_TIMEOUT_S = 5.0
 ASK_EVERY_S = 1.0
-_LOST = (RayError, RayServeException, TimeoutError)
+_LOST = (RayError, RayServeException, TimeoutError, grpc.RpcError)  # Serve hands some on as it is
 _FULL = 429
 _ELSEWHERE = (_FULL, 503)  # statuses that another group may not have
 
@@ -148,10 +149,11 @@ class _Group:
             while item is not None:
                 if isinstance(item, Failure):
                     raise item.to_error()
+                finished = item[-1].finish_reason is not None  # whoever asks may stop here
                 yield item
                 item = await anext(response, None)
             finished = True
-        except (RayError, RayServeException) as error:
+        except (RayError, RayServeException, grpc.RpcError) as error:
             raise _unavailable("the model replica was lost") from error
         finally:
             if not finished:

@@ -159,6 +159,8 @@ class ModelReplica:
                 async with aclosing(engine.submit(request)) as batches:
                     async for events in batches:
                         yield events
+                        if events[-1].finish_reason is not None:
+                            return
                         await asyncio.sleep(COALESCE_S - time.monotonic() % COALESCE_S)
         except ServingError as error:
             yield Failure.of(error)

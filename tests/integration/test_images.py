@@ -123,6 +123,17 @@ def test_a_frozen_decoder_stays_as_it_was(workspace: Path) -> None:
     assert all(torch.equal(base[name], trained[name]) for name in base)
 
 
+def test_questions_about_images_want_files_and_a_fusion_before_anything_is_trained(
+    workspace: Path,
+) -> None:
+    missing = f"evaluate.images={{paths: ['{workspace / 'no.parquet'}']}}"
+    with pytest.raises(ConfigError, match=r"evaluate\.images\.paths: .* matches no"):
+        Pipeline(_config(workspace, "late", missing, "run.name=missing")).base()
+    text = ["base.fusion=null", "run.name=blind", "prepare.sources=[{type: tasks, num_samples: 4}]"]
+    with pytest.raises(ConfigError, match=r"evaluate\.images asks about images"):
+        Pipeline(_config(workspace, "late", *text)).base()
+
+
 def test_a_base_that_sees_images_is_not_cut_into_a_student(workspace: Path) -> None:
     seeing = Pipeline(_config(workspace, "late")).base().local_dir
     student = ["base.fusion=null", "student={layers: [0]}", "run.name=student"]

@@ -31,10 +31,10 @@ def test_linked_directories_are_followed_and_cycles_end(tmp_path: Path) -> None:
     (other / "deep" / "back").symlink_to(data)
     (data / "sub" / "self").symlink_to(data / "sub")
     (data / "gone.jsonl").symlink_to(tmp_path / "absent")
-    everything = [str(data / "a.jsonl"), str(other / "deep" / "b.jsonl")]
+    everything = [str(data / "a.jsonl"), str(data / "linked" / "deep" / "b.jsonl")]
     assert list_files([str(data)]) == everything
     (tmp_path / "link").symlink_to(data)
-    assert list_files([str(tmp_path / "link"), str(other)]) == everything
+    assert list_files([str(data), str(tmp_path / "link"), str(other)]) == everything
 
 
 def test_uris_are_listed_like_paths(tmp_path: Path) -> None:
@@ -79,3 +79,15 @@ def test_a_file_named_in_two_ways_is_read_once(
 def test_paths_that_cannot_be_listed_are_config_errors(path: str) -> None:
     with pytest.raises(ConfigError, match=r"prepare\.sources"):
         list_files([path])
+
+
+def test_a_link_into_a_cache_is_read_by_its_own_name(tmp_path: Path) -> None:
+    """As Hugging Face's cache has it: the file behind the link has a hash for a name."""
+    blob, link = tmp_path / "blobs" / "0a1b", tmp_path / "snapshots" / "train.jsonl"
+    for path in (blob, link):
+        path.parent.mkdir()
+    blob.write_text("{}")
+    link.symlink_to(blob)
+
+    assert list_files([str(link)]) == [str(link)]
+    assert list_files([str(link.parent), str(link)]) == [str(link)]

@@ -170,9 +170,11 @@ def test_logprobs_are_the_models_own() -> None:
     )
 
 
-def test_logits_that_are_not_finite_are_no_distribution() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_no_distribution(temperature: float, broken: float) -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
-        _tokens(torch.tensor([[0.0, math.nan]]), [SamplingParams(temperature=1.0)])
+        _tokens(torch.tensor([[0.0, broken]]), [SamplingParams(temperature=temperature)])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from r1ray.errors import ArtifactError
 from r1ray.models import save_model
@@ -59,6 +61,73 @@ def test_incomplete_characters_are_held_back_and_finished_as_replacement(
     cut = StreamDecoder(tokenizer)
     assert [cut.push(token_id) for token_id in ids[:3]] == ["a", "", ""]
     assert "\N{REPLACEMENT CHARACTER}" in cut.finish()
+
+
+class _ByteFallback:
+    """SentencePiece's way: what the vocabulary lacks is a token a byte."""
+
+    def __init__(self) -> None:
+        self._pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), *"▁abchi", "<end>"]
+        self._decoder = decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+
+    def encode(self, text: str) -> list[int]:
+        found = []
+        for char in f"▁{text}".replace(" ", "▁"):
+            if char in self._pieces:
+                found.append(self._pieces.index(char))
+            else:
+                found += char.encode()
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        pieces = [self._pieces[index] for index in ids]
+        return str(self._decoder.decode([piece for piece in pieces if piece != "<end>"]))
+
+
+_BYTES = st.text(st.sampled_from("abchi é€😀 "), max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=_BYTES)
+def test_characters_of_several_byte_tokens_follow_one_another(text: str) -> None:
+    tokenizer = _ByteFallback()
+    ids, stream = tokenizer.encode(text), StreamDecoder(tokenizer)  # type: ignore[arg-type]
+    streamed = "".join([stream.push(token_id) for token_id in ids])
+    assert streamed == tokenizer.decode(ids) == text
+    assert stream.finish() == ""
+
+
+def test_broken_bytes_do_not_break_what_follows() -> None:
+    tokenizer = _ByteFallback()
+    stream = StreamDecoder(tokenizer)  # type: ignore[arg-type]
+    ids = [*tokenizer.encode("hi"), *[0x9F] * 7, *"😀".encode(), *tokenizer.encode(" a")]
+    streamed = "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
+    assert streamed.replace("\ufffd", "").endswith("😀  a")
+    assert streamed.startswith("hi\ufffd")
+
+
+def test_tokens_without_text_are_not_read_again_and_again(tokenizer: Tokenizer) -> None:
+    lengths: list[int] = []
+
+    class Counting:
+        def decode(self, ids: Sequence[int]) -> str:
+            lengths.append(len(ids))
+            return tokenizer.decode(ids)
+
+    stream = StreamDecoder(Counting())  # type: ignore[arg-type]
+    euro = tokenizer.encode("€")
+    assert stream.push(euro[0]) == ""
+    for _ in range(200):
+        assert stream.push(EOS_ID) == ""
+        stream.push(euro[1])
+    assert max(lengths) <= 12  # however long the answer is
 
 
 def test_offsets_give_each_tokens_first_character(tokenizer: Tokenizer) -> None:
