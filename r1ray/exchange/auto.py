@@ -129,7 +129,8 @@ class AutoExchange(Exchange):
         self._take_gradients_back()
         chosen = self._decide()
         outcome = chosen.step(_joined(self._totals))
-        return chosen.flush() if outcome.verdict == "wait" else outcome
+        flushed = chosen.flush()
+        return flushed if outcome.verdict == "wait" else outcome
 
     def state_dict(self) -> dict[str, Any]:
         assert self._chosen is not None, "flush comes first"

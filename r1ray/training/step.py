@@ -134,6 +134,7 @@ class TrainState:
         is_local = was_local or self.exchange.is_local  # it may begin or end with a step
         if flush:
             outcomes.append(self.exchange.flush())
+            is_local = is_local or self.exchange.is_local  # or with a flush
         self.model.zero_grad(set_to_none=True)
         for outcome in outcomes:
             self._precision.update(outcome, is_local=is_local)

@@ -135,8 +135,11 @@ def train_model(
         ),
     )
     result, recoveries = _fit(trainer, board, on_step)
-    assert result.checkpoint is not None, "the last step reports a checkpoint"
-    with result.checkpoint.as_directory() as directory:
+    checkpoint = result.checkpoint
+    if checkpoint is None and salvaged is not None:  # of the last step: there was nothing to do
+        checkpoint = ray.train.Checkpoint.from_directory(salvaged)
+    assert checkpoint is not None, "the last step reports a checkpoint"
+    with checkpoint.as_directory() as directory:
         history = load_history(Path(directory))
         model = load_model(directory)
         if continual is not None:

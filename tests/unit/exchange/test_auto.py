@@ -68,13 +68,14 @@ def test_workers_end_with_identical_bits(runs: list[dict[str, Any]]) -> None:
     assert all(torch.equal(first, second) for first, second in pairs)
 
 
+@pytest.mark.parametrize("num_fragments", [1, 4])
 @pytest.mark.parametrize("checkpoint_after", [None, 1, 4])
 def test_a_schedule_of_the_chosen_exchange_ends_with_the_run(
-    checkpoint_after: int | None, monkeypatch: pytest.MonkeyPatch
+    checkpoint_after: int | None, num_fragments: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Streaming leaves the same weights everywhere only after its last merge."""
     stream = StreamExchangeConfig(
-        type="stream", local_steps=4, num_fragments=1, overlap_steps=1, tail_share=0
+        type="stream", local_steps=4, num_fragments=num_fragments, overlap_steps=1, tail_share=0
     )
     monkeypatch.setattr(auto, "candidates", lambda _: [stream])
 
@@ -86,6 +87,7 @@ def test_a_schedule_of_the_chosen_exchange_ends_with_the_run(
             take_step(exchange, parameters, rows_of(transport.rank, transport.world_size), step)
             if step + 1 == checkpoint_after:
                 exchange.flush()
+                assert exchange.state_dict()["config"]["type"] == "stream"
         exchange.flush()
         exchange.close()
         return values_of(parameters)
