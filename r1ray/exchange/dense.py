@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from r1ray.errors import ExchangeError
+from r1ray.errors import ConfigError, ExchangeError
 from r1ray.exchange.base import Exchange, ExchangeStats, StepOutcome, StepTotals
 from r1ray.exchange.transport import Pending, Transport
 from r1ray.exchange.update_rule import UpdateRule
@@ -80,7 +80,9 @@ class DenseExchange(Exchange):
         sums = self._transport.all_reduce_sum(values)
         peaks = torch.tensor(totals.peaks, dtype=torch.float32, device=device)
         if totals.peaks and self._transport.world_size > 1:
+            started = time.perf_counter()  # here the first one waits for the others
             peaks = self._transport.all_gather(peaks).amax(0)
+            self._wait_s += time.perf_counter() - started
         pending: list[tuple[Pending, Tensor, list[nn.Parameter]]] = []
         for bucket in self._buckets if self._transport.world_size > 1 else []:
             flat = torch.cat([_gradient(parameter).flatten() for parameter in bucket])
@@ -103,6 +105,11 @@ class DenseExchange(Exchange):
         return {"num_updates": self.num_updates, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        if "optimizer" not in states[0]:
+            raise ConfigError(
+                "the checkpoint of this run was saved with train.resources.tiers; restore them, or "
+                "change run.name to begin anew"
+            )
         self.num_updates = states[0]["num_updates"]
         self.optimizer.load_state_dict(states[0]["optimizer"])
 

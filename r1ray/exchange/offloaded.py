@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r1ray.errors import ExchangeError
+from r1ray.errors import ConfigError, ExchangeError
 from r1ray.exchange.base import Exchange, ExchangeStats, StepOutcome, StepTotals
 from r1ray.exchange.transport import Transport
 from r1ray.exchange.update_rule import UpdateRule
@@ -103,6 +103,11 @@ class OffloadedExchange(Exchange):
         }
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        if "means" not in states[0]:
+            raise ConfigError(
+                "the checkpoint of this run was saved without train.resources.tiers; leave them "
+                "out, or change run.name to begin anew"
+            )
         self.num_updates = states[0]["num_updates"]
         for kind, file in (("means", self._means), ("squares", self._squares)):
             for name, stored in states[0][kind].items():
@@ -162,7 +167,9 @@ class OffloadedExchange(Exchange):
         values = torch.tensor(
             [totals.loss_sum, totals.num_targets, totals.num_tokens], dtype=torch.float64
         )
+        started = time.perf_counter()
         self._transport.all_reduce_sum(values).wait()
+        self._wait_s += time.perf_counter() - started
         loss_sum, num_targets, num_tokens = values.tolist()
         if num_targets < 1:
             raise ExchangeError("no worker had a target token in this step; check the BatchSet")

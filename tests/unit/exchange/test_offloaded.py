@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from r1ray.config.training import TrainConfig
-from r1ray.errors import ExchangeError
+from r1ray.errors import ConfigError, ExchangeError
 from r1ray.exchange import (
     LocalTransport,
     OffloadedExchange,
@@ -126,6 +126,15 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, model_dir: Path) -> N
         resumed.run_step([BATCH])
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_checkpoints_with_and_without_tiers_are_told_apart(model_dir: Path) -> None:
+    plain, (_, exchange) = _dense(), _offloaded(LocalTransport(), model_dir)
+
+    with pytest.raises(ConfigError, match=r"saved without train\.resources\.tiers; leave them out"):
+        exchange.load_state_dict([plain.exchange.state_dict()])
+    with pytest.raises(ConfigError, match=r"saved with train\.resources\.tiers; restore them"):
+        plain.exchange.load_state_dict([exchange.state_dict()])
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(model_dir: Path) -> None:
