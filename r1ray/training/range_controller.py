@@ -204,7 +204,8 @@ class RangeController(PrecisionPolicy):
     def _fitting_scale(self) -> float:
         """The largest S that leaves the groups in low precision their headroom."""
         largest = max([1.0, *(self._groups[index].amax for index in self._low())])
-        return 2.0 ** math.floor(math.log2(self._max / (HEADROOM * largest)))
+        scale = 2.0 ** math.floor(math.log2(self._max / (HEADROOM * largest)))
+        return scale if self._tiny else min(1.0, scale)  # nothing to lift out of underflow
 
     def _ceiling(self) -> float:
         bound = math.inf if self._overflow is None else self._overflow[0] / 2

@@ -310,6 +310,18 @@ def test_a_group_that_is_only_looked_up_is_left_alone() -> None:
     assert not controller.promoted
 
 
+def test_bfloat16_goes_back_to_no_scale_after_overflows() -> None:
+    controller = RangeController([True] * 4, torch.bfloat16)
+    for _ in range(2):
+        update_policy(controller, *[seen_range(math.inf, nonfinite=3)] * 4)
+    assert controller.loss_scale < 1.0
+
+    for _ in range(6):
+        update_policy(controller, *[seen_range(1.0)] * 4)
+
+    assert controller.loss_scale == 1.0
+
+
 def test_bfloat16_needs_no_scale_where_fp16_does() -> None:
     controller = RangeController([True] * 2, torch.bfloat16, raise_after=5)
     for amax in (0.0, 1e-20, 1.0, 1e30):
