@@ -318,8 +318,8 @@ _NOTES = f"""\
 - Controls are early fusion with a gray picture, or without the question's words.
 - Every arm and regime has the best of {len(RATES)} learning rates, {RATES[0]:g} to {RATES[-1]:g},
   found with the first seed on questions of a set of its own: for some an end of the range, which
-  was fixed before. Seeds are of the fusion's weights and the order of the data. Parameters and FLOP are counted by torch, and may differ by
-  {MAX_PARAMETER_SPREAD:.0%} and {MAX_FLOP_SPREAD:.0%}.
+  was fixed before. Seeds are of the fusion's weights and the order of the data. Parameters and
+  FLOP are counted by torch, and may differ by {MAX_PARAMETER_SPREAD:.0%} and {MAX_FLOP_SPREAD:.0%}.
 - The rule of the verdict is in `jobs/benchmarks/fusion_report.py`. Intervals: 95%, seeds and
   questions drawn again together.
 - easy-VQA: one seed, everything trained; its question alone gives the answer away in two thirds.
