@@ -141,12 +141,12 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
     """
     model_dir = str(Path(model_dir).absolute())  # a link stays one, and is followed
     check_context(config.max_context_tokens, ModelConfig.load(model_dir))
+    check_port_is_free(config.host, config.port)
     if not is_on_head():
         raise ConfigError(
             "the server listens on the head, and this driver is on another node; submit it without "
             "--entrypoint-num-cpus and the like, or deploy one of `deployments/*.yaml`"
         )
-    check_port_is_free(config.host, config.port)
     _check_serve_is_ours_to_start()
     values = asdict(config)
     del values["host"], values["port"], values["playground"]
