@@ -27,10 +27,10 @@ from r1ray.compression.gguf import check_gguf
 from r1ray.compression.logits import PARTS_DIR, store_logits
 from r1ray.config.checks import check_lengths
 from r1ray.config.distill import DistillConfig, StoredLogitsConfig
-from r1ray.config.prepare import FileSourceConfig, ImageSourceConfig, PrepareConfig
+from r1ray.config.prepare import PrepareConfig
 from r1ray.config.schema import BaseConfig, PipelineConfig, identity
 from r1ray.data.batch_set import BatchSet
-from r1ray.data.pipeline import prepare_batches
+from r1ray.data.pipeline import describe_sources, prepare_batches
 from r1ray.data.reasoning import Problem, draw_heldout
 from r1ray.data.reservoir import Replay, Reservoir
 from r1ray.data.sources import describe_files, list_files
@@ -53,7 +53,7 @@ from r1ray.publication import LINK, has_replaced
 from r1ray.training.trainer import CHECKPOINTS_DIR, train_model
 from r1ray.training.worker import Teaching
 
-__all__ = ["STAGES", "Pipeline", "describe_sources"]
+__all__ = ["STAGES", "Pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -394,12 +394,3 @@ class Pipeline:
 
 def _with_version(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "r1ray": __version__}
-
-
-def describe_sources(prepare: PrepareConfig) -> dict[str, str]:
-    """Size and time of every file that the sources name."""
-    described: dict[str, str] = {}
-    for source in prepare.sources:
-        if isinstance(source, FileSourceConfig | ImageSourceConfig):
-            described |= describe_files(source.paths)
-    return described

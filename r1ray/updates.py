@@ -20,6 +20,7 @@ from typing import Any
 
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.config.schema import BaseConfig, PipelineConfig, identity
+from r1ray.data.pipeline import describe_sources
 from r1ray.data.reasoning import Problem, read_questions
 from r1ray.data.reservoir import Reservoir, read_samples
 from r1ray.errors import ArtifactError, ConfigError, ForgettingError
@@ -29,7 +30,7 @@ from r1ray.manifest import compute_run_id
 from r1ray.models.fusion_file import read_fusion
 from r1ray.models.memory import RESERVOIR_NAME, memory_path
 from r1ray.observability.progress import StageProgress
-from r1ray.pipeline import Pipeline, describe_sources
+from r1ray.pipeline import Pipeline
 from r1ray.publication import JUDGE, LINK, Published, find_published
 
 __all__ = ["UpdateOutcome", "run_update"]

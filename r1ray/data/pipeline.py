@@ -28,6 +28,7 @@ import ray.data
 
 from r1ray.config.prepare import (
     BucketsConfig,
+    FileSourceConfig,
     ImageSourceConfig,
     LongContextSourceConfig,
     PackingConfig,
@@ -50,19 +51,28 @@ from r1ray.data.planners import (
 )
 from r1ray.data.reasoning import TRACES_NAME, Problem, build_messages, draw_training
 from r1ray.data.reservoir import Replay
-from r1ray.data.sources import list_files, read_file, rows_to_table
+from r1ray.data.sources import describe_files, list_files, read_file, rows_to_table
 from r1ray.data.summary import plot_summary, render_summary
 from r1ray.data.tokenize_table import sample_schema, tokenize_table
 from r1ray.errors import ConfigError, R1RayError
 from r1ray.models.fusion_file import read_fusion
 from r1ray.models.tokenizer import Tokenizer
 
-__all__ = ["prepare_batches"]
+__all__ = ["describe_sources", "prepare_batches"]
 
 _SAMPLES_NAME = "samples.arrow.tmp"
 _TRACES_PER_BLOCK, _LONG_PER_BLOCK = 1024, 16
 _BLOCK_BYTES = 4 << 20  # of a block in flight: bounds the memory of a task
 _BLOCKS_PER_CPU, _SPARE_BLOCKS = 4, 8  # in the object store at once
+
+
+def describe_sources(prepare: PrepareConfig) -> dict[str, str]:
+    """Size and time of every file that the sources name."""
+    described: dict[str, str] = {}
+    for source in prepare.sources:
+        if isinstance(source, FileSourceConfig | ImageSourceConfig):
+            described |= describe_files(source.paths)
+    return described
 
 
 def prepare_batches(

@@ -15,7 +15,7 @@ Shape legend: B rows, K groups, U units, C blocks of keys, M chosen ones.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "choose_blocks",
     "count_chosen",
     "count_exact",
+    "split_tokens",
 ]
 
 BLOCK = 64  # tokens, of keys and of a unit of queries
@@ -78,3 +79,10 @@ def choose_blocks(
     chosen = scores.topk(most, dim=3).indices
     ranks_M = torch.arange(most, device=device)
     return chosen.masked_fill(ranks_M >= counts_BU[:, None, :, None], -1)
+
+
+def split_tokens(q_BNTH: Tensor, chosen_BKTM: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A few single queries at a time: (which, they, their blocks)."""
+    for start in range(0, q_BNTH.shape[2], TOKENS_TOGETHER):
+        part = slice(start, start + TOKENS_TOGETHER)
+        yield part, q_BNTH[:, :, part], chosen_BKTM[:, :, part]

@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from r1ray.errors import ShapeError
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK, TOKENS_TOGETHER
+from r1ray.ops.block_selection import BLOCK, split_tokens
 from r1ray.ops.cached_states import CachedStates
 from r1ray.ops.causal_attention import flash_attention, merge_attention
 from r1ray.ops.packed_attention import compiled_flex_attention
@@ -222,13 +222,10 @@ def _attend_tokens(
     q_BNTH: Tensor, k: CachedStates, v: CachedStates, chosen_BKTM: Tensor, starts: list[int]
 ) -> Tensor:
     """Every query has chosen for itself; a few at a time, as each gathers its own keys."""
-    parts = zip(
-        range(0, q_BNTH.shape[2], TOKENS_TOGETHER),
-        q_BNTH.split(TOKENS_TOGETHER, dim=2),
-        chosen_BKTM.split(TOKENS_TOGETHER, dim=2),
-        strict=False,  # split makes one part of nothing
-    )
-    out = [_attend_few(q, k, v, few, [at + start for start in starts]) for at, q, few in parts]
+    out = [
+        _attend_few(q, k, v, chosen, [start + part.start for start in starts])
+        for part, q, chosen in split_tokens(q_BNTH, chosen_BKTM)
+    ]
     return torch.cat(out, dim=2) if out else torch.empty_like(q_BNTH)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK, TOKENS_TOGETHER, choose_blocks, count_exact
+from r1ray.ops.block_selection import BLOCK, choose_blocks, count_exact, split_tokens
 from r1ray.ops.cached_states import CachedStates
 
 __all__ = ["choose_exact"]
@@ -75,15 +75,9 @@ def _choose_tokens(
     owns_BT: list[list[int]],
 ) -> Tensor:
     """[B, K, T, M] of single queries, a few at a time."""
-    parts = zip(
-        range(0, q_BNTH.shape[2], TOKENS_TOGETHER),
-        q_BNTH.split(TOKENS_TOGETHER, dim=2),
-        before_BKTM.split(TOKENS_TOGETHER, dim=2),
-        strict=False,  # split makes one part of nothing
-    )
     chosen = [
-        _choose_few(q, k, is_marked_KG, before, [row[at : at + TOKENS_TOGETHER] for row in owns_BT])
-        for at, q, before in parts
+        _choose_few(q, k, is_marked_KG, before, [row[part] for row in owns_BT])
+        for part, q, before in split_tokens(q_BNTH, before_BKTM)
     ]
     return torch.cat(chosen, dim=2) if chosen else before_BKTM
 
