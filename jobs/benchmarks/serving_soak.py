@@ -26,6 +26,7 @@ __all__ = ["measure_soak"]
 
 _MODEL = "soak"
 _CLIENTS = 12
+_REPLICAS = 2
 _TIMEOUT_S = 120.0
 _NOTICE_S = 2.0  # until Serve knows that a replica is lost, and sends nothing there
 _BAD: list[dict[str, Any]] = [
@@ -43,7 +44,7 @@ def measure_soak(model_dir: Path, ids: Sequence[int], minutes: float, port: int)
     config = ServeConfig(
         model_name=_MODEL,
         port=port,
-        num_replicas=2,
+        num_replicas=_REPLICAS,
         num_cpus_per_replica=1,
         kv_cache="int8",
         kv_cache_mib=64,  # short: sequences wait, and give way
@@ -114,9 +115,7 @@ async def _ask(client: httpx.AsyncClient, ids: list[int], chance: random.Random)
     body["prompt"] = ids[start : start + length]
     is_bad = chance.random() < 0.1
     if is_bad:
-        body |= chance.choice(
-            [{"temperature": -1}, {"prompt": [-5]}, {"max_tokens": 10**6}, {"x": 1}]
-        )
+        body |= chance.choice(_BAD)
     leaves = body["stream"] and chance.random() < 0.2
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
@@ -129,6 +128,8 @@ async def _ask(client: httpx.AsyncClient, ids: list[int], chance: random.Random)
             if is_bad and response.status_code == 400:
                 return "refused"
             return "failed" if response.status_code == 503 else f"status {response.status_code}"
+        if is_bad:
+            return "answered, though bad"
         if not body["stream"]:
             await response.aread()
             reason = response.json()["choices"][0]["finish_reason"]
@@ -160,16 +161,24 @@ def _resident() -> dict[int, int]:
 
 
 async def _read_held(client: httpx.AsyncClient) -> dict[str, float]:
-    """Of all replicas together: requests, and the share of the pages that they hold."""
+    """Of all replicas together: requests, and the share of the pages that they hold.
+
+    Raises:
+        ValueError: a replica does not tell one of them.
+    """
     names = {
         "r1ray:num_requests_running",
         "r1ray:num_requests_waiting",
         "r1ray:kv_cache_usage_perc",
     }
     found = dict.fromkeys(names, 0.0)
-    text = (await client.get("/metrics")).text
+    told = Counter[str]()
+    text = (await client.get("/metrics")).raise_for_status().text
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name in names:
                 found[sample.name] += sample.value
+                told[sample.name] += 1
+    if any(told[name] != _REPLICAS for name in names):
+        raise ValueError(f"not every one of {_REPLICAS} replicas tells what it holds: {told}")
     return found

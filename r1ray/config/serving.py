@@ -65,6 +65,11 @@ class ReplicaConfig:
     budget_mib: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """What a replica may take of memory (of the GPU's, for its weights); the rest is streamed."""
 
+    @property
+    def max_open_requests(self) -> int:
+        """In one replica, running and waiting; further ones are answered 429."""
+        return self.max_concurrency + self.max_queued_requests
+
     @model_validator(mode="after")
     def _grows(self) -> "ReplicaConfig":
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:

@@ -114,6 +114,10 @@ class Tokenizer:
         """Text of `ids` without control tokens."""
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, control tokens by their names."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=False))
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

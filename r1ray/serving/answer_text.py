@@ -144,10 +144,10 @@ class AnswerText:
 
     def _describe(self, sampled: SampledToken) -> AnswerToken:
         assert sampled.logprob is not None, "it was asked for"
-        decode = self._tokenizer.decode
+        spell = self._tokenizer.spell
         return AnswerToken(
-            text=decode([sampled.token_id]),
+            text=spell([sampled.token_id]),
             logprob=sampled.logprob,
             offset=self._length,
-            top=tuple([(decode([token]), value) for token, value in sampled.top_logprobs]),
+            top=tuple([(spell([token]), value) for token, value in sampled.top_logprobs]),
         )

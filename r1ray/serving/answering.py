@@ -69,6 +69,7 @@ class ServedModel:
     Attributes:
         max_context_tokens: prompt and answer of one request together.
         vocab_size: of the model; token ids must be below it.
+        max_open_requests: that all replicas take together, running and waiting.
         forms: what says whether a form is one.
         created: seconds since the epoch, shown in /v1/models.
         vision: how it sees images; None where it reads text.
@@ -79,6 +80,7 @@ class ServedModel:
     stop_token_ids: frozenset[int]
     max_context_tokens: int
     vocab_size: int
+    max_open_requests: int
     created: int
     forms: FormCompiler
     vision: Vision | None = None
@@ -186,7 +188,7 @@ class AnsweringModel:
     async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
         """The text of tokens; ServingError says what is wrong with the request."""
         self._check_tokens(request.tokens, param="tokens")
-        text = await self._in_thread(lambda: self._model.tokenizer.decode(request.tokens))
+        text = await self._in_thread(lambda: self._model.tokenizer.spell(request.tokens))
         return Detokenized(prompt=text).model_dump()
 
     async def _in_thread(self, compute: Callable[[], Value]) -> Value:
@@ -265,6 +267,14 @@ class AnsweringModel:
     async def _answer(self, exchange: _Exchange) -> Answer:
         request = exchange.request
         self._check_tokens(request.logit_bias, param="logit_bias")
+        if request.n > (most := self._model.max_open_requests):
+            raise ServingError(
+                f"n ({request.n}) is above the {most} answers that this server takes at once; "
+                "lower it",
+                status=400,
+                code="invalid_value",
+                param="n",
+            )
         if request.form is not None:
             await self._check_form(request.form, request)
         exchange.texts = [AnswerText(self._model.tokenizer, request.stop) for _ in range(request.n)]

@@ -123,7 +123,7 @@ def _autoscaling(args: EngineConfig, max_replicas: int) -> AutoscalingConfig:
 
 def _most_at_once(args: EngineConfig) -> int:
     """Requests in one replica."""
-    return args.max_concurrency + args.max_queued_requests + HEADROOM
+    return args.max_open_requests + HEADROOM
 
 
 def _most_requests(args: EngineConfig) -> int:

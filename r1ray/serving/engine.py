@@ -23,6 +23,7 @@ from prometheus_client.metrics_core import Metric
 
 from r1ray.errors import ServingError, ShapeError
 from r1ray.models.generation import BatchGenerator
+from r1ray.models.grammar import FormCompiler
 from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
 from r1ray.models.speed import Speed, SpeedMeter
 from r1ray.serving.engine_metrics import EngineMetrics
@@ -57,6 +58,7 @@ class Engine:
         max_concurrency: requests decoded together.
         max_queued_requests: further requests that may wait.
         timeout_s: how long a request may take; looked at between steps.
+        forms: the generators'; a request's is compiled before the engine thread is given it.
         meter: of the generators' steps.
     """
 
@@ -67,6 +69,7 @@ class Engine:
         max_concurrency: int,
         max_queued_requests: int,
         timeout_s: float = math.inf,
+        forms: FormCompiler | None = None,
         meter: SpeedMeter | None = None,
     ) -> None:
         self._meter = meter
@@ -74,6 +77,7 @@ class Engine:
         self._max_concurrency = max_concurrency
         self._max_queued_requests = max_queued_requests
         self._timeout_s = timeout_s
+        self._forms = forms
         self._metrics = EngineMetrics()
         self._commands: queue.SimpleQueue[Submission | _Cancel | _Probe | _Close] = (
             queue.SimpleQueue()
@@ -137,6 +141,8 @@ class Engine:
                 model failed, 400 when the request does not fit the generator, 504 when it takes
                 too long.
         """
+        if request.form is not None and self._forms is not None:
+            await self._compile(request.form, self._forms)
         submission = self._register(request)
         finished = False
         try:
@@ -160,6 +166,14 @@ class Engine:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise ServingError(f"the engine did not stop within {timeout_s} s", status=500)
+
+    async def _compile(self, form: str, forms: FormCompiler) -> None:
+        """On a thread of its own: `forms` keeps it for the engine's, whose steps do not wait."""
+        try:
+            await asyncio.to_thread(forms.start, form)
+        except ShapeError as error:
+            self._metrics.note_failure(400)
+            raise ServingError(str(error), status=400) from error
 
     def _register(self, request: GenerationRequest) -> Submission:
         submission = Submission(request, asyncio.get_running_loop())

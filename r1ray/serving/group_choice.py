@@ -82,9 +82,7 @@ class _Group:
     @property
     def is_full(self) -> bool:
         """Whether another request would be refused."""
-        each = self.config.max_concurrency + self.config.max_queued_requests
-        most = len(self.speeds) * each
-        return len(self.given) >= most
+        return len(self.given) >= len(self.speeds) * self.config.max_open_requests
 
 
 class GroupBoard:

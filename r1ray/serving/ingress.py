@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from r1ray.config.serving import ModelArgs
+from r1ray.config.serving import ModelArgs, list_groups
 from r1ray.errors import ServingError
 from r1ray.models import ModelConfig
 from r1ray.models.fusion_file import read_fusion
@@ -56,6 +56,10 @@ def load_served_model(args: ModelArgs) -> ServedModel:
         stop_token_ids=frozenset({tokenizer.eos_token_id, *config.eos_token_ids}),
         max_context_tokens=args.max_context_tokens,
         vocab_size=config.vocab_size,
+        max_open_requests=sum(
+            (group.max_replicas or group.num_replicas) * group.max_open_requests
+            for group in list_groups(args).values()
+        ),
         created=int(time.time()),
         forms=compile_forms(args.model_dir),
         vision=_load_vision(args),
@@ -129,7 +133,8 @@ class OpenAIIngress:
 
     @app.post("/tokenize", dependencies=KEYED)
     async def tokenize(self, request: Request) -> Response:
-        return json_response(await self._service.tokenize(await read_body(request)))
+        body = await read_body(request, max_bytes=self._max_chat_bytes)
+        return json_response(await self._service.tokenize(body))
 
     @app.post("/detokenize", dependencies=KEYED)
     async def detokenize(self, request: Request) -> Response:

@@ -117,6 +117,7 @@ def build_engine(model_dir: str, config: EngineConfig, *, is_measured: bool = Fa
         max_concurrency=config.max_concurrency,
         max_queued_requests=config.max_queued_requests,
         timeout_s=config.timeout_s,
+        forms=forms,
         meter=meter,
     )
 

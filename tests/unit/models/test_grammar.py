@@ -9,7 +9,7 @@ import torch
 
 from r1ray.errors import ShapeError
 from r1ray.models.generation import BatchGenerator
-from r1ray.models.grammar import FormCompiler, choice_form, json_form, regex_form
+from r1ray.models.grammar import FormCompiler, FormState, choice_form, json_form, regex_form
 from r1ray.models.requests import GenerationRequest
 from r1ray.models.sampling import SamplingParams
 from r1ray.models.tokenizer import Tokenizer
@@ -86,6 +86,36 @@ def test_a_pattern_that_would_fill_memory_runs_out_of_fuel(
     state.accept(tokenizer.encode("a")[0])
     with pytest.raises(ShapeError, match="too many expressions"):
         state.restrict(logits_V)
+
+
+def test_answers_of_one_form_share_its_compiling_and_nothing_else(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
+    compiled: list[str] = []
+    compile_form = forms._compile
+    monkeypatch.setattr(forms, "_compile", lambda form: compiled.append(form) or compile_form(form))
+    a, b = tokenizer.encode("ab")
+
+    def allowed(state: FormState) -> set[int]:
+        logits_V = torch.zeros(VOCAB_SIZE)
+        state.restrict(logits_V)
+        return set(torch.isfinite(logits_V).nonzero().flatten().tolist())
+
+    one, other = (forms.start(regex_form("ab")) for _ in range(2))
+    one.accept(a)
+    assert (b in allowed(one), b in allowed(other)) == (True, False)
+    one.accept(a)  # which the form does not allow
+    with pytest.raises(ShapeError):
+        allowed(one)
+    assert a in allowed(other)
+    assert a in allowed(forms.start(regex_form("ab")))
+    assert compiled == [regex_form("ab")]
+
+    monkeypatch.setattr("r1ray.models.grammar._KEPT", 2)
+    for pattern in ("a", "ab", "b", "ab", "a"):  # "ab" was used last when "b" came
+        forms.start(regex_form(pattern))
+    assert compiled == [regex_form(pattern) for pattern in ("ab", "a", "b", "a")]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def service_over(
         frozenset({EOS_ID}),
         CONTEXT,
         VOCAB_SIZE,
+        max_open_requests=8,
         created=1,
         forms=forms,
         vision=vision,

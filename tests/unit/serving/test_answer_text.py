@@ -100,7 +100,7 @@ def test_log_probabilities_come_with_their_tokens(tokenizer: Tokenizer) -> None:
     pieces = [answer.push([event]) for event in events]
     whole = join_pieces(pieces)
     assert whole.text == "ab "
-    assert [token.text for token in whole.tokens] == [tokenizer.decode([token]) for token in ids]
+    assert [token.text for token in whole.tokens] == [tokenizer.spell([token]) for token in ids]
     assert [token.offset for token in whole.tokens][:2] == [0, len(whole.tokens[0].text)]
     first = whole.tokens[0].text
     assert whole.tokens[1].top == ((whole.tokens[1].text, -0.5), (first, -2.0))

@@ -1,10 +1,12 @@
 """The engine with a tiny decoder: concurrency, cancelling, limits and failures, without Ray."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ import torch
 from r1ray.errors import ServingError
 from r1ray.models.batch_generation import generate_batch
 from r1ray.models.generation import BatchGenerator
+from r1ray.models.grammar import FormCompiler, regex_form
 from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.sampling import SamplingParams
+from r1ray.models.tokenizer import Tokenizer
 from r1ray.serving.engine import Engine
-from tests.fakes import tiny_model
+from tests.fakes import EOS_ID, VOCAB_SIZE, tiny_model, write_tiny_model
 
 MODEL = tiny_model()
 
@@ -39,7 +43,10 @@ class ControlledGenerator(BatchGenerator):
 
 @contextmanager
 def engine_with(
-    built: list[ControlledGenerator] | None = None, *, max_queued_requests: int = 8
+    built: list[ControlledGenerator] | None = None,
+    *,
+    max_queued_requests: int = 8,
+    forms: FormCompiler | None = None,
 ) -> Iterator[Engine]:
     built = [] if built is None else built
 
@@ -47,7 +54,7 @@ def engine_with(
         built.append(ControlledGenerator())
         return built[-1]
 
-    engine = Engine(build, max_concurrency=2, max_queued_requests=max_queued_requests)
+    engine = Engine(build, max_concurrency=2, max_queued_requests=max_queued_requests, forms=forms)
     try:
         yield engine
     finally:
@@ -293,6 +300,28 @@ def test_request_that_does_not_fit_fails_alone() -> None:
                 await read(engine, request("long", max_new_tokens=500))
             assert caught.value.status == 400
             assert len(await read(engine, request("short"))) == 12
+
+    run(main())
+
+
+def test_a_form_is_compiled_while_a_step_is_under_way(tmp_path: Path) -> None:
+    forms = FormCompiler(
+        Tokenizer(write_tiny_model(tmp_path)), vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID]
+    )
+    built: list[ControlledGenerator] = []
+
+    async def main() -> None:
+        with engine_with(built, forms=forms) as engine:
+            built[0].gate.clear()
+            reading = asyncio.create_task(read(engine, request("a")))
+            await until(lambda: engine.num_open == 1)
+            wrong = dataclasses.replace(request("b"), form=regex_form("[a-"))
+            with pytest.raises(ServingError, match="no such form") as caught:
+                await read(engine, wrong)
+            assert caught.value.status == 400
+            assert not reading.done()
+            built[0].gate.set()
+            assert len(await reading) == 12
 
     run(main())
 

@@ -191,7 +191,7 @@ def test_unknown_model_is_404(tokenizer: Tokenizer) -> None:
 
 def test_a_server_of_several_models_asks_for_a_name(tokenizer: Tokenizer) -> None:
     forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
-    one = ServedModel("one", tokenizer, frozenset({EOS_ID}), CONTEXT, VOCAB_SIZE, 1, forms)
+    one = ServedModel("one", tokenizer, frozenset({EOS_ID}), CONTEXT, VOCAB_SIZE, 8, 1, forms)
     two = dataclasses.replace(one, name="two")
     said = {"one": ScriptedModel(tokenizer, "a"), "two": ScriptedModel(tokenizer, "b")}
     service = CompletionService(

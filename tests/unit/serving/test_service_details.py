@@ -12,6 +12,7 @@ from r1ray.models.grammar import json_form, regex_form
 from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.sampling import SampledToken
 from r1ray.models.tokenizer import Tokenizer
+from tests.fakes import EOS_ID
 from tests.unit.serving.scripted import (
     CONTEXT,
     ScriptedModel,
@@ -140,6 +141,19 @@ def test_reasoning_is_told_apart_in_chats(tokenizer: Tokenizer, stream: bool) ->
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_more_answers_than_there_are_places_are_refused(tokenizer: Tokenizer, stream: bool) -> None:
+    async def main() -> None:
+        model = ScriptedModel(tokenizer, "a")
+        service = service_over(tokenizer, model)
+        with pytest.raises(ServingError, match=r"n \(9\) is above the 8 answers") as caught:
+            await service.chat(chat_body(n=9, stream=stream))
+        assert (caught.value.status, caught.value.param) == (400, "n")
+        assert not model.requests
+
+    asyncio.run(main())
+
+
 def test_texts_and_chats_are_tokenized_and_tokens_are_read_back(tokenizer: Tokenizer) -> None:
     async def main() -> None:
         service = service_over(tokenizer, ScriptedModel(tokenizer, ""))
@@ -148,6 +162,8 @@ def test_texts_and_chats_are_tokenized_and_tokens_are_read_back(tokenizer: Token
         assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), CONTEXT)
         back = await service.detokenize(json.dumps({"tokens": found["tokens"]}).encode())
         assert back == {"prompt": "két szó"}
+        ended = await service.detokenize(json.dumps({"tokens": [EOS_ID]}).encode())
+        assert ended == {"prompt": tokenizer.eos_token}
         chat = await service.tokenize(chat_body("hi"))
         assert tokenizer.decode(chat["tokens"]) == "user\nhi\nassistant\n"
         closed = await service.tokenize(chat_body("hi", add_generation_prompt=False))
