@@ -117,7 +117,6 @@ def prepare_batches(
         batch_format="pyarrow",
         batch_size=None,
         num_cpus=config.resources.num_cpus_per_task,
-        scheduling_strategy="DEFAULT",
     )
     dataset.set_name(name)
     tokenized: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -238,8 +237,9 @@ def _read_sources(
                     read,
                     batch_size=1,
                     num_cpus=config.resources.num_cpus_per_task,
-                    # Unlike the tokenizing tasks', or Ray makes one task of both: a core a file.
-                    scheduling_strategy="SPREAD",
+                    # The default; but said of these tasks alone it keeps Ray from making one of
+                    # each and the tokenizing ones behind it: a core a file.
+                    max_calls=0,
                 )
             )
     return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
