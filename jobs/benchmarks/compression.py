@@ -135,7 +135,8 @@ class CompressionBenchmark:
         return {**measure_answers(arm, made.local_dir, self._heldout()), **agreement}
 
     def _costs(self, arm: Arm) -> dict[str, Any]:
-        return measure_costs(arm, self._make(arm).local_dir)
+        plain = self._make(self._arms["fp32"])
+        return measure_costs(arm, self._make(arm).local_dir, plain.local_dir)
 
     def _uniform(self) -> dict[str, Any]:
         plain = self._arms["fp32"]

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ __all__ = [
 ]
 
 _ENGLISH_TOKENS, _WINDOW = 16_384, 1024
-_LATENCY_REPEATS = 7
+_LATENCY_TURNS, _TOKENS_A_TURN = 15, 8
 _TIMED_ANSWERS = 40
 _RESIDENT_TIMEOUT_S = 300
 
@@ -71,13 +70,20 @@ def measure_answers(arm: Arm, model_dir: Path, batches: list[MicroBatch]) -> dic
         }
 
 
-def measure_costs(arm: Arm, model_dir: Path) -> dict[str, Any]:
-    """What a model takes: time a token, resident memory."""
+def measure_costs(arm: Arm, model_dir: Path, plain_dir: Path) -> dict[str, Any]:
+    """What a model takes: resident memory, and time a token, in turns with the one in `plain_dir`.
+
+    Times are lists of milliseconds, one of a turn.
+    """
     with _as_it_runs(arm, model_dir) as directory:
-        return {
-            "latency": asdict(measure_latency(load_model(directory), repeats=_LATENCY_REPEATS)),
-            "resident_bytes": measure_resident(directory),
-        }
+        models = {"plain_decode_ms": load_model(plain_dir), "decode_ms": load_model(directory)}
+        taken: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(_LATENCY_TURNS):
+            for name, model in models.items():
+                found = measure_latency(model, repeats=1, new_tokens=_TOKENS_A_TURN)
+                taken[name].append(found.decode_ms_per_token)
+        del models, model
+        return {**taken, "resident_bytes": measure_resident(directory)}
 
 
 @contextlib.contextmanager

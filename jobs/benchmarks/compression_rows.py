@@ -151,11 +151,11 @@ def _cost_rows(name: str, arm: Mapping[str, Any], plain: Mapping[str, Any]) -> l
             plain["weight_bytes"],
             "bytes on disk",
         ),
-        share(
+        _ratio_row(
             f"compression.{name}_decode_share",
-            arm["latency"]["decode_ms_per_token"],
-            plain["latency"]["decode_ms_per_token"],
-            "ms a token",
+            arm["decode_ms"],
+            arm["plain_decode_ms"],
+            "fp32 in turns, ms a token",
         ),
     ]
     if arm["resident_bytes"] is not None:
@@ -266,30 +266,33 @@ def list_students(results: Results) -> Iterator[tuple[str, Mapping[str, Any], fl
 
 
 def _latency_rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Time for the same answers, by answer: medians of ratios with a bootstrapped 95% interval."""
+    """Time for the same answers, by answer."""
     pairs = {
         "compression.distilled_int8_latency_share": ("student_int8", "teacher_fp32", "<= 0.29"),
         "compression.latency_share.distilled": ("student_fp32", "teacher_fp32", None),
         "compression.latency_share.int8_of_student": ("student_int8", "student_fp32", None),
         "compression.latency_share.int8_of_teacher": ("teacher_int8", "teacher_fp32", None),
     }
-    rows = []
-    for row_id, (mine, base, bar) in pairs.items():
-        ratios = np.asarray(seconds[mine]) / np.asarray(seconds[base])
-        picks = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
-        low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-        rows.append(
-            Row(
-                row_id,
-                float(np.median(ratios)),
-                "share",
-                (float(low), float(high)),
-                f"{base}, s an answer",
-                statistics.median(seconds[base]),
-                bar,
-            )
-        )
-    return rows
+    return [
+        _ratio_row(row_id, seconds[mine], seconds[base], f"{base}, s an answer", bar)
+        for row_id, (mine, base, bar) in pairs.items()
+    ]
+
+
+def _ratio_row(
+    row_id: str,
+    mine: Sequence[float],
+    base: Sequence[float],
+    baseline: str,
+    bar: str | None = None,
+) -> Row:
+    """The median of the turns' ratios, with a bootstrapped 95% interval."""
+    ratios = np.asarray(mine) / np.asarray(base)
+    picks = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
+    interval = (float(low), float(high))
+    median = float(np.median(ratios))
+    return Row(row_id, median, "share", interval, baseline, statistics.median(base), bar)
 
 
 def _tail_rows(tails: Mapping[str, Any]) -> list[Row]:

@@ -33,7 +33,8 @@ def _arm(correct: int, task: float) -> dict[str, Any]:
 
 def _costs(resident: int | None = 100) -> dict[str, Any]:
     return {
-        "latency": {"decode_ms_per_token": 10.0, "prefill_ms": 1.0, "prompt_tokens": 8},
+        "decode_ms": [9.0, 10.0, 12.0],
+        "plain_decode_ms": [18.0, 20.0, 20.0],
         "resident_bytes": resident,
     }
 
@@ -167,6 +168,8 @@ def test_drops_latencies_and_kept_accuracy_are_against_fp32() -> None:
     rows = _rows()
     assert rows["compression.int8_ptq_accuracy_drop"].value == pytest.approx(0.01)
     assert rows["compression.int8_resident_share"].value == pytest.approx(0.3)
+    decode = rows["compression.int8_ptq_decode_share"]
+    assert (decode.value, decode.interval) == (0.5, (0.5, pytest.approx(0.6)))
     assert rows["compression.distilled_int8_latency_share"].value == pytest.approx(0.2)
     assert rows["compression.latency_share.distilled"].value == pytest.approx(0.4)
     assert rows["compression.distilled_int8_accuracy_kept"].value == pytest.approx(0.95)
