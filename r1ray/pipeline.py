@@ -338,7 +338,6 @@ class Pipeline:
                     key=key,
                     context=config.context,
                     fusion=config.fusion,
-                    is_rotated=config.rotate,
                     seed=seed,
                 )
                 progress.update(1)
@@ -349,8 +348,6 @@ class Pipeline:
             values |= identity(config.context)
         if config.fusion is not None:
             values |= identity(config.fusion) | {"seed": seed}
-        if config.rotate:
-            values |= {"rotate": True, "seed": seed}
         return self._stage(stage, values, {"source": digest_path(source)}, body, job="base")
 
     def _stage(

@@ -1,7 +1,8 @@
 """The exports as others read them: GGUF by llama.cpp, compressed-tensors by transformers.
 
 Each answers greedily from the same prompt tokens as the served model; the answers are compared
-token by token. A reader that is not installed is left out, and said so.
+token by token. llama.cpp runs in an environment that is made for it; where that cannot be had, or
+what makes transformers read the format is not installed, a reader is left out, and said so.
 """
 
 import importlib.util
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from jobs.benchmarks.peer_environments import PeerFailedError, ask_child, make_environment
 from r1ray.compression.compressed_tensors import write_compressed_tensors
 from r1ray.compression.export import weight_bytes
 from r1ray.compression.gguf import write_gguf
@@ -21,6 +23,7 @@ from r1ray.models.tokenizer import Tokenizer
 __all__ = ["measure_exports"]
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 20, 64, 32
+_CHILD = Path(__file__).with_name("compression_export_child.py")
 
 
 def measure_exports(served_dir: Path, work: Path) -> dict[str, Any]:
@@ -40,8 +43,8 @@ def measure_exports(served_dir: Path, work: Path) -> dict[str, Any]:
     write_gguf(served_dir, gguf_path)
     write_compressed_tensors(served_dir, tensors_dir)
     readers = {
-        "llama_cpp": ("llama_cpp", lambda: _ask_llama_cpp(gguf_path, prompts)),
-        "transformers": ("compressed_tensors", lambda: _ask_transformers(tensors_dir, prompts)),
+        "llama_cpp": lambda: _ask_llama_cpp(gguf_path, prompts, work),
+        "transformers": lambda: _ask_transformers(tensors_dir, prompts),
     }
     results: dict[str, Any] = {
         "sizes": {
@@ -50,11 +53,11 @@ def measure_exports(served_dir: Path, work: Path) -> dict[str, Any]:
             "compressed_tensors": weight_bytes(tensors_dir),
         }
     }
-    for name, (package, ask) in readers.items():
-        if importlib.util.find_spec(package) is None:
-            print(f"  {package} is not installed: {name} is LEFT OUT", flush=True)
-            continue
-        results[name] = _compare(ask(), expected)
+    for name, ask in readers.items():
+        try:
+            results[name] = _compare(ask(), expected)
+        except PeerFailedError as error:
+            print(f"  {name} is LEFT OUT: {error}", flush=True)
     return results
 
 
@@ -72,26 +75,18 @@ def _compare(found: list[list[int]], expected: list[list[int]]) -> dict[str, flo
     }
 
 
-def _ask_llama_cpp(path: Path, prompts: list[list[int]]) -> list[list[int]]:
-    import llama_cpp
-
-    context = _PROMPT_TOKENS + _NEW_TOKENS
-    llama = llama_cpp.Llama(model_path=str(path), n_ctx=context, n_threads=2, verbose=False)
-    answers = []
-    for prompt in prompts:
-        llama.reset()
-        tokens: list[int] = []
-        for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
-            tokens.append(int(token))
-            if len(tokens) == _NEW_TOKENS:
-                break
-        answers.append(tokens)
-    return answers
+def _ask_llama_cpp(path: Path, prompts: list[list[int]], work: Path) -> list[list[int]]:
+    task = {"model": str(path.resolve()), "prompts": prompts, "new_tokens": _NEW_TOKENS}
+    python = make_environment("llama_cpp", work)
+    found: list[list[int]] = ask_child(python, _CHILD, task, work, timeout_s=600.0)["answers"]
+    return found
 
 
 def _ask_transformers(directory: Path, prompts: list[list[int]]) -> list[list[int]]:
     import transformers
 
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise PeerFailedError("compressed-tensors is not installed")
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     answers = []
     for prompt in prompts:

@@ -1,8 +1,8 @@
 """The models that `jobs.bench_compression` compares: pipelines over the demo's task.
 
 Every quantization arm trains the same number of tokens from the same checkpoint: the float one, and
-one through the rounding of each scheme. Rotated arms have that checkpoint in another basis, which
-is the same function (`base.rotate`).
+one through the rounding of each scheme. Rotated arms are rounded in another basis of the residual
+stream (`compress.rotate`).
 """
 
 import os
@@ -22,8 +22,9 @@ _TRAINING = (
     "prepare.sources=[{type: tasks, num_samples: 2400}]",
 )
 # Eight bits lose little after training: through all of it, they lose more (docs/experiments.md).
-_ROTATED = "base.rotate=true"
 _THROUGH_INT8 = ("train.fake_quant=w8a8", "train.fake_quant_start_share=0.7")
+_ROTATED = "compress.rotate=true"
+_THROUGH_ROTATED_INT8 = (*_THROUGH_INT8, "train.fake_quant_rotate=true", _ROTATED)
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,10 @@ def quantization_arms(work: Path) -> Iterator[Arm]:
 
     plain, four = configure(), "compress.scheme=w4a8"
     yield Arm("fp32", plain, is_compressed=False)
-    yield Arm("fp32_rotated", configure(_ROTATED), is_compressed=False)
     yield Arm("bf16", plain, is_compressed=False, is_bf16=True)
     yield Arm("int8_ptq", plain, is_compressed=True)
     yield Arm("int8_ptq_rotated", configure(_ROTATED), is_compressed=True)
-    yield Arm("int8_qat", configure(_ROTATED, *_THROUGH_INT8), is_compressed=True)
+    yield Arm("int8_qat", configure(*_THROUGH_ROTATED_INT8), is_compressed=True)
     yield Arm("int8_qat_unrotated", configure(*_THROUGH_INT8), is_compressed=True)
     yield Arm("w4a8_ptq", configure(four), is_compressed=True)
     yield Arm("w4a8_ptq_rotated", configure(_ROTATED, four), is_compressed=True)
@@ -66,14 +66,14 @@ def seed_arms(work: Path) -> Iterator[Arm]:
     """Float and INT8 through training, of further seeds: one run says little to a point."""
     for seed in _MORE_SEEDS:
         one = (*_TRAINING, f"run.seed={seed}")
-        for float_name, int8_name, basis in (
-            ("fp32_rotated", "int8_qat", (_ROTATED,)),
-            ("fp32", "int8_qat_unrotated", ()),
+        yield Arm(f"fp32.seed_{seed}", _configure(work, *one), is_compressed=False)
+        for name, overrides in (
+            ("int8_ptq_rotated", (_ROTATED,)),
+            ("int8_qat", _THROUGH_ROTATED_INT8),
+            ("int8_qat_unrotated", _THROUGH_INT8),
         ):
-            plain = _configure(work, *one, *basis)
-            through = _configure(work, *one, *basis, *_THROUGH_INT8)
-            yield Arm(f"{float_name}.seed_{seed}", plain, is_compressed=False)
-            yield Arm(f"{int8_name}.seed_{seed}", through, is_compressed=True)
+            config = _configure(work, *one, *overrides)
+            yield Arm(f"{name}.seed_{seed}", config, is_compressed=True)
 
 
 def _configure(work: Path, *overrides: str) -> PipelineConfig:

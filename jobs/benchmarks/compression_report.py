@@ -83,10 +83,9 @@ _NOTES = f"""
 - {NUM_PROBLEMS} held-out problems, greedy; drops are paired, with a bootstrapped 95% interval.
   Every quantization arm trains 100 steps on the same batches from SmolLM2-135M-Instruct, which is
   itself rounded to 4 bits in groups of 32. bf16: weights and activations.
-- Rotated arms, int8_qat among them, begin with the same checkpoint in another basis
-  (docs/adr/0018-rotation.md), and are compared with whichever float arm they look worse against,
-  fp32 or fp32_rotated, which is trained there; sizes and times with fp32. When rounding begins in
-  training, and the basis, were chosen by results on these problems and this text.
+- Rotated arms, int8_qat among them, are rounded in another basis (docs/adr/0018-rotation.md). When
+  rounding begins in training, and that there is a basis, were chosen by results on these problems
+  and this text.
 - Task perplexity: target tokens of the held-out problems' own traces. English: 16,384 tokens of
   Python's documentation.
 - Resident: what loading and one forward of 16 tokens add at their peak to a process that has

@@ -25,12 +25,11 @@ __all__ = [
 
 Results = Mapping[str, Mapping[str, Any]]
 NEEDS_GPU = ("student_1", "student_2", "untaught_")  # hours each without
-_BY_SEED = ("fp32", "fp32_rotated", "int8_qat", "int8_qat_unrotated")
+_BY_SEED = ("fp32", "int8_ptq_rotated", "int8_qat", "int8_qat_unrotated")
 OPTIONAL = (*NEEDS_GPU, *(f"quantization_{name}." for name in _BY_SEED))  # as far as measured
 _STUDENTS = ("untaught", "student")
-_ROTATED = ("int8_ptq_rotated", "int8_qat", "w4a8_ptq_rotated")
 QUANTIZED = (
-    *("fp32_rotated", "bf16", "int8_ptq", "int8_ptq_rotated", "int8_qat", "int8_qat_unrotated"),
+    *("bf16", "int8_ptq", "int8_ptq_rotated", "int8_qat", "int8_qat_unrotated"),
     *("w4a8_ptq", "w4a8_ptq_rotated", "w4a8_qat", "codebook4"),
 )
 _EASY_NATS = 0.02  # less than that lost by rounding says nothing about what QAT recovers
@@ -60,53 +59,40 @@ def _quantization_rows(results: Results) -> list[Row]:
     return [*rows, *_recovery_rows(arms)]
 
 
-def _floats_of(name: str) -> tuple[str, ...]:
-    """What an arm is compared with: where there are two, whichever it looks worse against."""
-    return ("fp32", "fp32_rotated") if name in _ROTATED else ("fp32",)
-
-
-def _pair_seeds(
-    float_name: str, name: str, results: Results
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """(float, this arm) of all seeds that were measured of both."""
+def _pair_seeds(name: str, results: Results) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """(fp32, this arm) of all seeds that were measured of both."""
     floats, others = (
         {
             part.removeprefix(f"quantization_{arm}"): found
             for part, found in results.items()
             if part == f"quantization_{arm}" or part.startswith(f"quantization_{arm}.")
         }
-        for arm in (float_name, name)
+        for arm in ("fp32", name)
     )
     return [(floats[seed], others[seed]) for seed in sorted(floats.keys() & others.keys())]
 
 
 def _drop_row(name: str, results: Results) -> Row:
     """Over all seeds that were measured of both arms."""
-
-    def against(float_name: str) -> Row:
-        pairs = _pair_seeds(float_name, name, results)
-        plain, other = (
-            [item for pair in pairs for item in pair[at]["is_correct"]] for at in (0, 1)
-        )
-        drop, low, high = paired_difference(plain, other)
-        return Row(
-            f"compression.{name}_accuracy_drop",
-            drop,
-            f"points/100 (seeds: {len(pairs)})",
-            (low, high),
-            f"{float_name}, accuracy",
-            statistics.mean(plain),
-            "<= 0.01" if name == "int8_qat" else None,
-        )
-
-    return max(map(against, _floats_of(name)), key=_value)
+    pairs = _pair_seeds(name, results)
+    plain, other = ([item for pair in pairs for item in pair[at]["is_correct"]] for at in (0, 1))
+    drop, low, high = paired_difference(plain, other)
+    return Row(
+        f"compression.{name}_accuracy_drop",
+        drop,
+        f"points/100 (seeds: {len(pairs)})",
+        (low, high),
+        "fp32, accuracy",
+        statistics.mean(plain),
+        "<= 0.01" if name == "int8_qat" else None,
+    )
 
 
 def _perplexity_rows(name: str, results: Results) -> list[Row]:
     """The worse of both texts, then each: geometric means and ranges over the seeds."""
+    pairs = _pair_seeds(name, results)
 
-    def against(float_name: str, text: str) -> Row:
-        pairs = _pair_seeds(float_name, name, results)
+    def against(text: str) -> Row:
         key = f"{text}_perplexity"
         ratios = [other[key] / plain[key] for plain, other in pairs]
         return Row(
@@ -114,14 +100,11 @@ def _perplexity_rows(name: str, results: Results) -> list[Row]:
             statistics.geometric_mean(ratios),
             f"x ({text}, seeds: {len(pairs)})",
             (min(ratios), max(ratios)) if len(pairs) > 1 else None,
-            f"{float_name}, {text}",
+            f"fp32, {text}",
             statistics.geometric_mean(plain[key] for plain, _ in pairs),
         )
 
-    rows = [
-        max((against(float_name, text) for float_name in _floats_of(name)), key=_value)
-        for text in ("task", "english")
-    ]
+    rows = [against("task"), against("english")]
     bar = "<= 1.01" if name == "int8_qat" else None
     worse = max(rows, key=_value)
     return [replace(worse, id=f"compression.{name}_perplexity_ratio", bar=bar), *rows]

@@ -1,6 +1,7 @@
 """The `compress` stage: from a float model directory to the served quantized one.
 
-The schemes are those of `r1ray.models.quantization`. Activations are quantized per token when the
+The schemes are those of `r1ray.models.quantization`; the basis may be that of
+`r1ray.models.rotation`. Activations are quantized per token when the
 model runs, so only codebooks need data to be fitted to. A model that trained through fake
 quantization is compared with what it is served as: both should give the same logits.
 
@@ -25,6 +26,7 @@ from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.decoder import Decoder
 from r1ray.models.fusion import RowImages
 from r1ray.models.quantization import fake_quantize_modules, quantize_modules
+from r1ray.models.rotation import rotate
 
 __all__ = ["EXPORTS_DIR", "export_model", "weight_bytes"]
 
@@ -72,6 +74,8 @@ def export_model(
 def _quantize(model: Decoder, config: CompressConfig, batches: BatchSet) -> dict[str, float]:
     """Quantize `model` in place; returns how far its logits are from what they were."""
     as_float = _probe(model)
+    if config.rotate:
+        rotate(model)
     if config.scheme == "codebook4":
         chosen = shuffled(range(len(batches)), "calibration")[: config.calibration_batches]
         fisher = measure_fisher(model, (batches.read(index) for index in chosen))

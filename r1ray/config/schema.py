@@ -68,8 +68,6 @@ class BaseConfig:
     """Scaling of rotary positions for longer contexts; null leaves them as the checkpoint has."""
     fusion: FusionConfig | None = None
     """What the model is to see images with, untrained at first; null for what the source has."""
-    rotate: bool = False
-    """The same function in another basis, which rounding costs less; unties a tied head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -98,6 +96,8 @@ class CompressConfig:
 
     scheme: Scheme = "w8a8"
     """w8a8: int8 weights and activations; w4a8: 4-bit weights; codebook4: 16 values a row."""
+    rotate: bool = False
+    """Round in another basis of the same function, which costs it less; unties a tied head."""
     calibration_batches: Annotated[int, Field(ge=1, le=100_000)] = 32
     """codebook4: micro-batches whose gradients say which weights matter."""
     outlier_share: Annotated[float, Field(ge=0, le=0.1)] = 0.0045
@@ -191,6 +191,11 @@ class PipelineConfig:
                 "continual goes without distill, train.gates and train.resources.tiers; leave "
                 "them out, or continual"
             )
+        if self.continual.ewc is not None and train.fake_quant_rotate:
+            raise ValueError(
+                "continual.ewc holds weights, which train.fake_quant_rotate has in another basis; "
+                "leave one of them out"
+            )
         if self.continual.lora is not None and train.fake_quant is not None:
             raise ValueError(
                 f"continual.lora trains beside weights that train.fake_quant "
@@ -230,21 +235,13 @@ class PipelineConfig:
             "distill": self.distill is not None,
             "train.gates": self.train.gates is not None,
             "train.resources.tiers": self.train.resources.tiers is not None,
+            "compress.rotate": self.compress.rotate,
             "compress.scheme: codebook4": self.compress.scheme == "codebook4",
             "compress.exports": bool(self.compress.exports),
             "budget_mib in serve": any(group.budget_mib for group in groups),
             "backend openvino in serve": any(group.backend == "openvino" for group in groups),
         }
         return [name for name, is_chosen in chosen.items() if is_chosen]
-
-    @model_validator(mode="after")
-    def _rotated_channels_are_alike(self) -> "PipelineConfig":
-        if self.base.rotate and self.student is not None and self.student.hidden_size is not None:
-            raise ValueError(
-                f"student.hidden_size ({self.student.hidden_size}) chooses channels, which are all "
-                "alike after base.rotate; leave one of them out"
-            )
-        return self
 
     @model_validator(mode="after")
     def _a_frozen_decoder_sees_images(self) -> "PipelineConfig":
@@ -292,7 +289,17 @@ class PipelineConfig:
                 f"train.fake_quant ({self.train.fake_quant}) is not compress.scheme "
                 f"({self.compress.scheme}); serve what was trained for: change one of them"
             )
+        through = self.train.fake_quant is not None
+        if self.train.fake_quant_rotate != (through and self.compress.rotate):
+            raise ValueError(
+                f"train.fake_quant_rotate ({self.train.fake_quant_rotate}) with fake_quant "
+                f"{self.train.fake_quant} is not compress.rotate ({self.compress.rotate}); serve "
+                "what was trained for: change one of them"
+            )
         return self
+
+
+_LATER = {"rotate", "fake_quant_rotate"}
 
 
 def identity(*sections: Any) -> dict[str, Any]:
@@ -301,5 +308,8 @@ def identity(*sections: Any) -> dict[str, Any]:
     for section in sections:
         values = dataclasses.asdict(section)
         values.pop("resources", None)
+        for name in _LATER & values.keys():  # off, they leave what was made before them found
+            if not values[name]:
+                del values[name]
         merged[type(section).__name__] = values
     return merged

@@ -86,6 +86,8 @@ class TrainConfig:
     """Train through the rounding of this scheme (quantization-aware); null trains in float."""
     fake_quant_start_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the steps that train in float before fake_quant begins."""
+    fake_quant_rotate: bool = False
+    """Train through the rounding in the basis of compress.rotate, which has to be on as well."""
     gates: GatesConfig | None = None
     """Train the gates of block-sparse attention; null trains the model."""
     freeze_decoder: bool = False
@@ -108,6 +110,15 @@ class TrainConfig:
             raise ValueError(
                 f"resources.tiers train through the rounding from the first step on; leave "
                 f"fake_quant_start_share ({self.fake_quant_start_share}) out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_rounding_is_rotated(self) -> "TrainConfig":
+        if self.fake_quant_rotate and (self.fake_quant is None or self.resources.tiers is not None):
+            raise ValueError(
+                "fake_quant_rotate goes with fake_quant, and without resources.tiers, which leave "
+                "no room for the rotated weights; change one of them"
             )
         return self
 

@@ -12,8 +12,7 @@ from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
 from r1ray.models.fusion_file import attach_fusion
 from r1ray.models.gguf import load_gguf_model, save_gguf_tokenizer
-from r1ray.models.memory import FISHER_NAME, copy_memory, memory_path
-from r1ray.models.rotation import rotate
+from r1ray.models.memory import copy_memory
 from r1ray.models.tokenizer import Tokenizer
 
 __all__ = ["check_same_vocabulary", "count_parameters", "import_base", "resolve_source"]
@@ -58,7 +57,6 @@ def import_base(
     key: str = "base.source",
     context: ContextConfig | None = None,
     fusion: FusionConfig | None = None,
-    is_rotated: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Write the checkpoint at `source` into `target` as float32 safetensors; returns metrics.
@@ -69,12 +67,10 @@ def import_base(
         key: of the configuration, for messages.
         context: how its rotary positions are to be scaled.
         fusion: what it is to see images with; untrained.
-        is_rotated: whether to change the basis of its residual stream (`r1ray.models.rotation`).
-        seed: of the fusion's weights, and of the basis.
+        seed: of the fusion's weights.
     Raises:
         ArtifactError: the weights or the tokenizer cannot be used, or do not belong together; or
-            the positions are scaled already, or it sees images already; or it remembers how much
-            each weight matters, in the old basis.
+            the positions are scaled already, or it sees images already.
         ConfigError: the fusion does not fit the decoder.
     """
     if source.is_dir():
@@ -91,15 +87,6 @@ def import_base(
     _check_tokenizer(key, source, target, model.config.vocab_size)
     if context is not None:
         model.config = model.config.with_context(context.type, context.factor)
-    if is_rotated:
-        if model.fusion is not None:
-            raise ArtifactError(f"{source}: sees images already; leave base.rotate out")
-        if memory_path(source, FISHER_NAME).is_file():
-            raise ArtifactError(
-                f"{source}: remembers how much each weight matters (continual.ewc), and has no "
-                "such weights when rotated; leave base.rotate out"
-            )
-        rotate(model.float(), seed=seed)
     if fusion is not None:
         if model.fusion is not None:
             raise ArtifactError(f"{source}: sees images already; leave base.fusion out")

@@ -10,58 +10,104 @@ token leaves few integers for the rest. A random Q spreads them over all channel
 products and the head, where most of INT8's loss comes from. What attention and the MLP have inside
 stays as it is.
 
-Price: a tied head's own matrix, V·D weights more; in training and serving nothing else.
+`rotate` is for good, when training is over; `rotated` lets a model compute in that basis while its
+optimizer works in the old one. AdamW moves every weight by as much, and does harm where a large
+channel is spread over all weights (docs/experiments.md).
+
+Price: a tied head's own matrix, V·D weights more. Of `rotated`, once a step: D multiplications a
+weight, and as many for the gradients; a copy of the weights, and one of those behind norms.
 Source: QuaRot, Ashkboos et al. 2024 (arXiv:2404.00456), without its online transforms.
 
-Shape legend: D hidden size, O and I outputs and inputs of a linear layer, V words.
+Shape legend: D hidden size, V words.
 """
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from r1ray.models.decoder import Block, Decoder
 
-__all__ = ["rotate"]
+__all__ = ["rotate", "rotated"]
+
+_SEED = 0  # of the basis: training and serving have the same
 
 
 @torch.no_grad()
-def rotate(model: Decoder, *, seed: int = 0) -> None:
-    """Change the basis of a float32 `model` that reads text, in place.
-
-    Args:
-        seed: of the basis.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = model.config.hidden_size
-    basis_DD, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    basis_DD = basis_DD.to(model.model.norm.weight.device)
-    embedding, norm = model.model.embed_tokens.get_parameter("weight"), model.model.norm
-    head = nn.Linear(size, model.config.vocab_size, bias=False, device="meta")
-    head.weight = nn.Parameter(model.lm_head.get_parameter("weight").clone())
-    model.lm_head = head
+def rotate(model: Decoder) -> None:
+    """Change the basis of a float32 `model` that reads text, in place."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.get_parameter("weight").clone())
     model.config = dataclasses.replace(model.config, tie_embeddings=False)
-    _read(head, norm, basis_DD)
-    norm.weight.fill_(1.0)
-    embedding.copy_(embedding.double() @ basis_DD)
+    for module, name, image in _rotate_weights(model, _basis(model)):
+        module.get_parameter(name).copy_(image)
+
+
+@contextlib.contextmanager
+def rotated(model: Decoder) -> Iterator[None]:
+    """Within, `model` has the rotated weights; behind, its own again, and gradients for these.
+
+    Parameters that are asked for within are the rotated ones; they must not be changed.
+    """
+    with torch.enable_grad():
+        images = list(_rotate_weights(model, _basis(model).float()))
+    own = [module.get_parameter(name) for module, name, _ in images]
+    lent = [nn.Parameter(image.detach(), image.requires_grad) for *_, image in images]
+    try:
+        _replace(images, lent)
+        yield
+    finally:
+        _replace(images, own)
+    reached = [at for at, parameter in enumerate(lent) if parameter.grad is not None]
+    torch.autograd.backward([images[at][2] for at in reached], [lent[at].grad for at in reached])
+
+
+_Image = tuple[nn.Module, str, Tensor]  # module, name of its parameter, what takes its place
+
+
+def _rotate_weights(model: Decoder, basis_DD: Tensor) -> Iterator[_Image]:
+    """What of the model changes with the basis; a tied head comes apart from the embedding."""
+    norm = model.model.norm
+    yield from _read(norm, (model.lm_head,), basis_DD)
+    yield model.model.embed_tokens, "weight", _of(model.model.embed_tokens, basis_DD) @ basis_DD
     for block in model.model.layers:
         assert isinstance(block, Block)
         attention, mlp = block.self_attn, block.mlp
-        for gains, readers in (
-            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        ):
-            for reader in readers:
-                _read(reader, gains, basis_DD)
-            gains.weight.fill_(1.0)
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        yield from _read(block.input_layernorm, projections, basis_DD)
+        yield from _read(block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), basis_DD)
         for writer in (attention.o_proj, mlp.down_proj):
-            writer.weight.copy_(basis_DD.T @ writer.weight.double())
+            yield writer, "weight", basis_DD.T @ _of(writer, basis_DD)
             if writer.bias is not None:
-                writer.bias.copy_(writer.bias.double() @ basis_DD)
+                yield writer, "bias", writer.bias.to(basis_DD) @ basis_DD
 
 
-def _read(linear: nn.Linear, norm: nn.Module, basis_DD: Tensor) -> None:
-    """Let `linear` [O, D] take in gains and basis of what it reads."""
-    gains_D = norm.get_parameter("weight").double()
-    linear.weight.copy_((linear.weight.double() * gains_D) @ basis_DD)
+def _read(norm: nn.Module, readers: tuple[nn.Module, ...], basis_DD: Tensor) -> Iterator[_Image]:
+    """`readers` [.., D] take in the gains and the basis of what they read."""
+    gains_D = _of(norm, basis_DD)
+    for reader in readers:
+        yield reader, "weight", (_of(reader, basis_DD) * gains_D) @ basis_DD
+    yield norm, "weight", torch.ones_like(gains_D)
+
+
+def _of(module: nn.Module, basis_DD: Tensor) -> Tensor:
+    return module.get_parameter("weight").to(basis_DD)
+
+
+def _replace(images: list[_Image], parameters: list[nn.Parameter]) -> None:
+    for (module, name, _), parameter in zip(images, parameters, strict=True):
+        setattr(module, name, parameter)
+
+
+def _basis(model: Decoder) -> Tensor:
+    """Q [D, D], float64."""
+    return _draw_basis(model.config.hidden_size).to(model.model.norm.weight.device)
+
+
+@functools.lru_cache(maxsize=2)
+def _draw_basis(size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    drawn_DD = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    return torch.linalg.qr(drawn_DD)[0]

@@ -5,16 +5,20 @@
    weights, optimizer and schedule stay as they were, only the data goes on.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from r1ray.config.schema import Scheme
 from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.exchange import Exchange, StepTotals, Transport, UpdateRule
 from r1ray.models.decoder import Decoder
+from r1ray.models.quantization import fake_quantize_modules
+from r1ray.models.rotation import rotated
 from r1ray.training.objective import CrossEntropy, Objective
 from r1ray.training.precision import Precision, PrecisionName
 
@@ -109,6 +113,7 @@ class TrainState:
         self._objective = objective or CrossEntropy()
         self.config = config
         self.step = 0
+        self._is_rotated = False
         self._device = model.model.norm.weight.device
         self._precision = Precision(model, config, transport)
         self.exchange = exchange
@@ -164,16 +169,26 @@ class TrainState:
             recall=self._objective.recall,
         )
 
+    def begin_rounding(self, scheme: Scheme, *, is_rotated: bool) -> None:
+        """From the next step on, train through the rounding of `scheme`.
+
+        Args:
+            is_rotated: round in the basis of `r1ray.models.rotation`.
+        """
+        fake_quantize_modules(self.model, scheme)
+        self._is_rotated = is_rotated
+
     def _accumulate(self, batches: Iterable[MicroBatch]) -> StepTotals:
         loss_sum, num_targets, num_tokens = 0.0, 0, 0
-        for batch in batches:
-            drawn = self._objective.draw(self.model, batch.to(self._device), self.step)
-            with self._precision.autocast():
-                loss = self._objective.loss(self.model, drawn)
-            (loss * self._precision.loss_scale).backward()
-            loss_sum += loss.item()
-            num_targets += drawn.num_targets
-            num_tokens += drawn.num_tokens
+        with rotated(self.model) if self._is_rotated else contextlib.nullcontext():
+            for batch in batches:
+                drawn = self._objective.draw(self.model, batch.to(self._device), self.step)
+                with self._precision.autocast():
+                    loss = self._objective.loss(self.model, drawn)
+                (loss * self._precision.loss_scale).backward()
+                loss_sum += loss.item()
+                num_targets += drawn.num_targets
+                num_tokens += drawn.num_tokens
         return StepTotals(loss_sum, num_targets, num_tokens, self._precision.measure())
 
     def shared_state_dict(self) -> dict[str, Any]:

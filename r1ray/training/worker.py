@@ -34,7 +34,6 @@ from r1ray.models.checkpoint import load_model
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
 from r1ray.models.gates import attach_gates, detach_gates, list_attentions
-from r1ray.models.quantization import fake_quantize_modules
 from r1ray.models.tiered import load_to_train
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
@@ -129,7 +128,7 @@ def _run(job: WorkerJob) -> None:
     unrounded = job.config.fake_quant if job.config.resources.tiers is None else None
     while state.step < job.config.num_steps:
         if unrounded is not None and state.step >= _first_rounded_step(job.config):
-            fake_quantize_modules(state.model, unrounded)
+            state.begin_rounding(unrounded, is_rotated=job.config.fake_quant_rotate)
             unrounded = None
         indices = [index for _, index in itertools.islice(order, per_step // world_size)]
         is_saved = _is_saved_after(state.step + 1, job.config)

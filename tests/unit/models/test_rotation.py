@@ -1,24 +1,30 @@
 """Another basis: the same logits, also for others, and a smaller loss by rounding."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from torch import Tensor
 
 from r1ray.config import load_config
-from r1ray.config.fusion import FusionConfig
-from r1ray.errors import ArtifactError, ConfigError
-from r1ray.models import Decoder, ModelConfig, load_model, save_model
-from r1ray.models.base import count_parameters, import_base
+from r1ray.config.schema import CompressConfig, identity
+from r1ray.config.training import TrainConfig
+from r1ray.data.batch_set import MicroBatch
+from r1ray.errors import ConfigError
+from r1ray.exchange import LocalTransport, build_exchange
+from r1ray.models import Decoder, load_model, save_model
+from r1ray.models.base import count_parameters
 from r1ray.models.config import Family
-from r1ray.models.fusion_file import attach_fusion
-from r1ray.models.memory import FISHER_NAME, memory_path
 from r1ray.models.quantization import quantize_modules
-from r1ray.models.rotation import rotate
-from tests.fakes import tiny_model, write_tiny_model
+from r1ray.models.rotation import rotate, rotated
+from r1ray.training.step import TrainState
+from tests.fakes import tiny_model
 from tests.unit.oracle import FAMILIES, build_oracle, random_ids, save_oracle
 
+ENDS = {"model.embed_tokens.weight", "lm_head.weight"}
 READERS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
 
 
@@ -70,48 +76,113 @@ def test_a_channel_that_stands_out_is_spread_before_it_is_rounded() -> None:
     assert lost[1] < 0.6 * lost[0]
 
 
-def test_the_base_is_rotated_on_import(tmp_path: Path) -> None:
-    source, ids = write_tiny_model(tmp_path / "source"), random_ids(1, 12)
-    for name in ("plain", "rotated", "again"):
-        (tmp_path / name).mkdir()
-        import_base(source, tmp_path / name, is_rotated=name != "plain", seed=3)
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_a_rotated_model_reach_its_own_weights(family: Family, is_tied: bool) -> None:
+    model, ids = tiny_model(family, tie_embeddings=is_tied), random_ids(2, 24)
+    with torch.no_grad():
+        for item in model.parameters():
+            item += 0.1 * torch.randn(item.shape)  # norms with gains, biases
+    model.model.layers[1].requires_grad_(False)
+    own = dict(model.named_parameters())
+    before = {name: item.detach().clone() for name, item in own.items()}
 
-    plain, rotated, again = (load_model(tmp_path / name) for name in ("plain", "rotated", "again"))
+    def read_gradients() -> dict[str, Tensor]:
+        found = {name: item.grad for name, item in own.items() if item.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return found
 
+    expected = model(ids)
+    expected.square().sum().backward()
+    wanted = read_gradients()
+    with rotated(model):
+        inside = {name: item.detach().clone() for name, item in model.named_parameters()}
+        for part in (slice(0, 1), slice(1, 2)):  # gradients add up
+            found = model(ids[part])
+            torch.testing.assert_close(found, expected[part], rtol=0, atol=1e-4)
+            found.square().sum().backward()
+    gradients = read_gradients()
+
+    assert gradients.keys() == wanted.keys() == {name for name in own if "layers.1." not in name}
+    for name, gradient in wanted.items():
+        error = (gradients[name] - gradient).norm() / gradient.norm()
+        assert error < 1e-4, name
+    changed = {name for name in own if not torch.equal(inside[name], before[name])}
+    assert all("norm" in name or "proj.weight" in name for name in changed - ENDS)
+    assert changed >= ENDS & own.keys()
+    again = dict(model.named_parameters())
+    assert all(
+        again[name] is item and torch.equal(item, before[name]) for name, item in own.items()
+    )
+    assert again.keys() == own.keys()
+
+
+def test_an_error_within_leaves_the_model_as_it_was() -> None:
+    model = tiny_model()
+    own = dict(model.named_parameters())
+
+    def fail() -> None:
+        with rotated(model):
+            model(random_ids(1, 8)).sum().backward()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert all(item is own[name] and item.grad is None for name, item in model.named_parameters())
+
+
+def test_training_through_rotated_rounding_ends_in_what_is_served(tmp_path: Path) -> None:
+    """The loss that a step reports is that of the integers that its weights are rounded to."""
+    config = TrainConfig(num_steps=4, warmup_steps=1, precision="fp32", learning_rate=1e-2)
+    state = TrainState(tiny_model(), config, build_exchange(config.exchange), LocalTransport())
+    ids = random_ids(2, 24)
+    batch = MicroBatch(ids, ids.roll(-1, 1), ids.numel(), ids.numel())
+    state.run_step([batch])
+    state.begin_rounding("w8a8", is_rotated=True)
+    state.run_step([batch])
+    save_model(state.model, tmp_path / "trained")
+
+    record = state.run_step([batch])  # of the weights that were just saved
+
+    served = load_model(tmp_path / "trained")
+    rotate(served)
+    quantize_modules(served)
     with torch.inference_mode():
-        torch.testing.assert_close(rotated(ids), plain(ids), rtol=0, atol=1e-4)
-    assert not torch.equal(rotated.lm_head.weight, plain.lm_head.weight)
-    assert torch.equal(rotated.lm_head.weight, again.lm_head.weight)
-    assert not ModelConfig.load(tmp_path / "rotated").tie_embeddings
+        loss = F.cross_entropy(served(ids).flatten(0, 1), batch.labels_BT.flatten())
+    assert record.loss == pytest.approx(float(loss), abs=1e-4)
 
 
-def test_a_checkpoint_in_bf16_is_rotated_in_float32(tmp_path: Path) -> None:
-    source, ids = write_tiny_model(tmp_path / "source"), random_ids(1, 12)
-    save_model(load_model(source).bfloat16(), source)
-    (tmp_path / "target").mkdir()
-    import_base(source, tmp_path / "target", is_rotated=True)
-
-    with torch.inference_mode():
-        expected = load_model(source, dtype=torch.float32)(ids)
-        torch.testing.assert_close(
-            load_model(tmp_path / "target")(ids), expected, rtol=0, atol=1e-4
-        )
-
-
-def test_what_knows_the_old_basis_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "target").mkdir()
-    seeing = tiny_model()
-    attach_fusion(seeing, FusionConfig(type="mid", image_size=16, patch_size=8))
-    write_tiny_model(tmp_path / "sees")
-    save_model(seeing, tmp_path / "sees")
-    fisher = memory_path(write_tiny_model(tmp_path / "remembers"), FISHER_NAME)
-    fisher.parent.mkdir()
-    fisher.write_bytes(b"")
-
-    with pytest.raises(ArtifactError, match=r"sees images already; leave base\.rotate out"):
-        import_base(tmp_path / "sees", tmp_path / "target", is_rotated=True)
-    with pytest.raises(ArtifactError, match="how much each weight matters"):
-        import_base(tmp_path / "remembers", tmp_path / "target", is_rotated=True)
-    overrides = ["base.rotate=true", "student={hidden_size: 16}"]
-    with pytest.raises(ConfigError, match=r"student\.hidden_size .* base\.rotate"):
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.fake_quant=null", "train.fake_quant_rotate=true"], "goes with fake_quant"),
+        (
+            ["train.fake_quant=w8a8", "train.fake_quant_rotate=true"],
+            r"fake_quant_rotate \(True\) .* compress.rotate \(False\)",
+        ),
+        (
+            ["train.fake_quant=w8a8", "compress.rotate=true"],
+            r"fake_quant_rotate \(False\) .* compress.rotate \(True\)",
+        ),
+        (
+            [
+                *("train.fake_quant=w8a8", "train.fake_quant_rotate=true", "compress.rotate=true"),
+                "continual={ewc: {strength: 1.0}}",
+            ],
+            r"continual\.ewc holds weights",
+        ),
+        (
+            ["base.fusion={type: mid, image_size: 16, patch_size: 8}", "compress.rotate=true"],
+            r"does not go with compress\.rotate",
+        ),
+    ],
+)
+def test_what_does_not_go_with_rotation_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_config("jobs/configs/tiny.yaml", overrides)
+
+
+def test_what_was_made_before_there_was_rotation_is_found() -> None:
+    compress = CompressConfig()
+    assert "rotate" not in identity(compress)["CompressConfig"]
+    assert identity(dataclasses.replace(compress, rotate=True))["CompressConfig"]["rotate"]
