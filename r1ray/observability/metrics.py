@@ -22,7 +22,8 @@ class Metric:
     """Attributes:
     kind: a gauge is the last value, a counter the sum over steps.
     field: of the training stage's step record, or of an engine's statistics.
-    is_shared: the same on all workers; rank 0 alone exports it, so that sums are right.
+    is_shared: the same on all workers; rank 0 alone exports it, so that sums are right. Counters
+            are exported by all where a step is a worker's own (`StepRecord.is_local`).
     """
 
     name: str

@@ -29,7 +29,7 @@ __all__ = ["StepRecord", "TrainState", "learning_rate_at"]
 class StepRecord:
     """What one step did, over all workers.
 
-    Sums are over all workers, but for an exchange whose steps are local (`Exchange.is_local`).
+    Sums are over all workers, or this worker's own where the step is local (`Exchange.is_local`).
 
     The first block is of the updates that finished in this step: its own with a synchronous
     exchange, an earlier one's with an asynchronous one, none at its first step, two where a
@@ -48,6 +48,7 @@ class StepRecord:
         residual_norm: of the error feedback that this worker keeps.
         staleness_steps: age of the applied gradient in updates.
         recall: of this worker's last micro-batch, as in `Objective`.
+        is_local: sums are this worker's own.
     """
 
     step: int
@@ -67,6 +68,7 @@ class StepRecord:
     residual_norm: float
     staleness_steps: int
     recall: float | None = None
+    is_local: bool = False
 
     def describe(self) -> str:
         """A few words for the progress line."""
@@ -167,6 +169,7 @@ class TrainState:
             residual_norm=after.residual_norm,
             staleness_steps=after.staleness_steps,
             recall=self._objective.recall,
+            is_local=is_local,
         )
 
     def begin_rounding(self, scheme: Scheme, *, is_rotated: bool) -> None:
