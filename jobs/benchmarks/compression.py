@@ -18,6 +18,7 @@ from jobs.benchmarks.compression_measure import (
     measure_costs,
 )
 from jobs.benchmarks.compression_models import (
+    COSTS_AS,
     NUM_PROBLEMS,
     Arm,
     quantization_arms,
@@ -106,6 +107,7 @@ class CompressionBenchmark:
             *(
                 ("costs", f"costs_{name}", lambda arm=arm: self._costs(arm))
                 for name, arm in self._arms.items()
+                if name not in COSTS_AS
             ),
             ("latency", "latency", self._latency),
             ("tails", "tails", self._tails),

@@ -12,9 +12,15 @@ from pathlib import Path
 
 from r1ray.config import PipelineConfig, load_config
 
-__all__ = ["NUM_PROBLEMS", "Arm", "quantization_arms", "seed_arms"]
+__all__ = ["COSTS_AS", "NUM_PROBLEMS", "Arm", "quantization_arms", "seed_arms"]
 
 NUM_PROBLEMS = 1000
+COSTS_AS = {
+    "int8_qat": "int8_ptq_rotated",
+    "int8_qat_unrotated": "int8_ptq",
+    "w4a8_qat": "w4a8_ptq",
+}
+"""Arms that cost what another does: the same operators and shapes, whatever the weights hold."""
 _MORE_SEEDS = (1, 2)
 _CONFIG = "jobs/configs/demo.yaml"
 _TRAINING = (
@@ -68,7 +74,6 @@ def seed_arms(work: Path) -> Iterator[Arm]:
         one = (*_TRAINING, f"run.seed={seed}")
         yield Arm(f"fp32.seed_{seed}", _configure(work, *one), is_compressed=False)
         for name, overrides in (
-            ("int8_ptq_rotated", (_ROTATED,)),
             ("int8_qat", _THROUGH_ROTATED_INT8),
             ("int8_qat_unrotated", _THROUGH_INT8),
         ):

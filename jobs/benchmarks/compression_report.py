@@ -86,6 +86,8 @@ _NOTES = f"""
 - Rotated arms, int8_qat among them, are rounded in another basis (docs/adr/0018-rotation.md). When
   rounding begins in training, and that there is a basis, were chosen by results on these problems
   and this text.
+- Arms that trained through rounding cost what the same format costs without: resident memory and
+  times in the table are those.
 - Task perplexity: target tokens of the held-out problems' own traces. English: 16,384 tokens of
   Python's documentation.
 - Resident: what loading and one forward of 16 tokens add at their peak to a process that has

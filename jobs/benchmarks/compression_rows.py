@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jobs.benchmarks.compression_codebook import TOP_KS
+from jobs.benchmarks.compression_models import COSTS_AS
 from jobs.benchmarks.compression_students import SEEDS
 from r1ray.evaluation.accuracy import paired_difference
 from r1ray.evaluation.record import Row
@@ -25,7 +26,7 @@ __all__ = [
 
 Results = Mapping[str, Mapping[str, Any]]
 NEEDS_GPU = ("student_1", "student_2", "untaught_")  # hours each without
-_BY_SEED = ("fp32", "int8_ptq_rotated", "int8_qat", "int8_qat_unrotated")
+_BY_SEED = ("fp32", "int8_qat", "int8_qat_unrotated")
 OPTIONAL = (*NEEDS_GPU, *(f"quantization_{name}." for name in _BY_SEED))  # as far as measured
 _STUDENTS = ("untaught", "student")
 QUANTIZED = (
@@ -133,14 +134,18 @@ def _cost_rows(name: str, arm: Mapping[str, Any], plain: Mapping[str, Any]) -> l
             arm["weight_bytes"],
             plain["weight_bytes"],
             "bytes on disk",
-        ),
+        )
+    ]
+    if name in COSTS_AS:
+        return rows
+    rows.append(
         _ratio_row(
             f"compression.{name}_decode_share",
             arm["decode_ms"],
             arm["plain_decode_ms"],
             "fp32 in turns, ms a token",
-        ),
-    ]
+        )
+    )
     if arm["resident_bytes"] is not None:
         is_int8 = name == "int8_ptq"
         rows.append(
@@ -235,7 +240,7 @@ def _distillation_rows(results: Results) -> list[Row]:
 def quantization_arms(results: Results) -> dict[str, Mapping[str, Any]]:
     """What was measured of each quantization arm."""
     return {
-        name: {**results[f"quantization_{name}"], **results[f"costs_{name}"]}
+        name: {**results[f"quantization_{name}"], **results[f"costs_{COSTS_AS.get(name, name)}"]}
         for name in ("fp32", *QUANTIZED)
     }
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from jobs.benchmarks.compression_report import write_report
+from jobs.benchmarks.compression_models import COSTS_AS
 from jobs.benchmarks.compression_rows import QUANTIZED, build_rows
 from r1ray.evaluation.record import Row
 
@@ -73,7 +74,7 @@ def _results(**changes: Any) -> dict[str, Any]:
         "quantization_w4a8_ptq_rotated": _arm(60, 1.40),
         "quantization_w4a8_qat": _arm(75, 1.25),
         "quantization_codebook4": _arm(78, 1.22),
-        **{f"costs_{name}": _costs() for name in ("fp32", *QUANTIZED)},
+        **{f"costs_{name}": _costs() for name in ("fp32", *QUANTIZED) if name not in COSTS_AS},
         "costs_bf16": _costs(resident=None),
         "costs_int8_ptq": _costs(resident=30),
         "uniform": {
