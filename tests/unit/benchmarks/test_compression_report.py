@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from jobs.benchmarks.compression_report import write_report
 from jobs.benchmarks.compression_models import COSTS_AS
+from jobs.benchmarks.compression_report import write_report
 from jobs.benchmarks.compression_rows import QUANTIZED, build_rows
 from r1ray.evaluation.record import Row
 
