@@ -87,7 +87,8 @@ _NOTES = f"""
   rounding begins in training, and that there is a basis, were chosen by results on these problems
   and this text.
 - Arms that trained through rounding cost what the same format costs without: resident memory and
-  times in the table are those.
+  times in the table are those. Times of a row and of fp32 were taken in turns, those of different
+  rows at different times: the shares below compare, the table's milliseconds do not.
 - Task perplexity: target tokens of the held-out problems' own traces. English: 16,384 tokens of
   Python's documentation.
 - Resident: what loading and one forward of 16 tokens add at their peak to a process that has

@@ -36,6 +36,7 @@ _BAD: list[dict[str, Any]] = [
     {"unknown": 1},
     {"structured_outputs": {"regex": "(("}},
 ]
+_HELD = ("r1ray:num_requests_running", "r1ray:num_requests_waiting", "r1ray:kv_cache_usage_perc")
 _GOOD = ("whole", "left", "refused", "busy")
 
 
@@ -93,7 +94,7 @@ async def _soak(url: str, ids: list[int], seconds: float) -> dict[str, Any]:
 
         await asyncio.gather(watch(), *[work(number) for number in range(_CLIENTS)])
         await asyncio.sleep(5)
-        held = await _read_held(client)
+        held = await _ask_held(client)
     return {
         "seconds": seconds,
         "ends": dict(ends),
@@ -160,25 +161,25 @@ def _resident() -> dict[int, int]:
     return found
 
 
-async def _read_held(client: httpx.AsyncClient) -> dict[str, float]:
+async def _ask_held(client: httpx.AsyncClient) -> dict[str, float | None]:
+    """As `_read_held`, once all replicas are there again; None where one stays away."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while (held := await _read_held(client)) is None and time.monotonic() < deadline:
+        await asyncio.sleep(1)
+    return dict.fromkeys(_HELD) if held is None else {**held}
+
+
+async def _read_held(client: httpx.AsyncClient) -> dict[str, float] | None:
     """Of all replicas together: requests, and the share of the pages that they hold.
 
-    Raises:
-        ValueError: a replica does not tell one of them.
+    None where a replica does not tell one of them.
     """
-    names = {
-        "r1ray:num_requests_running",
-        "r1ray:num_requests_waiting",
-        "r1ray:kv_cache_usage_perc",
-    }
-    found = dict.fromkeys(names, 0.0)
+    found = dict.fromkeys(_HELD, 0.0)
     told = Counter[str]()
     text = (await client.get("/metrics")).raise_for_status().text
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if sample.name in names:
+            if sample.name in _HELD:
                 found[sample.name] += sample.value
                 told[sample.name] += 1
-    if any(told[name] != _REPLICAS for name in names):
-        raise ValueError(f"not every one of {_REPLICAS} replicas tells what it holds: {told}")
-    return found
+    return found if all(told[name] == _REPLICAS for name in _HELD) else None

@@ -1,9 +1,9 @@
 """The `compress` stage: from a float model directory to the served quantized one.
 
 The schemes are those of `r1ray.models.quantization`; the basis may be that of
-`r1ray.models.rotation`. Activations are quantized per token when the
-model runs, so only codebooks need data to be fitted to. A model that trained through fake
-quantization is compared with what it is served as: both should give the same logits.
+`r1ray.models.rotation`. Activations are quantized per token when the model runs, so only codebooks
+need data to be fitted to. A model that trained through fake quantization is compared with what it
+is served as: both should give the same logits.
 
 Price: about 0.25 of the float32 bytes (w8a8).
 """

@@ -294,12 +294,13 @@ class PipelineConfig:
             raise ValueError(
                 f"train.fake_quant_rotate ({self.train.fake_quant_rotate}) with fake_quant "
                 f"{self.train.fake_quant} is not compress.rotate ({self.compress.rotate}); serve "
-                "what was trained for: change one of them"
+                "what was trained for: change one of them (with train.resources.tiers, "
+                "compress.rotate)"
             )
         return self
 
 
-_LATER = {"rotate", "fake_quant_rotate"}
+_LATER = {"CompressConfig": "rotate", "TrainConfig": "fake_quant_rotate"}
 
 
 def identity(*sections: Any) -> dict[str, Any]:
@@ -308,8 +309,8 @@ def identity(*sections: Any) -> dict[str, Any]:
     for section in sections:
         values = dataclasses.asdict(section)
         values.pop("resources", None)
-        for name in _LATER & values.keys():  # off, they leave what was made before them found
-            if not values[name]:
-                del values[name]
+        later = _LATER.get(type(section).__name__)
+        if later is not None and not values[later]:
+            del values[later]  # off, it leaves what was made before there was such a field found
         merged[type(section).__name__] = values
     return merged

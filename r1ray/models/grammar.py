@@ -63,6 +63,7 @@ class FormCompiler:
         self._tokens = llguidance.hf.from_tokenizer(
             tokenizer.inner, n_vocab=vocab_size, eos_token=sorted(stop_token_ids)
         )
+        self._compiling = threading.Lock()
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the latest used last
 
@@ -72,15 +73,25 @@ class FormCompiler:
         Raises:
             ShapeError: `form` is not one, or is too complex.
         """
+        state = self._find(form)
+        if state is not None:
+            return state
+        with self._compiling:  # one at a time, and what others wait for only once
+            if (state := self._find(form)) is not None:
+                return state
+            matcher = self._compile(form)
+            with self._lock:
+                self._compiled[form] = matcher
+                if len(self._compiled) > _KEPT:
+                    self._compiled.popitem(last=False)
+                return FormState(matcher.deep_copy(), self._tokens.vocab_size)
+
+    def _find(self, form: str) -> "FormState | None":
         with self._lock:
             matcher = self._compiled.get(form)
-        if matcher is None:
-            matcher = self._compile(form)
-        with self._lock:
-            self._compiled[form] = matcher
+            if matcher is None:
+                return None
             self._compiled.move_to_end(form)
-            if len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
             return FormState(matcher.deep_copy(), self._tokens.vocab_size)
 
     def _compile(self, form: str) -> LLMatcher:

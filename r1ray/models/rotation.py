@@ -15,7 +15,7 @@ optimizer works in the old one. AdamW moves every weight by as much, and does ha
 channel is spread over all weights (docs/experiments.md).
 
 Price: a tied head's own matrix, V·D weights more. Of `rotated`, once a step: D multiplications a
-weight, and as many for the gradients; a copy of the weights, and one of those behind norms.
+weight, and as many for the gradients; a copy of the weights and, at the end, of the gradients.
 Source: QuaRot, Ashkboos et al. 2024 (arXiv:2404.00456), without its online transforms.
 
 Shape legend: D hidden size, V words.

@@ -141,11 +141,13 @@ class Engine:
                 model failed, 400 when the request does not fit the generator, 504 when it takes
                 too long.
         """
-        if request.form is not None and self._forms is not None:
-            await self._compile(request.form, self._forms)
-        submission = self._register(request)
+        submission = Submission(request, asyncio.get_running_loop())
+        self._reserve(request.request_id)
         finished = False
         try:
+            if request.form is not None and self._forms is not None:
+                await self._compile(request.form, self._forms)
+            self._enqueue(submission)
             while not finished:
                 events, error = drain(await submission.inbox.get(), submission.inbox)
                 finished = bool(events) and events[-1].finish_reason is not None
@@ -168,15 +170,14 @@ class Engine:
             raise ServingError(f"the engine did not stop within {timeout_s} s", status=500)
 
     async def _compile(self, form: str, forms: FormCompiler) -> None:
-        """On a thread of its own: `forms` keeps it for the engine's, whose steps do not wait."""
+        """On another thread: `forms` keeps it for the engine's, whose steps do not wait."""
         try:
             await asyncio.to_thread(forms.start, form)
         except ShapeError as error:
             self._metrics.note_failure(400)
             raise ServingError(str(error), status=400) from error
 
-    def _register(self, request: GenerationRequest) -> Submission:
-        submission = Submission(request, asyncio.get_running_loop())
+    def _reserve(self, request_id: str) -> None:
         with self._lock:
             if self._closed:
                 raise _closed_error()
@@ -188,10 +189,14 @@ class Engine:
                     status=429,
                     code="rate_limit_exceeded",
                 )
-            assert request.request_id not in self._open_ids, "request ids are unique"
-            self._open_ids.add(request.request_id)
+            assert request_id not in self._open_ids, "request ids are unique"
+            self._open_ids.add(request_id)
+
+    def _enqueue(self, submission: Submission) -> None:
+        with self._lock:
+            if self._closed:  # meanwhile
+                raise _closed_error()
             self._commands.put(submission)
-        return submission
 
     def _unregister(self, request_id: str, *, cancel: bool) -> None:
         with self._lock:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -116,6 +118,24 @@ def test_answers_of_one_form_share_its_compiling_and_nothing_else(
     for pattern in ("a", "ab", "b", "ab", "a"):  # "ab" was used last when "b" came
         forms.start(regex_form(pattern))
     assert compiled == [regex_form(pattern) for pattern in ("ab", "a", "b", "a")]
+
+
+def test_who_asks_for_a_form_together_waits_for_one_compiling(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
+    compiled: list[str] = []
+    compile_form = forms._compile
+
+    def compile_slowly(form: str) -> Any:
+        compiled.append(form)
+        time.sleep(0.05)
+        return compile_form(form)
+
+    monkeypatch.setattr(forms, "_compile", compile_slowly)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(forms.start, [regex_form("ab")] * 8))
+    assert compiled == [regex_form("ab")]
 
 
 @pytest.mark.parametrize(

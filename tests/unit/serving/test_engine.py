@@ -326,6 +326,31 @@ def test_a_form_is_compiled_while_a_step_is_under_way(tmp_path: Path) -> None:
     run(main())
 
 
+def test_a_full_engine_refuses_before_it_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = FormCompiler(
+        Tokenizer(write_tiny_model(tmp_path)), vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID]
+    )
+    compiled: list[str] = []
+    monkeypatch.setattr(forms, "start", compiled.append)
+    built: list[ControlledGenerator] = []
+
+    async def main() -> None:
+        with engine_with(built, forms=forms, max_queued_requests=0) as engine:
+            built[0].gate.clear()
+            reading = [asyncio.create_task(read(engine, request(name))) for name in "ab"]
+            await until(lambda: engine.num_open == 2)
+            with pytest.raises(ServingError) as caught:
+                await read(engine, dataclasses.replace(request("c"), form=regex_form("c")))
+            assert caught.value.status == 429
+            built[0].gate.set()
+            await asyncio.gather(*reading)
+        assert not compiled
+
+    run(main())
+
+
 def test_close_fails_open_requests_and_refuses_new_ones() -> None:
     async def main() -> None:
         with engine_with() as engine:
