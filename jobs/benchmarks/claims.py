@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from r1ray.evaluation.record import list_commits
+
 __all__ = [
     "CLAIMS",
     "VERDICTS",
@@ -142,7 +144,7 @@ def render_page(findings: Sequence[Finding]) -> str:
         flags = ", ".join(hardware["flags"])
         lines.append(
             f"| `{finding.id}` | `{record['command']}` | {machine} ({flags}), "
-            f"{hardware['memory_gib']} GiB | {record['commit']} |"
+            f"{hardware['memory_gib']} GiB | {', '.join(list_commits(record))} |"
         )
     table = "\n".join(lines)
     return (

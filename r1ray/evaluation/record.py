@@ -22,6 +22,7 @@ __all__ = [
     "describe_circumstances",
     "describe_hardware",
     "describe_run",
+    "list_commits",
     "render_table",
     "write_json",
 ]
@@ -99,11 +100,18 @@ def describe_run(record: Mapping[str, Any]) -> str:
     """
     hardware = record["hardware"]
     flags = ", ".join(hardware["flags"]) or "no vector flags"
-    commits = sorted({str(commit) for commit in record["commits_of_parts"].values()})
     return (
         f"`{record['command']}` on {hardware['cores']} cores of {hardware['cpu']} ({flags}; native "
         f"kernels: {hardware['native_kernels'] or 'none'}), {hardware['memory_gib']} GiB, commits "
-        f"{', '.join(commits)}, {record['date']}."
+        f"{', '.join(list_commits(record))}, {record['date']}."
+    )
+
+
+def list_commits(record: Mapping[str, Any]) -> list[str]:
+    """Of the code that measured a record's parts; the record's own where it has none."""
+    parts = record.get("commits_of_parts")
+    return sorted(
+        {str(commit) for commit in ([record["commit"]] if parts is None else parts.values())}
     )
 
 

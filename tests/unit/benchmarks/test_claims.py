@@ -1,5 +1,6 @@
 """The table of claims: verdicts from records, and README and docs in step with them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ def test_verdicts_are_those_of_the_records(tmp_path: Path) -> None:
     assert all(line.split("|")[-2].strip() in claims.VERDICTS for line in table.splitlines()[2:])
     page = claims.render_page(list(findings.values()))
     assert "`python -m jobs.bench_exchange` | 2 cores of a CPU (avx2), 24 GiB | abc |" in page
+    measured_twice = {**findings[met.id].record, "commits_of_parts": {"one": "b", "other": "a"}}
+    page = claims.render_page([dataclasses.replace(findings[met.id], record=measured_twice)])
+    assert "24 GiB | a, b |" in page
     claims.plot(list(findings.values()), tmp_path / "claims.png")
     assert (tmp_path / "claims.png").stat().st_size > 1000
 
