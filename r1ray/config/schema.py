@@ -97,7 +97,7 @@ class CompressConfig:
     scheme: Scheme = "w8a8"
     """w8a8: int8 weights and activations; w4a8: 4-bit weights; codebook4: 16 values a row."""
     rotate: bool = False
-    """Round in another basis of the same function, which costs it less; unties a tied head."""
+    """Round in another basis of the same function: INT8 loses less there; unties a tied head."""
     calibration_batches: Annotated[int, Field(ge=1, le=100_000)] = 32
     """codebook4: micro-batches whose gradients say which weights matter."""
     outlier_share: Annotated[float, Field(ge=0, le=0.1)] = 0.0045

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from llguidance import LLMatcher
 
 from r1ray.errors import ShapeError
 from r1ray.models.generation import BatchGenerator
@@ -90,13 +91,23 @@ def test_a_pattern_that_would_fill_memory_runs_out_of_fuel(
         state.restrict(logits_V)
 
 
+class WatchedCompiler(FormCompiler):
+    """Notes what it compiles, which takes a while."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
+        self.compiled: list[str] = []
+
+    def _compile(self, form: str) -> LLMatcher:
+        self.compiled.append(form)
+        time.sleep(0.05)
+        return super()._compile(form)
+
+
 def test_answers_of_one_form_share_its_compiling_and_nothing_else(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
-    compiled: list[str] = []
-    compile_form = forms._compile
-    monkeypatch.setattr(forms, "_compile", lambda form: compiled.append(form) or compile_form(form))
+    forms = WatchedCompiler(tokenizer)
     a, b = tokenizer.encode("ab")
 
     def allowed(state: FormState) -> set[int]:
@@ -112,30 +123,19 @@ def test_answers_of_one_form_share_its_compiling_and_nothing_else(
         allowed(one)
     assert a in allowed(other)
     assert a in allowed(forms.start(regex_form("ab")))
-    assert compiled == [regex_form("ab")]
+    assert forms.compiled == [regex_form("ab")]
 
     monkeypatch.setattr("r1ray.models.grammar._KEPT", 2)
     for pattern in ("a", "ab", "b", "ab", "a"):  # "ab" was used last when "b" came
         forms.start(regex_form(pattern))
-    assert compiled == [regex_form(pattern) for pattern in ("ab", "a", "b", "a")]
+    assert forms.compiled == [regex_form(pattern) for pattern in ("ab", "a", "b", "a")]
 
 
-def test_who_asks_for_a_form_together_waits_for_one_compiling(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
-    compiled: list[str] = []
-    compile_form = forms._compile
-
-    def compile_slowly(form: str) -> Any:
-        compiled.append(form)
-        time.sleep(0.05)
-        return compile_form(form)
-
-    monkeypatch.setattr(forms, "_compile", compile_slowly)
+def test_who_asks_for_a_form_together_waits_for_one_compiling(tokenizer: Tokenizer) -> None:
+    forms = WatchedCompiler(tokenizer)
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(forms.start, [regex_form("ab")] * 8))
-    assert compiled == [regex_form("ab")]
+    assert forms.compiled == [regex_form("ab")]
 
 
 @pytest.mark.parametrize(
