@@ -21,6 +21,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from r1ray.config.serving import EngineConfig, ModelArgs, ServeConfig, list_groups
 from r1ray.errors import ConfigError, ServingError
 from r1ray.models import ModelConfig
+from r1ray.serving.guard import end_guard, start_guard
 from r1ray.serving.ingress import OpenAIIngress
 from r1ray.serving.readiness import deployment_name, explain_waiting, find_failure
 from r1ray.serving.replica import ModelReplica, check_context
@@ -134,6 +135,8 @@ def _most_requests(args: EngineConfig) -> int:
 def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.0) -> str:
     """Serve `model_dir` from the running Ray and return the base URL once /health answers 200.
 
+    The server ends with this process, or with `stop_server`.
+
     Raises:
         ConfigError: the port is taken, the context is longer than the model's, or this is not the
             head.
@@ -152,6 +155,7 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
     del values["host"], values["port"], values["playground"]
     models = [ModelArgs(model_dir=model_dir, **values)]
     app = build_app(ServeArgs(models=models, playground=config.playground))
+    start_guard()
     serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     reachable = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{reachable}:{config.port}"
@@ -181,6 +185,8 @@ def is_on_head() -> bool:
 def stop_server() -> None:
     """Stop what `start_server` started, which is all of Serve; Ray keeps running."""
     serve.shutdown()
+    serve.shutdown()  # the first gives up, without a word, where the controller is busy for 5 s
+    end_guard()
 
 
 def _check_serve_is_ours_to_start() -> None:
