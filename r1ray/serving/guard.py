@@ -49,7 +49,7 @@ def start_guard() -> None:
         )
         .remote()
     )
-    guard.stop_serve_after.remote(os.getpid())
+    guard.stop_serve_after.remote(os.getpid())  # type: ignore[attr-defined]
 
 
 def end_guard() -> None:
