@@ -1,9 +1,10 @@
 """Measure long contexts: the operator, the whole model against other engines, and what it loses.
 
-Every part is stored in --work as it finishes, and found there by the next start. All but `quality`
-take about an hour on 2 cores, and nothing else should run meanwhile; `quality` trains and answers
-for 20 minutes on a GPU, and without one, where it has to be asked for, for hours; without it the
-others are filed, and its bars as not measured. The figures go to docs/benchmarks/.
+Every part is stored in --work as it finishes, and found there by the next start. All but the last
+two take about an hour on 2 cores, and nothing else should run meanwhile. `fidelity` trains gates
+for half an hour, and asks what they change for another. `tasks` teaches the model first: 20 minutes
+on a GPU, and without one, where it has to be asked for, hours. Bars of parts that are not there are
+filed as not measured. The figures go to docs/benchmarks/.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from jobs.cli import run_guarded
 
-_WITHOUT_GPU = ("operator", "memory", "reading", "peers")
-PARTS = (*_WITHOUT_GPU, "quality")
+_TIMED = ("operator", "memory", "reading", "peers")
+_WITHOUT_GPU = (*_TIMED, "fidelity")
+PARTS = (*_WITHOUT_GPU, "tasks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parts = arguments.only or PARTS
     if arguments.only is None and not torch.cuda.is_available():
-        print("quality is left out: hours without a GPU; --only quality measures it")
+        print("tasks are left out: hours without a GPU; --only tasks measures them")
         parts = _WITHOUT_GPU
     benchmark = LongContextBenchmark(arguments.work, arguments.base)
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in parts:
             print(f"bench_long_context: {part}", flush=True)
             getattr(benchmark, part)()
-        if set(parts) >= set(_WITHOUT_GPU):
+        if set(parts) >= set(_TIMED):
             command = shlex.join(["python", "-m", "jobs.bench_long_context", *sys.argv[1:]])
             print(benchmark.file_record(command))
 

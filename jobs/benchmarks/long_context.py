@@ -5,18 +5,23 @@ from typing import Any
 
 from jobs.benchmarks import long_context_operator as operator
 from jobs.benchmarks import long_context_reading as reading
+from jobs.benchmarks.base_files import BaseFiles
+from jobs.benchmarks.long_context_arms import LENGTHS
+from jobs.benchmarks.long_context_fidelity import DEPTHS, FidelityBenchmark
 from jobs.benchmarks.long_context_models import TrainingSize
 from jobs.benchmarks.long_context_peers import PEERS, measure_peer
-from jobs.benchmarks.long_context_quality import ATTENTIONS, LENGTHS, PRECISIONS, QualityBenchmark
 from jobs.benchmarks.long_context_report import (
+    fidelity_rows,
     memory_rows,
     operator_rows,
     plot_operator,
-    quality_rows,
     reading_rows,
     render_gates,
+    render_passkeys,
     render_tasks,
+    task_rows,
 )
+from jobs.benchmarks.long_context_tasks import TaskBenchmark
 from jobs.benchmarks.parts import StoredParts
 from jobs.benchmarks.peer_environments import write_peer_gguf
 from r1ray.data.long_context import TASKS
@@ -38,7 +43,9 @@ class LongContextBenchmark:
     def __init__(self, work: Path, source: str) -> None:
         self._work = work
         self._parts = StoredParts(work)
-        self._quality = QualityBenchmark(self._parts, work, source, _SIZE, _EXAMPLES)
+        self._files = BaseFiles(work, source)
+        self._fidelity = FidelityBenchmark(self._parts, work, source)
+        self._tasks = TaskBenchmark(self._parts, work, source, _SIZE, _EXAMPLES)
 
     def operator(self) -> dict[str, Any]:
         """From kind -> length -> arm -> seconds; dense and sparse in turns."""
@@ -60,7 +67,7 @@ class LongContextBenchmark:
 
     def reading(self) -> dict[str, Any]:
         """Seconds of reading and decoding by length and attention, and of re-reading."""
-        base, ids = self._quality.base(), self._token_ids()
+        base, ids = self._files.base(), self._token_ids()
         found: dict[str, Any] = {"by_length": {}}
         for length in reading.LENGTHS:
             name = f"reading_{length}"
@@ -74,7 +81,7 @@ class LongContextBenchmark:
 
     def peers(self) -> list[dict[str, Any]]:
         """The other engines, one after the other."""
-        base, ids, work = self._quality.base(), self._token_ids(), self._work / "peers"
+        base, ids, work = self._files.base(), self._token_ids(), self._work / "peers"
         work.mkdir(parents=True, exist_ok=True)
         gguf = write_peer_gguf(base, work)
         return [
@@ -82,24 +89,25 @@ class LongContextBenchmark:
             for name in PEERS
         ]
 
-    def quality(self) -> dict[str, Any]:
-        """Answers, perplexity and recall of all ways to read."""
-        self._quality.prepare()
-        for precision in PRECISIONS:
-            for attention in ATTENTIONS:
-                self._quality.measure(precision, attention)
-            self._quality.recall(precision)
-        return self._quality.collect()
+    def fidelity(self) -> dict[str, Any]:
+        """Perplexity, passkeys and recall of the base with gates."""
+        return self._fidelity.run()
+
+    def tasks(self) -> dict[str, Any]:
+        """Answers of a model that was taught the tasks."""
+        return self._tasks.run()
 
     def file_record(self, command: str) -> str:
         """Write the record, its tables and the plot; returns the table."""
         found, reads = self.operator(), self.reading()
-        quality = self.quality() if self._quality.is_measured else {}
+        fidelity = self.fidelity() if self._fidelity.is_measured else {}
+        tasks = self.tasks() if self._tasks.is_measured else {}
         rows = [
             *memory_rows(**self.memory()),
             *operator_rows(found),
             *reading_rows(reads, self.peers()),
-            *quality_rows(quality),
+            *fidelity_rows(fidelity),
+            *task_rows(tasks),
         ]
         _TARGET.mkdir(parents=True, exist_ok=True)
         record = build_record("long_context", command, rows, self._parts.circumstances())
@@ -109,21 +117,31 @@ class LongContextBenchmark:
         text = (
             f"# Long contexts\n\n{describe_run(record)}\n\n{table}\n"
             "![operator](long_context.png)\n\n"
-            f"{self._render_quality(quality)}{_NOTES}"
+            f"{self._render_fidelity(fidelity)}{self._render_tasks(tasks)}{_NOTES}"
         )
         (_TARGET / "long_context.md").write_text(text, encoding="utf-8")
         return table
 
-    def _render_quality(self, quality: dict[str, Any]) -> str:
-        if not quality:
+    def _render_fidelity(self, fidelity: dict[str, Any]) -> str:
+        if not fidelity:
             return ""
         return (
-            f"## Tasks\n\n{render_tasks(quality, TASKS, LENGTHS)}\n"
-            f"## Gates\n\n{render_gates(self._quality.gate_training())}\n"
+            f"## Passkeys at depths\n\n{render_passkeys(fidelity, DEPTHS)}\n"
+            "## Gates, trained by `jobs/configs/gates.yaml`\n\n"
+            f"{render_gates(self._fidelity.gate_training())}\n"
+        )
+
+    def _render_tasks(self, tasks: dict[str, Any]) -> str:
+        if not tasks:
+            return ""
+        return (
+            f"## Tasks\n\n{render_tasks(tasks, TASKS, LENGTHS)}\n"
+            f"## Gates of the model that was taught them\n\n"
+            f"{render_gates(self._tasks.gate_training())}\n"
         )
 
     def _token_ids(self) -> list[int]:
-        return Tokenizer(self._quality.base()).encode(read_english())
+        return Tokenizer(self._files.base()).encode(read_english())
 
 
 _NOTES = """
@@ -131,7 +149,7 @@ _NOTES = """
   one; a twentieth of the heads has its groups choose four times as many, by exact scores of the
   keys, in prompts and answers; dense up to 2,048 tokens; int8 keys and values. Operator and reading
   have gates of that size that were not trained and heads marked at random, which take the same
-  time; quality has trained gates, and the heads that missed most in training.
+  time; fidelity and tasks have trained gates, and the heads that missed most in training.
 - Operator: `jobs/benchmarks/long_context_operator.py` says what is timed. The exponents are fitted
   between 8,192 and 65,536 tokens. Memory: the peak of resident memory over the call, its output
   left out; sparse attention is forced on at 1,024 tokens, where it would be dense.
@@ -139,8 +157,10 @@ _NOTES = """
   1,024 tokens. Dense attention runs the same kernels over all blocks, which takes less time than
   torch's over float32. Peers run in environments of their own, two threads each; what each computes
   in is in the record.
-- Quality: SmolLM2 is taught the tasks densely first, then gates are trained; answers are greedy.
-  A task counts where dense attention scores at least 50%. Needle recall: of the heads that give
-  the needle's block at least a tenth of their attention as the answer is written, the share whose
-  group keeps that block.
+- Fidelity: SmolLM2 as published, with gates trained on 2 cores. Perplexity of Python's
+  documentation in whole windows; greedy agreement at the last 256 tokens of each. Needle recall: of
+  the heads that give the needle's block at least a tenth of their attention as the answer is
+  written, the share whose group keeps that block.
+- Tasks: SmolLM2 is taught the tasks densely first, then gates are trained; answers are greedy. A
+  task counts where dense attention scores at least 50%.
 """

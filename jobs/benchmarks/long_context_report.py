@@ -17,13 +17,15 @@ from jobs.benchmarks.long_context_peers import find_best
 from r1ray.evaluation.record import Row
 
 __all__ = [
+    "fidelity_rows",
     "memory_rows",
     "operator_rows",
     "plot_operator",
-    "quality_rows",
     "reading_rows",
     "render_gates",
+    "render_passkeys",
     "render_tasks",
+    "task_rows",
 ]
 
 _BARS = {
@@ -34,11 +36,8 @@ _BARS = {
 }
 _COUNTS = 0.5  # what dense attention has to score on a task that counts
 _MIN_TASKS = 4  # that have to count
-_QUALITY_BARS = {
-    "worst_task_drop": "<= 0.05",
-    "perplexity_ratio": "<= 1.02",
-    "needle_block_recall": ">= 0.97",
-}
+_FIDELITY_BARS = {"perplexity_ratio": "<= 1.02", "needle_block_recall": ">= 0.97"}
+_TASK_BARS = {"worst_task_drop": "<= 0.05"}
 _MARKED_LAYERS = 0.45  # a twentieth of the heads, nine of which are in each layer
 _COLORS = {"sparse": "#0b6e99", "dense": "#b5651d"}
 
@@ -136,55 +135,94 @@ def _peer_rows(peers: Iterable[Mapping[str, Any]]) -> list[Row]:
     return rows
 
 
-def quality_rows(quality: Mapping[str, Any]) -> list[Row]:
-    """The worst of the tasks that count, perplexity, and recall; bars alone of what is empty."""
-    if not quality:
-        return [
-            Row(f"long_context.{name}", None, "", bar=bar) for name, bar in _QUALITY_BARS.items()
-        ]
+def fidelity_rows(fidelity: Mapping[str, Any]) -> list[Row]:
+    """Perplexity, recall and agreement; bars alone of what is empty."""
+    if not fidelity:
+        return _unmeasured(_FIDELITY_BARS)
     rows = []
-    for precision, found in quality.items():
-        suffix = "" if precision == "int8" else f".{precision}"
+    for precision, found in fidelity.items():
+        suffix = _suffix(precision)
+        ratios = {length: sparse / dense for length, (dense, sparse) in found["perplexity"].items()}
+        length = max(ratios, key=lambda at: ratios[at])
+        name = f"long_context.perplexity_ratio{suffix}"
+        baseline = (f"dense at {length}", found["perplexity"][length][0])
+        bar = _FIDELITY_BARS["perplexity_ratio"]
+        rows.append(Row(name, ratios[length], "x", None, *baseline, bar))
+        looks, kept = (
+            sum(text[count] for text in found["recall"].values()) for count in ("looks", "found")
+        )
+        name = f"long_context.needle_block_recall{suffix}"
+        baseline = ("heads that look there", float(looks))
+        bar = _FIDELITY_BARS["needle_block_recall"]
+        rows.append(Row(name, kept / looks, "share", None, *baseline, bar))
+        for text, of_text in found["recall"].items():
+            name, mass = f"long_context.attention_mass{suffix}.{text}", of_text["mass"]
+            rows.append(Row(name, statistics.mean(mass), "share", (min(mass), max(mass))))
+        name = f"long_context.greedy_agreement{suffix}"
+        rows.append(Row(name, found["agreement"], "share"))
+        for length, arms in found["passkeys"].items():
+            dense, sparse = map(statistics.mean, arms)
+            name = f"long_context.passkeys{suffix}.{length}"
+            rows.append(Row(name, sparse, "share", None, "dense", dense))
+    return rows
+
+
+def task_rows(tasks: Mapping[str, Any]) -> list[Row]:
+    """The worst of the tasks that count, and agreement; bars alone of what is empty."""
+    if not tasks:
+        return _unmeasured(_TASK_BARS)
+    rows = []
+    for precision, found in tasks.items():
         drops = {
             f"{task} at {length}": dense - sparse
             for (task, length), (dense, sparse) in found["scores"].items()
             if dense >= _COUNTS
         }
         worst = max(drops, key=lambda name: drops[name], default="none")
-        tasks = {task for (task, _), (dense, _) in found["scores"].items() if dense >= _COUNTS}
-        name, unit = f"long_context.worst_task_drop{suffix}", "of 1"
-        if len(tasks) < _MIN_TASKS:
-            unit = f"not counted: dense attention can do {len(tasks)} of {_MIN_TASKS} tasks"
+        counted = {task for (task, _), (dense, _) in found["scores"].items() if dense >= _COUNTS}
+        name, unit = f"long_context.worst_task_drop{_suffix(precision)}", "of 1"
+        if len(counted) < _MIN_TASKS:
+            unit = f"not counted: dense attention can do {len(counted)} of {_MIN_TASKS} tasks"
         baseline = (f"{worst}; tasks and lengths that count", float(len(drops)))
-        value = drops[worst] if len(tasks) >= _MIN_TASKS else None
-        rows.append(Row(name, value, unit, None, *baseline, _QUALITY_BARS["worst_task_drop"]))
-        ratios = {length: sparse / dense for length, (dense, sparse) in found["perplexity"].items()}
-        length = max(ratios, key=lambda at: ratios[at])
-        name = f"long_context.perplexity_ratio{suffix}"
-        baseline = (f"dense at {length}", found["perplexity"][length][0])
-        rows.append(
-            Row(name, ratios[length], "x", None, *baseline, _QUALITY_BARS["perplexity_ratio"])
-        )
-        recall = found["recall"]
-        name = f"long_context.needle_block_recall{suffix}"
-        share = recall["found"] / recall["looks"]
-        looks = ("heads that look there", float(recall["looks"]))
-        rows.append(Row(name, share, "share", None, *looks, _QUALITY_BARS["needle_block_recall"]))
-        for text, masses in recall["mass"].items():
-            name = f"long_context.attention_mass{suffix}.{text}"
-            rows.append(Row(name, statistics.mean(masses), "share", (min(masses), max(masses))))
-        rows.append(Row(f"long_context.greedy_agreement{suffix}", found["agreement"], "share"))
+        value = drops[worst] if len(counted) >= _MIN_TASKS else None
+        rows.append(Row(name, value, unit, None, *baseline, _TASK_BARS["worst_task_drop"]))
+        name = f"long_context.task_agreement{_suffix(precision)}"
+        rows.append(Row(name, found["agreement"], "share"))
     return rows
 
 
-def render_tasks(quality: Mapping[str, Any], tasks: Iterable[str], lengths: Iterable[int]) -> str:
+def _unmeasured(bars: Mapping[str, str]) -> list[Row]:
+    return [Row(f"long_context.{name}", None, "", bar=bar) for name, bar in bars.items()]
+
+
+def _suffix(precision: str) -> str:
+    """Of a row's name: that which is served has none."""
+    return "" if precision == "int8" else f".{precision}"
+
+
+def render_passkeys(fidelity: Mapping[str, Any], depths: Iterable[float]) -> str:
+    """Shares found by dense and sparse attention, by length and depth."""
+    lines = [
+        f"| tokens | attention | {' | '.join(f'depth {depth:.0%}' for depth in depths)} |",
+    ]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for precision, found in fidelity.items():
+        for length, arms in found["passkeys"].items():
+            for kind, shares in zip(("dense", "sparse"), arms, strict=True):
+                cells = [str(length), f"{kind}, {precision}", *(f"{share:.0%}" for share in shares)]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def render_tasks(found: Mapping[str, Any], tasks: Iterable[str], lengths: Iterable[int]) -> str:
     """Scores of dense and sparse attention, by task and length."""
-    columns = [f"{precision} {kind}" for precision in quality for kind in ("dense", "sparse")]
+    columns = [f"{precision} {kind}" for precision in found for kind in ("dense", "sparse")]
     lines = [f"| task | tokens | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for task in tasks:
         for length in lengths:
-            found = [score for each in quality.values() for score in each["scores"][task, length]]
-            scores = [f"{score:.3f}" for score in found]
+            scores = [
+                f"{score:.3f}" for each in found.values() for score in each["scores"][task, length]
+            ]
             lines.append(f"| {task} | {length} | {' | '.join(scores)} |")
     return "\n".join(lines) + "\n"
 

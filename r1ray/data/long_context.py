@@ -7,11 +7,14 @@
 - `cwe`: the ten words that are common in a list of words.
 - `fwe`: the three most frequent made-up words.
 
+`build_passkey` hides a number at a given depth of the same sentences.
+
 Every task is filled up to a number of tokens. A reply's score is the share of the expected strings
 that are in it. `write_conversation` makes training samples: tasks with all their questions, and
 windows of source code.
 
-Source: Hsieh et al. 2024, RULER, arXiv:2404.06654.
+Sources: Hsieh et al. 2024, RULER, arXiv:2404.06654; passkeys: Mohtashami & Jaggi 2023,
+arXiv:2305.16300.
 """
 
 import dataclasses
@@ -26,7 +29,14 @@ from r1ray.data.texts import read_english, read_source_code
 from r1ray.errors import ConfigError
 from r1ray.models.tokenizer import Tokenizer
 
-__all__ = ["TASKS", "LongTask", "build_long_task", "score_reply", "write_conversation"]
+__all__ = [
+    "TASKS",
+    "LongTask",
+    "build_long_task",
+    "build_passkey",
+    "score_reply",
+    "write_conversation",
+]
 
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _COMMON, _COMMON_TIMES, _RARE_TIMES = 10, 30, 3
@@ -72,8 +82,47 @@ def build_long_task(
     except KeyError:
         raise ConfigError(f"no task {name!r}; there are {', '.join(TASKS)}") from None
 
+    return _fill(
+        name, lambda size: build(random.Random(f"{name} {seed}"), size), count_tokens, max_tokens
+    )
+
+
+def build_passkey(
+    depth: float, count_tokens: Callable[[str], int], max_tokens: int, *, seed: int
+) -> LongTask:
+    """A number to be found in sentences that repeat, as many as fit `max_tokens`.
+
+    Args:
+        depth: share of the sentences before it, from 0 to 1.
+        count_tokens: of a prompt, whatever is put around it included.
+    Raises:
+        ConfigError: it does not fit at its shortest.
+    """
+    key = random.Random(f"passkey {seed}").randrange(10_000, 100_000)
+
     def attempt(size: int) -> LongTask:
-        return build(random.Random(f"{name} {seed}"), size)
+        hay = [_NOISE] * size
+        hay.insert(
+            round(depth * size), f"The pass key is {key}. Remember it. {key} is the pass key."
+        )
+        prompt = (
+            "There is important information hidden inside a lot of irrelevant text. Find it and "
+            "memorize it. I will quiz you about it.\n"
+            + "\n".join(hay)
+            + "\nWhat is the pass key? The pass key is"
+        )
+        return LongTask(prompt, (str(key),))
+
+    return _fill("passkey", attempt, count_tokens, max_tokens)
+
+
+def _fill(
+    name: str,
+    attempt: Callable[[int], LongTask],
+    count_tokens: Callable[[str], int],
+    max_tokens: int,
+) -> LongTask:
+    """The largest of `attempt`'s tasks that fits."""
 
     def count(size: int) -> int:
         return count_tokens(attempt(size).prompt)

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 
 from jobs.benchmarks.long_context_report import (
+    fidelity_rows,
     memory_rows,
     operator_rows,
     plot_operator,
-    quality_rows,
     reading_rows,
     render_gates,
+    render_passkeys,
     render_tasks,
+    task_rows,
 )
 from r1ray.evaluation.record import Row
 
@@ -88,30 +90,56 @@ def test_the_worst_task_that_dense_attention_can_do_counts() -> None:
             ("cwe", 4096): (0.4, 0.0),
             ("fwe", 4096): (0.8, 0.7),
         },
-        "perplexity": {4096: (20.0, 20.2), 8192: (18.0, 18.9)},
-        "recall": {"found": 98, "looks": 100, "mass": {"documents": [0.9, 0.8]}},
         "agreement": 0.9,
     }
-    rows = _by_id(quality_rows({"int8": found}))
-    drop = rows["long_context.worst_task_drop"]
+    drop = _by_id(task_rows({"int8": found}))["long_context.worst_task_drop"]
     assert (drop.value, drop.baseline_value, drop.met) == (pytest.approx(0.1), 4.0, False)
-    assert rows["long_context.perplexity_ratio"].value == pytest.approx(1.05)
-    assert rows["long_context.needle_block_recall"].met
     table = render_tasks({"int8": found}, ["vt", "cwe"], [4096])
     assert "| vt | 4096 | 0.900 | 0.880 |" in table
 
 
 @pytest.mark.parametrize("dense", [0.6, 0.1])
 def test_too_few_tasks_say_nothing(dense: float) -> None:
-    found = {
-        "scores": {("vt", length): (dense, dense) for length in (4096, 8192)},
-        "perplexity": {4096: (20.0, 20.2)},
-        "recall": {"found": 98, "looks": 100, "mass": {"documents": [0.9, 0.8]}},
-        "agreement": 0.9,
-    }
-    drop = _by_id(quality_rows({"int8": found}))["long_context.worst_task_drop"]
+    scores = {("vt", length): (dense, dense) for length in (4096, 8192)}
+    rows = _by_id(task_rows({"int8": {"scores": scores, "agreement": 0.9}}))
+    drop = rows["long_context.worst_task_drop"]
     assert (drop.value, drop.met) == (None, None)
     assert "of 4 tasks" in drop.unit
+
+
+def test_the_worse_length_counts_and_needles_of_all_kinds() -> None:
+    found = {
+        "perplexity": {4096: (20.0, 20.2), 8192: (18.0, 18.9)},
+        "passkeys": {8192: ([1.0, 0.5], [1.0, 0.0])},
+        "recall": {
+            "niah_single_1": {"found": 8, "looks": 10, "mass": [0.9, 0.8]},
+            "niah_multikey_2": {"found": 90, "looks": 90, "mass": [0.9, 0.7]},
+            "documents": {"found": 0, "looks": 0, "mass": [0.9, 0.6]},
+        },
+        "agreement": 0.9,
+    }
+    rows = _by_id(fidelity_rows({"fp32": found, "int8": found}))
+    ratio = rows["long_context.perplexity_ratio"]
+    assert (ratio.value, ratio.baseline_value, ratio.met) == (pytest.approx(1.05), 18.0, False)
+    recall = rows["long_context.needle_block_recall"]
+    assert (recall.value, recall.baseline_value, recall.met) == (0.98, 100, True)
+    assert rows["long_context.attention_mass.fp32.documents"].interval == (0.6, 0.9)
+    passkeys = rows["long_context.passkeys.8192"]
+    assert (passkeys.value, passkeys.baseline_value) == (0.5, 0.75)
+    table = render_passkeys({"int8": found}, (0.0, 1.0))
+    assert table.splitlines()[0] == "| tokens | attention | depth 0% | depth 100% |"
+    assert table.splitlines()[1] == "|---|---|---|---|"
+    assert "| 8192 | sparse, int8 | 100% | 0% |" in table
+
+
+def test_bars_of_what_was_not_measured_are_there() -> None:
+    rows = [*fidelity_rows({}), *task_rows({})]
+    assert all(row.value is None and row.bar for row in rows)
+    assert {row.id.removeprefix("long_context.") for row in rows} == {
+        "perplexity_ratio",
+        "needle_block_recall",
+        "worst_task_drop",
+    }
 
 
 def test_the_training_of_gates_is_shown_over_tokens() -> None:

@@ -9,6 +9,7 @@ from r1ray.data.long_context import (
     TASKS,
     LongTask,
     build_long_task,
+    build_passkey,
     score_reply,
     write_conversation,
 )
@@ -117,3 +118,19 @@ def test_windows_that_there_cannot_be_are_said(max_tokens: int, tmp_path: Path) 
     tokenizer = Tokenizer(write_tiny_model(tmp_path))
     with pytest.raises(ConfigError, match=f"no window of {max_tokens} tokens"):
         write_conversation(tokenizer, 0, max_tokens=max_tokens, is_task=False)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
+def test_a_passkey_lies_at_its_depth(depth: float) -> None:
+    task = build_passkey(depth, _count, 2000, seed=3)
+    assert 0.95 * 2000 < _count(task.prompt) <= 2000
+    (key,) = task.answers
+    lines = task.prompt.splitlines()[1:-1]
+    (place,) = [at for at, line in enumerate(lines) if key in line]
+    assert place / (len(lines) - 1) == pytest.approx(depth, abs=0.02)
+    assert build_passkey(depth, _count, 2000, seed=4).answers != task.answers
+
+
+def test_a_passkey_that_does_not_fit_is_said() -> None:
+    with pytest.raises(ConfigError, match="passkey does not fit 20 tokens at its shortest"):
+        build_passkey(0.5, _count, 20, seed=0)
