@@ -157,10 +157,11 @@ _NOTES = """
   1,024 tokens. Dense attention runs the same kernels over all blocks, which takes less time than
   torch's over float32. Peers run in environments of their own, two threads each; what each computes
   in is in the record.
-- Fidelity: SmolLM2 as published, with gates trained on 2 cores. Perplexity of Python's
-  documentation in whole windows; greedy agreement at the last 256 tokens of each. Needle recall: of
-  the heads that give the needle's block at least a tenth of their attention as the answer is
-  written, the share whose group keeps that block.
+- Fidelity: SmolLM2 as published, with gates trained on 2 cores, on tasks of the same templates.
+  Perplexity of Python's documentation in whole windows, of tokens beyond 2,048; token agreement is
+  of the greedy choices at the last 256 of each. Passkeys: 5 keys at each depth, none of them in a
+  block that is always kept. Needle recall: of the heads that give the needle's block at least a
+  tenth of their attention as the answer is written, the share whose group keeps that block.
 - Tasks: SmolLM2 is taught the tasks densely first, then gates are trained; answers are greedy. A
   task counts where dense attention scores at least 50%.
 """

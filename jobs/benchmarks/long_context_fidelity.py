@@ -1,11 +1,13 @@
 """What sparse attention changes in the model as it is published, whose gates 2 cores have trained.
 
 Perplexity of documents, passkeys at depths, and how much of dense attention is in the blocks that
-gates choose. Gates are trained by the job that r1ray ships: `jobs/configs/gates.yaml`.
+gates choose. Gates are trained by the job that r1ray ships: `jobs/configs/gates.yaml`. Tokens up to
+which attention is dense do not count, nor do depths whose blocks are always kept.
 """
 
 import functools
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -25,18 +27,20 @@ from r1ray.evaluation.block_recall import BlockRecall, measure_block_recall
 from r1ray.models import Decoder
 from r1ray.models.kv_cache import KVCache
 from r1ray.models.tokenizer import Tokenizer
-from r1ray.ops.block_selection import BLOCK
+from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
 from r1ray.pipeline import Pipeline
 from r1ray.training.checkpoint import load_history
 
-__all__ = ["DEPTHS", "FidelityBenchmark"]
+__all__ = ["DEPTHS", "PASSKEYS", "FidelityBenchmark"]
 
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_PASSKEYS = 8  # at each depth and length
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+PASSKEYS = 5  # at each depth and length
 _PASSKEY_TOKENS = 16  # of an answer
 _NEEDLES = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
 _SEQUENCES = 12  # whose attention is looked at, of each kind of needles and of documents
 _COMPARED = 256  # tokens at the end of a window whose greedy choices are compared
+_GATES = "fidelity_gates"
+_CELLS = [(kind, length) for kind in ("text", "passkeys") for length in LENGTHS]
 
 
 class FidelityBenchmark:
@@ -53,16 +57,22 @@ class FidelityBenchmark:
 
     def run(self) -> dict[str, Any]:
         """By precision: (dense, sparse) perplexity and passkeys by length, recall and agreement."""
+        self._parts.once(_GATES, self._describe_training)
         return {precision: self._compare(precision) for precision in PRECISIONS}
 
     @property
     def is_measured(self) -> bool:
         """Whether `run` finds everything."""
-        return self._parts.has(f"fidelity_{PRECISIONS[-1]}_recall")  # the last to be measured
+        names = [_GATES]
+        for precision in PRECISIONS:
+            names.append(f"fidelity_{precision}_recall")
+            arms = [Arm(precision, attention) for attention in ATTENTIONS]
+            names += [_name(arm, *cell) for arm in arms for cell in _CELLS]
+        return all(map(self._parts.has, names))
 
     def gate_training(self) -> dict[str, Any]:
         """How gates were trained: `result` of all steps, seconds, device."""
-        return dict(self._parts.once("fidelity_gates", self._describe_training))
+        return dict(self._parts.read(_GATES))
 
     @functools.cached_property
     def _model_dir(self) -> Path:
@@ -78,48 +88,35 @@ class FidelityBenchmark:
             tokens += record.num_tokens
             steps.append({"tokens": tokens, "loss": record.loss, "recall": record.recall})
         seconds = sum(record.seconds for record in history)
-        return {"result": steps, "seconds": seconds, "device": "2 cores"}
+        return {"result": steps, "seconds": seconds, "device": f"{os.cpu_count()} cores"}
 
     def _compare(self, precision: Precision) -> dict[str, Any]:
         dense, sparse = (self._measure(Arm(precision, attention)) for attention in ATTENTIONS)
-        equal = [
-            one == other
-            for length in LENGTHS
-            for one, other in zip(
-                dense["text"][length]["choices"], sparse["text"][length]["choices"], strict=True
-            )
-        ]
-        return {
-            "perplexity": {
-                length: tuple(arm["text"][length]["perplexity"] for arm in (dense, sparse))
-                for length in LENGTHS
-            },
-            "passkeys": {
-                length: tuple(arm["passkeys"][length] for arm in (dense, sparse))
-                for length in LENGTHS
-            },
-            "agreement": statistics.mean(equal),
-            "recall": self._parts.once(f"fidelity_{precision}_recall", self._recall, precision),
-        }
+        found: dict[str, Any] = {"perplexity": {}, "agreement": {}, "passkeys": {}}
+        for length in LENGTHS:
+            texts = [arm["text", length] for arm in (dense, sparse)]
+            found["perplexity"][length] = tuple(text["perplexity"] for text in texts)
+            choices = zip(*(text["choices"] for text in texts), strict=True)
+            found["agreement"][length] = statistics.mean(one == other for one, other in choices)
+            found["passkeys"][length] = tuple(arm["passkeys", length] for arm in (dense, sparse))
+        found["recall"] = self._parts.once(f"fidelity_{precision}_recall", self._recall, precision)
+        return found
 
-    def _measure(self, arm: Arm) -> dict[str, Any]:
+    def _measure(self, arm: Arm) -> dict[tuple[str, int], Any]:
         load = functools.cache(lambda: arm.load(self._model_dir))
-        name = f"fidelity_{arm.precision}_{arm.attention}"
-        return {
-            kind: {
-                length: self._parts.once(
-                    f"{name}_{kind}_{length}",
-                    lambda at, measure=measure: measure(arm, load(), at),
-                    length,
-                )
-                for length in LENGTHS
-            }
-            for kind, measure in (("text", self._read_text), ("passkeys", self._find_passkeys))
-        }
+        measures = {"text": self._read_text, "passkeys": self._find_passkeys}
+
+        def measure(kind: str, length: int) -> Any:
+            return measures[kind](arm, load(), length)
+
+        return {cell: self._parts.once(_name(arm, *cell), measure, *cell) for cell in _CELLS}
 
     @torch.inference_mode()
     def _read_text(self, arm: Arm, model: Decoder, length: int) -> dict[str, Any]:
-        """Of whole windows of `length` tokens of Python's documentation, read in chunks."""
+        """Of whole windows of `length` tokens of Python's documentation, read in chunks.
+
+        Tokens from DENSE_BLOCKS on count.
+        """
         ids_T = torch.tensor(self._tokenizer.encode(read_english()), device=pick_device())
         total, count = 0.0, 0
         choices: list[int] = []
@@ -139,8 +136,10 @@ class FidelityBenchmark:
                 rows, chunk = cache.active(), ids[None, start : start + arm.chunk]
                 logits_TV = model(chunk, rows)[0].float()
                 rows.advance([chunk.shape[1]])
-                labels = ids[start + 1 : start + 1 + arm.chunk]
-                total += float(F.cross_entropy(logits_TV[: len(labels)], labels, reduction="sum"))
+                first = max(0, DENSE_BLOCKS * BLOCK - start)
+                labels = ids[start + 1 + first : start + 1 + arm.chunk]
+                scored_TV = logits_TV[first : first + len(labels)]
+                total += float(F.cross_entropy(scored_TV, labels, reduction="sum"))
                 count += len(labels)
             choices += logits_TV[-_COMPARED:].argmax(-1).tolist()
         print(
@@ -156,7 +155,7 @@ class FidelityBenchmark:
         for depth in DEPTHS:
             tasks = [
                 build_passkey(depth, count, length - _PASSKEY_TOKENS, seed=seed)
-                for seed in range(_PASSKEYS)
+                for seed in range(PASSKEYS)
             ]
             outputs = arm.answer(model, tokenizer, [task.prompt for task in tasks], _PASSKEY_TOKENS)
             scores = [
@@ -172,11 +171,12 @@ class FidelityBenchmark:
         model, tokenizer = Arm(precision, "sparse").load(self._model_dir), self._tokenizer
         measure = functools.partial(measure_block_recall, model, has_int8_keys=precision == "int8")
         count = functools.partial(count_prompt_tokens, tokenizer)
+        most = CONTEXT - 2 * _PASSKEY_TOKENS  # room for the answer
         recalls: dict[str, list[BlockRecall]] = {}
         for name in _NEEDLES:
             recalls[name] = []
             for seed in range(_SEQUENCES):
-                task = build_long_task(name, count, CONTEXT - _PASSKEY_TOKENS, seed=seed)
+                task = build_long_task(name, count, most, seed=seed)
                 prompt = render_prompt(tokenizer, task.prompt)
                 answer = tokenizer.encode(f"{task.answers[0]}.")
                 [(ids, starts)] = tokenizer.encode_batch_with_offsets([prompt])
@@ -198,6 +198,10 @@ class FidelityBenchmark:
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(self._model_dir)
+
+
+def _name(arm: Arm, kind: str, length: int) -> str:
+    return f"fidelity_{arm.precision}_{arm.attention}_{kind}_{length}"
 
 
 def _add_up(recalls: list[BlockRecall]) -> dict[str, Any]:

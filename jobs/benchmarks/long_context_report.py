@@ -148,18 +148,19 @@ def fidelity_rows(fidelity: Mapping[str, Any]) -> list[Row]:
         baseline = (f"dense at {length}", found["perplexity"][length][0])
         bar = _FIDELITY_BARS["perplexity_ratio"]
         rows.append(Row(name, ratios[length], "x", None, *baseline, bar))
-        looks, kept = (
-            sum(text[count] for text in found["recall"].values()) for count in ("looks", "found")
+        name, bar = (
+            f"long_context.needle_block_recall{suffix}",
+            _FIDELITY_BARS["needle_block_recall"],
         )
-        name = f"long_context.needle_block_recall{suffix}"
-        baseline = ("heads that look there", float(looks))
-        bar = _FIDELITY_BARS["needle_block_recall"]
-        rows.append(Row(name, kept / looks, "share", None, *baseline, bar))
+        rows.append(_recall_row(name, found["recall"].values(), bar))
         for text, of_text in found["recall"].items():
-            name, mass = f"long_context.attention_mass{suffix}.{text}", of_text["mass"]
-            rows.append(Row(name, statistics.mean(mass), "share", (min(mass), max(mass))))
-        name = f"long_context.greedy_agreement{suffix}"
-        rows.append(Row(name, found["agreement"], "share"))
+            if of_text["looks"]:
+                rows.append(_recall_row(f"{name}.{text}", [of_text]))
+            mass = of_text["mass"]
+            mass_name = f"long_context.attention_mass{suffix}.{text}"
+            rows.append(Row(mass_name, statistics.mean(mass), "share", (min(mass), max(mass))))
+        for length, share in found["agreement"].items():
+            rows.append(Row(f"long_context.token_agreement{suffix}.{length}", share, "share"))
         for length, arms in found["passkeys"].items():
             dense, sparse = map(statistics.mean, arms)
             name = f"long_context.passkeys{suffix}.{length}"
@@ -189,6 +190,13 @@ def task_rows(tasks: Mapping[str, Any]) -> list[Row]:
         name = f"long_context.task_agreement{_suffix(precision)}"
         rows.append(Row(name, found["agreement"], "share"))
     return rows
+
+
+def _recall_row(name: str, texts: Iterable[Mapping[str, Any]], bar: str | None = None) -> Row:
+    pairs = [(text["looks"], text["found"]) for text in texts]
+    looks, found = (sum(column) for column in zip(*pairs, strict=True))
+    share = found / looks if looks else None
+    return Row(name, share, "share", None, "heads that look there", float(looks), bar)
 
 
 def _unmeasured(bars: Mapping[str, str]) -> list[Row]:

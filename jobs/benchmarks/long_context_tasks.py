@@ -25,6 +25,7 @@ __all__ = ["TaskBenchmark"]
 
 _ANSWER_TOKENS = {"cwe": 64, "vt": 48, "fwe": 40, "niah_multikey_3": 32}
 _SHORT_ANSWER = 16
+_TUNING, _GATES = "tasks_tuning", "tasks_gates"
 
 
 class TaskBenchmark:
@@ -48,25 +49,26 @@ class TaskBenchmark:
     def run(self) -> dict[str, Any]:
         """By precision: (dense, sparse) scores of tasks and lengths, and how many answers agree."""
         self._parts.once(
-            "tasks_tuning", _timed(tune_on_tasks), self._files.base(), self._tuned, self._size
+            _TUNING, _timed(tune_on_tasks), self._files.base(), self._tuned, self._size
         )
-        self._parts.once("tasks_gates", _timed(train_gates), self._tuned, self._gated, self._size)
+        self._parts.once(_GATES, _timed(train_gates), self._tuned, self._gated, self._size)
         return {precision: self._compare(precision) for precision in PRECISIONS}
 
     @property
     def is_measured(self) -> bool:
         """Whether `run` finds everything."""
-        return all(
-            self._parts.has(_name(Arm(precision, attention), task, length))
+        cells = [
+            _name(Arm(precision, attention), task, length)
             for precision in PRECISIONS
             for attention in ATTENTIONS
             for task in TASKS
             for length in LENGTHS
-        )
+        ]
+        return all(map(self._parts.has, (_TUNING, _GATES, *cells)))
 
     def gate_training(self) -> dict[str, Any]:
         """How gates were trained: `result` of all steps, seconds, device."""
-        return dict(self._parts.read("tasks_gates"))
+        return dict(self._parts.read(_GATES))
 
     def _compare(self, precision: Precision) -> dict[str, Any]:
         arms = [Arm(precision, attention) for attention in ATTENTIONS]

@@ -155,11 +155,12 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
     del values["host"], values["port"], values["playground"]
     models = [ModelArgs(model_dir=model_dir, **values)]
     app = build_app(ServeArgs(models=models, playground=config.playground))
-    start_guard()
-    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     reachable = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{reachable}:{config.port}"
+    http_options = {"host": config.host, "port": config.port}
     try:
+        start_guard(APP_NAME)
+        serve.start(proxy_location="HeadOnly", http_options=http_options)
         serve.run_many(
             [serve.RunTarget(app, name=APP_NAME, route_prefix="/")],
             wait_for_ingress_deployment_creation=False,
@@ -185,7 +186,8 @@ def is_on_head() -> bool:
 def stop_server() -> None:
     """Stop what `start_server` started, which is all of Serve; Ray keeps running."""
     serve.shutdown()
-    serve.shutdown()  # the first gives up, without a word, where the controller is busy for 5 s
+    if serve.status().applications:
+        serve.shutdown()  # the first gives up, without a word, where the controller is busy for 5 s
     end_guard()
 
 

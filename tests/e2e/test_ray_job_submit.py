@@ -1,9 +1,11 @@
 """Stages and the pipeline, submitted with `ray job submit` to a real cluster with token auth."""
 
+import json
 import os
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -90,7 +92,6 @@ def cluster() -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_metrics_report_interval_ms": "500",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # at the end nothing is worth waiting for
-        "RAY_JOB_STOP_WAIT_TIME_S": "0",  # kills at once what a busy machine does not end in 3 s
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     names = ("", "dashboard-", "dashboard-agent-listen-", "metrics-export-")
@@ -232,9 +233,12 @@ def test_a_submitted_server_answers_until_its_job_is_stopped(
     cluster: Cluster, overrides: list[str], trained: str
 ) -> None:
     name = "server"
-    options = ["--no-wait", "--submission-id", name]
+    # Stopping kills at once, as it kills after 3 seconds what a busy machine could not end.
+    killed = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "0"}})
+    options = ["--no-wait", "--submission-id", name, "--runtime-env-json", killed]
     _succeed(cluster.submit("serve", *overrides, options=options))
-    health = f"http://127.0.0.1:{overrides[-1].removeprefix('serve.port=')}/health"
+    port = int(overrides[-1].removeprefix("serve.port="))
+    health = f"http://127.0.0.1:{port}/health"
 
     def answers() -> bool:
         try:
@@ -242,9 +246,13 @@ def test_a_submitted_server_answers_until_its_job_is_stopped(
         except httpx.HTTPError:
             return False
 
+    def listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
     until(answers, 180)
     _succeed(cluster.run_cli("stop", name))
-    until(lambda: not answers(), 60)
+    until(lambda: not listens(), 60)
 
 
 def test_a_submitted_mistake_fails_the_job_with_the_reason_in_its_last_lines(

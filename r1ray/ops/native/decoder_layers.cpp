@@ -8,7 +8,7 @@
 // 4. Blocks are chosen (block_choice.cpp, exact_choice.cpp) and attended to (sparse_attention.cpp).
 //    Where all earlier blocks are, the choice is that of the first layer.
 // 5. The outputs' product is added to the hidden states.
-// 6. RMSNorm and quantization; gate and up; silu(gate) · up and its quantization; down, added.
+// 6. RMSNorm and quantization; silu(gate) · up; quantization; down, added.
 //
 // Behind the last layer, RMSNorm and the head's product for those tokens whose logits are wanted.
 //
@@ -16,8 +16,8 @@
 // takes less than sharing it is done by one.
 //
 // Price: that of its products and attention; hidden states, norms and caches go through memory once
-// a stage. Room for 2·F + 3·N·H + 2·K·H floats and the quantized row of each token,
-// kept for the thread's next call.
+// a stage. Room for F + 3·N·H + 2·K·H floats and the quantized row of each token, kept for the
+// thread's next call.
 //
 // Names: B rows, T new tokens, M = B·T, D hidden size, F width of the MLP, N query heads, K groups,
 // H head dimension.
@@ -72,7 +72,6 @@ constexpr int64_t kPad = 16;          // floats of the widest register
 struct RowFunctions {
   decltype(&generic::norm_row) norm;
   decltype(&generic::rotate_row) rotate;
-  decltype(&generic::gate_row) gate;
   decltype(&generic::quantize_state) quantize;
   decltype(&generic::summarize_block<float>) summarize_float;
   decltype(&generic::summarize_block<int8_t>) summarize_int8;
@@ -80,7 +79,7 @@ struct RowFunctions {
 
 #define R1RAY_ROWS(isa)                                                       \
   {                                                                           \
-    isa::norm_row, isa::rotate_row, isa::gate_row, isa::quantize_state,       \
+    isa::norm_row, isa::rotate_row, isa::quantize_state,                      \
         isa::summarize_block<float>, isa::summarize_block<int8_t>             \
   }
 constexpr RowFunctions kGenericRows = R1RAY_ROWS(generic);
@@ -104,7 +103,7 @@ struct Forward : LayersArguments {
   int64_t layer = 0;
   const LayerWeights* weights = nullptr;
   RowMemory* memory;
-  float *qkv, *rotated, *attended, *hidden;  // [M, width], [M, N, H], [M, N, H], [M, 2 * F]
+  float *qkv, *rotated, *attended, *hidden;  // [M, width], [M, N, H], [M, N, H], [M, F]
   int64_t* chosen;                           // of every piece, one after the other
   int32_t failure = kNone;
   std::atomic<int64_t> next{0};
@@ -134,13 +133,6 @@ const float* read_last(const void* data, int64_t i, float* room) {
   return read_normed(data, static_cast<const Norm*>(data)->forward->last[i], room);
 }
 
-const float* read_gated(const void* data, int64_t m, float* room) {
-  const Forward& forward = *static_cast<const Forward*>(data);
-  const float* gate = forward.hidden + m * 2 * forward.F;
-  forward.rows.gate(gate, gate + forward.F, forward.F, room);
-  return room;
-}
-
 // The products of the rows that `read` gives with some weights.
 void multiply(Forward& forward, int64_t count, int64_t inputs, ReadRow read, const void* data,
               const LinearPart* parts, int num_parts) {
@@ -152,7 +144,7 @@ void multiply(Forward& forward, int64_t count, int64_t inputs, ReadRow read, con
 
 LinearPart part_of(const LinearWeights& weights, int64_t outputs, float* out, int64_t stride,
                    bool adds = false) {
-  return {weights.weight, weights.scale, weights.bias, outputs, out, stride, adds};
+  return {weights.weight, weights.scale, weights.bias, outputs, out, stride, adds, nullptr};
 }
 
 void store_state(const Forward& forward, void* states, float* scales, int64_t at, const float* x) {
@@ -267,11 +259,13 @@ void run_layer(Forward& forward) {
   multiply(forward, forward.M, queries, read_float_row, &attended, &out, 1);
 
   norm.weight = weights.post_norm;
-  const LinearPart wide[] = {part_of(weights.gate, F, forward.hidden, 2 * F),
-                             part_of(weights.up, F, forward.hidden + F, 2 * F)};
-  multiply(forward, forward.M, D, read_normed, &norm, wide, 2);
+  const LinearPart gate = part_of(weights.gate, F, nullptr, 0);
+  LinearPart up = part_of(weights.up, F, forward.hidden, F);
+  up.gate = &gate;
+  multiply(forward, forward.M, D, read_normed, &norm, &up, 1);
+  const FloatRows hidden = {forward.hidden, F};
   const LinearPart down = part_of(weights.down, D, forward.x, D, true);
-  multiply(forward, forward.M, F, read_gated, &forward, &down, 1);
+  multiply(forward, forward.M, F, read_float_row, &hidden, &down, 1);
 }
 
 void run_head(Forward& forward) {
@@ -317,7 +311,7 @@ int32_t r1ray_decoder_layers(const r1ray::LayersArguments* arguments) {
     choices += piece.rows * forward.K * count_units(piece) * piece.most;
   }
   float* const room =
-      scratch.reserve(forward.M * (forward.width + 2 * queries + 2 * forward.F) + kPad);
+      scratch.reserve(forward.M * (forward.width + 2 * queries + forward.F) + kPad);
   forward.chosen = reinterpret_cast<int64_t*>(numbers.reserve(2 * choices + kPad));
   if (!room || !forward.chosen) return kNoMemory;
   forward.qkv = room;

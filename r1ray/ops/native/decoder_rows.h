@@ -27,16 +27,6 @@ TARGET inline void rotate_row(const float* __restrict x, const float* __restrict
   for (int64_t h = half; h < size; ++h) to[h] = x[h] * cos[h] + x[h - half] * sin[h];
 }
 
-// silu(gate) · up. Whole vectors are read and written, beyond `size` as well.
-TARGET inline void gate_row(const float* gate, const float* up, int64_t size, float* to) {
-  const Vec log2e = broadcast(-1.44269504f), one = broadcast(1.0f), least = broadcast(-126.0f);
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const Vec x = load(gate + i);
-    const Vec power = Vec{} - larger(least, Vec{} - x * log2e);  // at most 126: exp2 is finite there
-    store(to + i, x / (one + exp2(power)) * load(up + i));
-  }
-}
-
 // As `quantize_states`; a row that is not finite has no finite scale.
 TARGET inline void quantize_state(const float* __restrict x, int64_t size, int8_t* __restrict to,
                                   float* scale_out) {

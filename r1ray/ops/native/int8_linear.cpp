@@ -4,6 +4,7 @@
 // 2. Tiles of a few tokens by 4 outputs add up int8 products in int32, which is exact
 //    (int8_tiles.h); on AVX512-VNNI, many tokens take panels of weights (int8_panels.h).
 // 3. Both scales and the bias follow in float32, in the order of the torch path: equal bit for bit.
+// 4. Where there is a gate, its products for the same outputs are there meanwhile, and multiply.
 //
 // Both matrices are contiguous along the inner dimension, as PyTorch stores them, so no repacked
 // copy of the weights is kept. AVX512-VNNI multiplies unsigned by signed bytes: weights are flipped
@@ -20,16 +21,38 @@
 #include <cstring>
 #include <new>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 namespace r1ray {
+
+namespace generic {
+#define TARGET TARGET_GENERIC
+#include "gate_row.h"
+#undef TARGET
+}  // namespace generic
+
+#if defined(__x86_64__)
+
+namespace avx2 {
+#define TARGET TARGET_AVX2
+#include "gate_row.h"
+#undef TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET TARGET_AVX512
+#include "gate_row.h"
+#undef TARGET
+}  // namespace avx512
+
+#endif  // __x86_64__
+
 namespace {
 
 constexpr int kTile = 4;  // outputs, and tokens at most unless there are wider registers
 constexpr int64_t kOutputsPerTask = 32;  // their weights stay in the second-level cache
 constexpr int64_t kTokensPerTask = 64;
+constexpr int64_t kWidest = 16;          // floats of a register
 constexpr int64_t kRunsPerThread = 4;
 constexpr int64_t kPanelTokens = 16;          // from here on panels are worth packing
 constexpr int64_t kTokensPerPanel = 512;      // about as many for one packing, ...
@@ -58,9 +81,8 @@ void tile_generic(const QuantizedRows& x, const LinearPart& part, int64_t m0, in
 
 #if defined(__x86_64__)
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define AVX512 TARGET_AVX512
 #define AVX2 __attribute__((target("avx2")))
-#define INLINE inline __attribute__((always_inline))
 
 // Sums of four registers, each over all its elements within a 128-bit lane: lane i holds
 // [a, b, c, d] of lane i.
@@ -203,6 +225,34 @@ void multiply_task(Job& job, const LinearPart& part, int64_t m0, int64_t m1, int
                     n + kTile < n1 ? n + kTile : n1);
 }
 
+template <Isa isa>
+void gate(const float* by, int64_t size, float* x) {
+#if defined(__x86_64__)
+  if constexpr (isa == kAvx512Vnni) return avx512::gate_row(by, size, x);
+  if constexpr (isa == kAvx2) return avx2::gate_row(by, size, x);
+#endif
+  generic::gate_row(by, size, x);
+}
+
+// The gate's products come first, into memory of the thread: the cache has them until they multiply.
+template <Isa isa>
+void multiply_gated(Job& job, const LinearPart& part, int64_t m0, int64_t m1, int64_t n0,
+                    int64_t n1) {
+  thread_local Scratch memory;
+  LinearPart by = *part.gate;
+  by.stride = round_up(n1 - n0, kWidest);
+  float* const room = memory.reserve((m1 - m0) * by.stride);
+  if (!room) {
+    job.has_failed = true;
+    return;
+  }
+  by.out = room - m0 * by.stride - n0;
+  multiply_task<isa>(job, by, m0, m1, n0, n1);
+  multiply_task<isa>(job, part, m0, m1, n0, n1);
+  for (int64_t m = m0; m < m1; ++m)
+    gate<isa>(room + (m - m0) * by.stride, n1 - n0, part.out + m * part.stride + n0);
+}
+
 // Tasks go through the outputs of all parts, then to the next tokens.
 template <Isa isa>
 void run_tasks(void* data) {
@@ -218,7 +268,8 @@ void run_tasks(void* data) {
     const LinearPart& part = job.parts[i];
     const int64_t n0 = column * job.outputs_per_task, m0 = task / all * job.tokens_per_task;
     const int64_t n1 = n0 + job.outputs_per_task, m1 = m0 + job.tokens_per_task;
-    multiply_task<isa>(job, part, m0, m1 < M ? m1 : M, n0, n1 < part.N ? n1 : part.N);
+    const auto run = part.gate ? multiply_gated<isa> : multiply_task<isa>;
+    run(job, part, m0, m1 < M ? m1 : M, n0, n1 < part.N ? n1 : part.N);
   }
 }
 
@@ -272,7 +323,7 @@ int32_t r1ray_int8_linear(const float* x, int64_t M, int64_t K, const int8_t* we
   using namespace r1ray;
   thread_local RowMemory memory;
   const FloatRows source = {x, K};
-  const LinearPart part = {weight, weight_scale, bias, N, out, N, false};
+  const LinearPart part = {weight, weight_scale, bias, N, out, N, false, nullptr};
   try {
     const QuantizedRows rows = memory.reserve(M, K, isa);
     const bool is_small = M * N * K < kSerialProducts;

@@ -75,6 +75,8 @@ struct LinearPart {
   float* out;      // [M, N], rows `stride` floats apart
   int64_t stride;
   bool adds;  // to what is in `out`
+  // With one: out = silu(its products) · these. It has as many outputs; where they go is not asked.
+  const LinearPart* gate;
 };
 
 constexpr int kMostParts = 3;

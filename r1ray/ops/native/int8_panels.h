@@ -51,24 +51,49 @@ AVX512 inline void pack_panel(const int8_t* weight, int64_t K, int64_t n0, int64
   }
 }
 
-// Both scales, biases and what is added to, of kRows tokens' products [kRows][kPanel].
-template <int kRows>
-AVX512 inline void write_panel(const QuantizedRows& x, const LinearPart& part,
-                               const int32_t* products, int64_t m0, int64_t n0, int64_t n1) {
-  for (int64_t n = n0; n < n1; n += 16) {
-    const __mmask16 mask = static_cast<__mmask16>(n1 - n >= 16 ? 0xffff : (1u << (n1 - n)) - 1);
-    const __m512 weight_scale = _mm512_maskz_loadu_ps(mask, part.weight_scale + n);
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t m = m0 + i;
-      const __m512i sums = _mm512_loadu_si512(products + i * kPanel + (n - n0));
-      const __m512i product = _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * x.sum[m]));
-      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(product), _mm512_set1_ps(x.scale[m]));
-      value = _mm512_mul_ps(value, weight_scale);
-      if (part.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, part.bias + n));
-      float* const out = part.out + m * part.stride + n;
-      if (part.adds) value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), value);
-      _mm512_mask_storeu_ps(out, mask, value);
+// Both scales, the bias and what is added to, of one token's products [kPanel]. Masks cost more than
+// all else, so whole panels go without.
+template <bool kIsWhole>
+AVX512 INLINE void write_token(const int32_t* products, int32_t flipped, float scale,
+                               const float* weight_scale, const float* bias, bool adds,
+                               int64_t count, float* out) {
+  const __m512i taken_off = _mm512_set1_epi32(flipped);
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int64_t n = 0; n < (kIsWhole ? kPanel : count); n += 16) {
+    const __mmask16 mask =
+        kIsWhole || count - n >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - n)) - 1);
+    const __m512i product = _mm512_sub_epi32(_mm512_load_si512(products + n), taken_off);
+    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(product), factor);
+    if constexpr (kIsWhole) {
+      value = _mm512_mul_ps(value, _mm512_loadu_ps(weight_scale + n));
+      if (bias) value = _mm512_add_ps(value, _mm512_loadu_ps(bias + n));
+      if (adds) value = _mm512_add_ps(_mm512_loadu_ps(out + n), value);
+      _mm512_storeu_ps(out + n, value);
+    } else {
+      value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, weight_scale + n));
+      if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, bias + n));
+      if (adds) value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out + n), value);
+      _mm512_mask_storeu_ps(out + n, mask, value);
     }
+  }
+}
+
+// Of kRows tokens from m0 on.
+template <int kRows>
+AVX512 INLINE void write_panel(const QuantizedRows& x, const LinearPart& part,
+                               const int32_t* products, int64_t m0, int64_t n0, int64_t n1) {
+  const float* const weight_scale = part.weight_scale + n0;
+  const float* const bias = part.bias ? part.bias + n0 : nullptr;
+  const bool adds = part.adds, is_whole = n1 - n0 == kPanel;
+  const int64_t stride = part.stride;
+  float* out = part.out + m0 * stride + n0;
+  for (int64_t i = 0; i < kRows; ++i, out += stride, products += kPanel) {
+    const int32_t flipped = 128 * x.sum[m0 + i];
+    const float scale = x.scale[m0 + i];
+    if (is_whole)
+      write_token<true>(products, flipped, scale, weight_scale, bias, adds, kPanel, out);
+    else
+      write_token<false>(products, flipped, scale, weight_scale, bias, adds, n1 - n0, out);
   }
 }
 

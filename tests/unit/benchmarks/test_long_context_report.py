@@ -116,14 +116,17 @@ def test_the_worse_length_counts_and_needles_of_all_kinds() -> None:
             "niah_multikey_2": {"found": 90, "looks": 90, "mass": [0.9, 0.7]},
             "documents": {"found": 0, "looks": 0, "mass": [0.9, 0.6]},
         },
-        "agreement": 0.9,
+        "agreement": {8192: 0.9},
     }
     rows = _by_id(fidelity_rows({"fp32": found, "int8": found}))
     ratio = rows["long_context.perplexity_ratio"]
     assert (ratio.value, ratio.baseline_value, ratio.met) == (pytest.approx(1.05), 18.0, False)
     recall = rows["long_context.needle_block_recall"]
     assert (recall.value, recall.baseline_value, recall.met) == (0.98, 100, True)
+    assert rows["long_context.needle_block_recall.niah_single_1"].value == 0.8
+    assert "long_context.needle_block_recall.documents" not in rows
     assert rows["long_context.attention_mass.fp32.documents"].interval == (0.6, 0.9)
+    assert rows["long_context.token_agreement.fp32.8192"].value == 0.9
     passkeys = rows["long_context.passkeys.8192"]
     assert (passkeys.value, passkeys.baseline_value) == (0.5, 0.75)
     table = render_passkeys({"int8": found}, (0.0, 1.0))
