@@ -34,7 +34,7 @@ BLOCK = 64  # tokens, of keys and of a unit of queries
 DENSE_BLOCKS = 32  # 2,048 tokens
 TOKENS_TOGETHER = 32  # single queries that torch gathers keys for at once
 _LEAST, _MOST = 4, 64
-_EXACT_TIMES = 4
+_EXACT_TIMES = 2
 
 
 def count_chosen(own: int) -> int:
@@ -46,7 +46,7 @@ def count_chosen(own: int) -> int:
 def count_exact(own: int) -> int:
     """As `count_chosen`, in groups that choose by the keys in blocks (`r1ray.ops.exact_choice`).
 
-    Four times as many: each of the queries of a block may look for a token of its own.
+    Twice as many: each of the queries of a block may look for a token of its own.
     """
     earlier = max(0, own - 1)
     if own < DENSE_BLOCKS:
