@@ -159,7 +159,7 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
     url = f"http://{reachable}:{config.port}"
     http_options = {"host": config.host, "port": config.port}
     try:
-        start_guard(APP_NAME)
+        guarding = start_guard(APP_NAME)
         serve.start(proxy_location="HeadOnly", http_options=http_options)
         serve.run_many(
             [serve.RunTarget(app, name=APP_NAME, route_prefix="/")],
@@ -167,6 +167,8 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
             wait_for_applications_running=False,
         )
         _wait_until_healthy(url, config, timeout_s)
+        if guarding is not None:
+            ray.get(guarding)
     except BaseException:
         stop_server()
         raise

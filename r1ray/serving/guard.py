@@ -12,7 +12,6 @@ import sys
 import threading
 
 import ray
-from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 __all__ = ["end_guard", "start_guard"]
@@ -37,24 +36,26 @@ class ServerGuard:
         try:
             if self._process is not None:
                 select.select([self._process], [], [])
+            from ray import serve  # seconds of importing, which a start need not wait for
+
             if self._application in serve.status().applications:
                 serve.shutdown()
         finally:
             ray.kill(ray.get_runtime_context().current_actor)
 
 
-def start_guard(application: str) -> None:
+def start_guard(application: str) -> "ray.ObjectRef[bool] | None":
     """Shut Serve down when this process has ended without `end_guard`.
 
     On Linux alone: elsewhere Ray is on one machine.
 
     Args:
         application: of Serve's, by name.
-    Raises:
-        ray.exceptions.RayActorError: the operating system does not let one wait for a process.
+    Returns:
+        What fails where the operating system does not let one wait for a process.
     """
     if sys.platform != "linux":
-        return
+        return None
     node = ray.get_runtime_context().get_node_id()
     guard = (
         ray.remote(ServerGuard)
@@ -68,7 +69,7 @@ def start_guard(application: str) -> None:
         )
         .remote(os.getpid(), application)
     )
-    ray.get(guard.__ray_ready__.remote())  # type: ignore[union-attr]
+    return guard.__ray_ready__.remote()  # type: ignore[union-attr]
 
 
 def end_guard() -> None:
