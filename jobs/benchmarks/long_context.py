@@ -150,7 +150,8 @@ _NOTES = """
   keys, in prompts and answers; dense up to 2,048 tokens; int8 keys and values. Operator and reading
   have gates of that size that were not trained and heads marked at random, which take the same
   time; fidelity and tasks have trained gates, and the heads that missed most in training.
-- Operator: `jobs/benchmarks/long_context_operator.py` says what is timed. The exponents are fitted
+- Operator: `jobs/benchmarks/long_context_operator.py` says what is timed. Decode is timed in seven
+  processes, which differ by up to a factor of two. The exponents are fitted
   between 8,192 and 65,536 tokens. Memory: the peak of resident memory over the call, its output
   left out; sparse attention is forced on at 1,024 tokens, where it would be dense.
 - Reading: dense and sparse in turns, ratios by pairs with their range; INT8 weights, chunks of
