@@ -1,8 +1,8 @@
 """Measure long contexts: the operator, the whole model against other engines, and what it loses.
 
 Every part is stored in --work as it finishes, and found there by the next start. All but the last
-two take about an hour on 2 cores, and nothing else should run meanwhile. `fidelity` trains gates
-for half an hour, and asks for an hour what they change. `tasks` teaches the model first: 20 minutes
+two take half an hour on 2 cores, and nothing else should run meanwhile. `fidelity` trains gates
+for 40 minutes, and asks for two hours what they change. `tasks` teaches the model first: 20 minutes
 on a GPU, and without one, where it has to be asked for, hours. Bars of parts that are not there are
 filed as not measured. The figures go to docs/benchmarks/.
 """
