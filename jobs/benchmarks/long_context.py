@@ -136,7 +136,7 @@ class LongContextBenchmark:
             return ""
         return (
             f"## Tasks\n\n{render_tasks(tasks, TASKS, LENGTHS)}\n"
-            f"## Gates of the model that was taught them\n\n"
+            "## Gates of the model that was taught them\n\n"
             f"{render_gates(self._tasks.gate_training())}\n"
         )
 

@@ -167,13 +167,23 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
             wait_for_applications_running=False,
         )
         _wait_until_healthy(url, config, timeout_s)
-        if guarding is not None:
-            ray.get(guarding)
+        _check_guard(guarding)
     except BaseException:
         stop_server()
         raise
     logger.info("serving %s as %s at %s/v1", model_dir, config.model_name, url)
     return url
+
+
+def _check_guard(guarding: "ray.ObjectRef[bool] | None") -> None:
+    try:
+        if guarding is not None:
+            ray.get(guarding)
+    except ray.exceptions.RayActorError as error:
+        logger.warning(
+            "the server will stay if this process is killed; end it then with `serve shutdown`: %s",
+            error,
+        )
 
 
 def is_on_head() -> bool:

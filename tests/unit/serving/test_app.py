@@ -2,16 +2,17 @@
 
 import socket
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
+import ray
 import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from r1ray.config.serving import ServeConfig
 from r1ray.errors import ConfigError
-from r1ray.serving.app import ServeArgs, start_server
+from r1ray.serving.app import ServeArgs, _check_guard, start_server
 from tests.fakes import write_tiny_model
 
 DEPLOYMENTS = Path(__file__).parents[3] / "deployments"
@@ -93,3 +94,18 @@ def test_context_beyond_the_model_is_named_before_anything_starts(tmp_path: Path
     config = ServeConfig(model_name="tiny", max_context_tokens=300)
     with pytest.raises(ConfigError, match=r"max_context_tokens \(300\) is above .* 256 positions"):
         start_server(str(write_tiny_model(tmp_path)), config)
+
+
+def test_a_server_that_nothing_guards_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise ray.exceptions.RayActorError(error_msg="no pidfd_open")
+
+    monkeypatch.setattr(ray, "get", fail)
+    _check_guard(cast(Any, object()))
+    assert "end it then with `serve shutdown`" in caplog.text
+    assert "no pidfd_open" in caplog.text
+    caplog.clear()
+    _check_guard(None)
+    assert not caplog.text
