@@ -27,7 +27,6 @@ from r1ray.models.kv_cache import CacheSlice
 from r1ray.models.native_plan import list_completed, list_places, plan_pieces
 from r1ray.models.native_weights import (
     GATE_PARTS,
-    IS_MARKED,
     NAMES,
     QUERY_WEIGHT,
     fits,
@@ -98,7 +97,6 @@ class NativeLayers:
             self._layers = [
                 [*layer[:QUERY_WEIGHT], *[None] * len(GATE_PARTS)] for layer in self._layers
             ]
-        self._marks = [layer[IS_MARKED] for layer in self._layers]
         self._head = list_head(model)
         self.has_head = self._head is not None
         self._rotary = RotaryCache(model.config)
@@ -196,8 +194,7 @@ class NativeLayers:
         buffers = cache.buffers()
         cos, sin = self._rotary.behind(cache.starts, tokens)
         is_dense = sparse is None or sparse.is_dense
-        has_marks = not is_dense and bool(torch.cat(self._marks).any())  # type: ignore[arg-type]
-        pieces, numbers = plan_pieces(cache, tokens, is_dense=is_dense, has_marks=has_marks)
+        pieces, numbers = plan_pieces(cache, tokens, is_dense=is_dense)
         completed = [] if sparse is None else list_completed(sparse)
         padded = self._pad_gates() if not is_dense else []
         key_scale, value_scale = map(Tensor.data_ptr, buffers.scales or (_NONE, _NONE))

@@ -10,7 +10,7 @@ from typing import Any
 from r1ray.models.kv_cache import CacheBuffers, CacheSlice
 from r1ray.models.sparse import SparseForward, cut_units
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK, count_chosen, count_exact
+from r1ray.ops.block_selection import BLOCK, count_chosen
 
 __all__ = ["list_completed", "list_places", "plan_pieces"]
 
@@ -28,16 +28,11 @@ def list_places(buffers: CacheBuffers) -> dict[str, Any]:
     }
 
 
-def plan_pieces(
-    cache: CacheSlice, tokens: int, *, is_dense: bool, has_marks: bool
-) -> tuple[Any, Any]:
+def plan_pieces(cache: CacheSlice, tokens: int, *, is_dense: bool) -> tuple[Any, Any]:
     """(pieces, numbers): which new tokens are attended together, and blocks each unit keeps.
 
     All rows go together where they have one token each, or attend densely in whole blocks; else
     each by itself, cut at the bounds of blocks.
-
-    Args:
-        has_marks: some heads choose by the keys themselves; not where attention is dense.
     """
     starts, one_by_one = cache.starts, cache.one_by_one
     rows = range(len(starts))
@@ -58,14 +53,12 @@ def plan_pieces(
             for at in range(0, part.stop - part.start, unit)
         ]
         counts = [max(0, own - 1) if is_dense else count_chosen(own) for own in owns]
-        marked = [count_exact(own) for own in owns] if has_marks else []
         at = len(numbers)
-        numbers += [*firsts, *counts, *marked]
+        numbers += [*firsts, *counts]
         pieces.append(
             native.QueryPiece(
                 *(of_rows.start, len(of_rows), part.start, part.stop - part.start, unit),
-                *(max(counts + marked), at, at + len(firsts)),
-                at + len(firsts) + len(counts) if has_marks else -1,
+                *(max(counts), at, at + len(firsts)),
             )
         )
     array = (ctypes.c_int64 * len(numbers))(*numbers)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GATE_PARTS",
-    "IS_MARKED",
     "NAMES",
     "QUERY_WEIGHT",
     "fits",
@@ -40,7 +39,6 @@ NAMES = (
     *(f"self_attn.gate.{part}" for part in GATE_PARTS),
 )
 QUERY_WEIGHT = NAMES.index("self_attn.gate.query_weight")
-IS_MARKED = NAMES.index("self_attn.gate.is_marked")
 
 
 def list_tensors(block: nn.Module) -> list[Tensor | None]:

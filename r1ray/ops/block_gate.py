@@ -14,7 +14,7 @@ divergence of softmax(score) from it.
 
 Some heads look for single tokens, which no summary of 64 keys shows. In training, a gate counts the
 peaks of attention in blocks that it would not choose; the heads that miss most are marked
-(`mark_heads`), and choose by the keys themselves as well (`r1ray.ops.exact_choice`).
+(`mark_heads`), and choose for their groups by the keys themselves (`r1ray.ops.exact_choice`).
 
 Price: (G + 3)·H² multiplications a token and group, and 2·C·H a query and group to score; a target
 takes one attention over all earlier keys. Parameters: (G + 3)·H² a group and layer.
@@ -29,6 +29,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1ray.ops import native
@@ -141,9 +142,9 @@ class BlockGate(nn.Module):
         else:
             scores = self.score(q_BTNH, q_BNTH, rotary, summaries_BKCX, unit)
             chosen = choose_blocks(scores, torch.tensor(own_BU, device=scores.device))
-        if not self.has_marks:
-            return chosen
-        return choose_exact(q_BNTH, k, self.is_marked, chosen, starts)
+        if self.has_marks:
+            choose_exact(q_BNTH, k, self.is_marked, chosen, starts)
+        return chosen
 
     @property
     def has_marks(self) -> bool:
@@ -218,15 +219,16 @@ def gate_targets(q_BNTH: Tensor, k_BKSH: Tensor, start: int) -> tuple[Tensor, Te
         in each head; and the largest of these in the group, as its share of those of all blocks.
         Both are 0 for blocks that are not earlier than a query's own.
     """
-    kv_heads, tokens, keys = k_BKSH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]
+    kv_heads, tokens, blocks = k_BKSH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2] // BLOCK
+    seen_BK1SH = k_BKSH[:, :, None, : start + tokens].float()
     positions_T = start + torch.arange(tokens, device=q_BNTH.device)
     q_BKGTH = q_BNTH.unflatten(1, (kv_heads, -1)).float()
-    scores = q_BKGTH @ k_BKSH[:, :, None].float().transpose(-1, -2) / math.sqrt(q_BNTH.shape[-1])
-    is_later_TS = torch.arange(keys, device=q_BNTH.device) > positions_T[:, None]
+    scores = q_BKGTH @ seen_BK1SH.transpose(-1, -2) / math.sqrt(q_BNTH.shape[-1])
+    is_later_TS = torch.arange(scores.shape[-1], device=q_BNTH.device) > positions_T[:, None]
     shares_BKGTS = scores.masked_fill(is_later_TS, -math.inf).softmax(-1)
-    whole = keys // BLOCK
-    largest_BKGTC = shares_BKGTS[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)).amax(-1)
-    largest_BKGTC = largest_BKGTC * _is_earlier(positions_T, whole)
+    whole = min(blocks, shares_BKGTS.shape[-1] // BLOCK)
+    largest = shares_BKGTS[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)).amax(-1)
+    largest_BKGTC = F.pad(largest, (0, blocks - whole)) * _is_earlier(positions_T, blocks)
     of_group_BKTC = largest_BKGTC.amax(2)
     shares_BKTC = of_group_BKTC / of_group_BKTC.sum(-1, keepdim=True).clamp_min(1e-30)
     return shares_BKTC, largest_BKGTC.flatten(1, 2)

@@ -15,7 +15,7 @@ Shape legend: B rows, K groups, U units, C blocks of keys, M chosen ones.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ __all__ = [
     "TOKENS_TOGETHER",
     "choose_blocks",
     "count_chosen",
-    "count_exact",
     "split_tokens",
 ]
 
@@ -34,42 +33,25 @@ BLOCK = 64  # tokens, of keys and of a unit of queries
 DENSE_BLOCKS = 32  # 2,048 tokens
 TOKENS_TOGETHER = 32  # single queries that torch gathers keys for at once
 _LEAST, _MOST = 4, 64
-_EXACT_TIMES = 2
 
 
 def count_chosen(own: int) -> int:
     """Blocks that a unit in block `own` keeps besides that and the one before; with the sink."""
     earlier = max(0, own - 1)
-    return earlier if own < DENSE_BLOCKS else min(earlier, 1 + _count_best(own))
-
-
-def count_exact(own: int) -> int:
-    """As `count_chosen`, in groups that choose by the keys in blocks (`r1ray.ops.exact_choice`).
-
-    Twice as many: each of the queries of a block may look for a token of its own.
-    """
-    earlier = max(0, own - 1)
     if own < DENSE_BLOCKS:
         return earlier
-    return min(earlier, 1 + _EXACT_TIMES * _count_best(own))
+    return min(earlier, 1 + min(_MOST, max(_LEAST, math.ceil(1.5 * math.log2(own + 1)))))
 
 
-def _count_best(own: int) -> int:
-    return min(_MOST, max(_LEAST, math.ceil(1.5 * math.log2(own + 1))))
-
-
-def choose_blocks(
-    scores_BKUC: Tensor, own_BU: Tensor, count: Callable[[int], int] = count_chosen
-) -> Tensor:
+def choose_blocks(scores_BKUC: Tensor, own_BU: Tensor) -> Tensor:
     """Numbers of the chosen blocks, -1 behind them: int64 [B, K, U, M], best first.
 
     Args:
         scores_BKUC: float; higher is better. Blocks that are too late may hold anything.
         own_BU: int64, the block that each unit's queries are in, at most C + 1; B may be 1.
-        count: how many a unit keeps, by its own block.
     """
     device, blocks = scores_BKUC.device, scores_BKUC.shape[3]
-    counts_C = torch.tensor([count(own) for own in range(blocks + 2)], device=device)
+    counts_C = torch.tensor([count_chosen(own) for own in range(blocks + 2)], device=device)
     counts_BU = counts_C[own_BU]
     most = int(counts_BU.max()) if counts_BU.numel() else 0
     blocks_C = torch.arange(blocks, device=device)

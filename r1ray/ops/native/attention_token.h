@@ -38,13 +38,6 @@ inline int64_t lay_out(const AttentionArguments& job, float* memory, TokenScratc
   return kHeadsTogether * (2 * scratch.width + scratch.most);
 }
 
-// out[i] *= scales[i]; there is room for whole vectors in `out` alone.
-TARGET inline void multiply_by(const float* scales, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(out + i, load(out + i) * load(scales + i));
-  for (; i < count; ++i) out[i] *= scales[i];
-}
-
 // Scores of `count` keys become shares of the highest, `peak`. Returns the sum of these.
 TARGET inline float share(float* scores, int64_t count, float& peak) {
   const int64_t end = round_up(count, kLanes);

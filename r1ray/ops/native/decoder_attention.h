@@ -78,13 +78,13 @@ Job describe(const Forward& forward, const Piece& piece) {
   return job;
 }
 
-// For groups with a marked head, besides what was chosen for them.
+// For groups with a marked head, instead of what was chosen for them.
 int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chosen) {
   const bool* const marks = forward.weights->is_marked;
-  if (piece.marked < 0 || std::count(marks, marks + forward.N, true) == 0) return kNone;
+  if (!forward.chooses || std::count(marks, marks + forward.N, true) == 0) return kNone;
   ExactArguments job = describe<ExactArguments>(forward, piece);
   job.is_marked = marks;
-  job.counts = forward.numbers + piece.marked;
+  job.counts = forward.numbers + piece.counts;
   job.out = chosen;
   return r1ray_choose_exact(&job);
 }

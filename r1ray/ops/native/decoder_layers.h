@@ -12,7 +12,7 @@ struct LinearWeights {
   const float* bias;  // or null
 };
 
-// In the order of `_NAMES` in models/native_layers.py.
+// In the order of `NAMES` in models/native_weights.py.
 struct LayerWeights {
   const float *input_norm, *post_norm;
   LinearWeights q, k, v, o, gate, up, down;
@@ -30,7 +30,6 @@ struct Piece {
   int64_t most;           // blocks that any unit chooses
   int64_t starts;         // in `numbers`: the position of each row's first
   int64_t counts;         // in `numbers`: blocks to choose, [rows][units]
-  int64_t marked;         // in `numbers`: blocks to choose in groups of marked heads; or -1
 };
 
 // Blocks of one row that are complete with the new tokens.

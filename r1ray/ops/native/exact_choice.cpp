@@ -1,12 +1,12 @@
 // Which blocks the units of marked heads keep: those where a query finds its best keys.
 //
 // 1. A task is one unit of one group. Queries of its marked heads score the keys of every earlier
-//    block, of which the largest is kept: units of a block by panels (exact_scores.h), in int8 where
+//    block and their own, of which the largest is kept: units of a block by panels (exact_scores.h), in int8 where
 //    keys are int8 and the processor has such products; single queries in float32, the blocks split
 //    for the threads to share (token_peaks.h).
 // 2. A softmax over the largest score in each block gives every query's shares of the blocks; a
-//    block counts as the sum of their squares.
-// 3. The first block, what the group has chosen before, and the best of the others (block_choice.h).
+//    block counts as the largest of them.
+// 3. The first block and the best of the others (block_choice.h), instead of what was there.
 //
 // A unit that keeps all earlier blocks scores none.
 //
@@ -45,10 +45,11 @@ struct ExactJob : ExactArguments {
 struct ExactTask {
   int64_t row, unit, group;
   int64_t heads;   // of the group that are marked
+  int64_t first;   // position of its first query
   int64_t early;   // blocks it may choose from
   int64_t count;
   bool needs_scores;
-  int64_t* chosen;  // in, blocks that are kept anyway, up to the first -1 or M
+  int64_t* chosen;  // out
 };
 
 struct ExactScratch {
@@ -160,7 +161,8 @@ ExactTask describe_task(const ExactJob& job, int64_t number) {
   const int64_t group = job.N / job.K;
   const bool* const marks = job.is_marked + task.group * group;
   task.heads = std::count(marks, marks + group, true);
-  const int64_t own = (job.starts[task.row] + task.unit * job.unit) / kBlock;
+  task.first = job.starts[task.row] + task.unit * job.unit;
+  const int64_t own = task.first / kBlock;
   task.early = own < 1 ? 0 : own - 1;
   task.count = job.counts[task.row * job.U + task.unit];
   task.needs_scores = task.heads > 0 && task.count > 0 && task.count < task.early;
@@ -183,7 +185,7 @@ void run_peaks(void* data) {
   for (int64_t i; (i = job.next.fetch_add(1)) < tasks;) {
     const ExactTask task = describe_task(job, i / parts);
     const int64_t begin = i % parts * kPartBlocks;
-    const int64_t end = std::min(begin + kPartBlocks, task.early + 1);
+    const int64_t end = std::min(begin + kPartBlocks, task.early + 2);
     if (!task.needs_scores || begin >= end) continue;
     float* const at = memory.reserve(task.heads * round_up(job.H, 16) + 2 * kBlock);
     if (!at) {

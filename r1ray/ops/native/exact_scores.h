@@ -74,9 +74,12 @@ TARGET inline void pack_keys(const Key* keys, const float* scale, int64_t size, 
 
 #endif  // R1RAY_INT8
 
-// The largest score of each query of a panel with the 64 keys of a block.
+// The largest score of each query of a panel with the 64 keys of a block; of the queries' own block,
+// with those up to itself. `hidden` has 64 values that hide a key from a query, and 64 zeros.
+template <bool kIsOwn>
 TARGET inline void find_peaks(const Word* keys, const float* key_scale, const Word* panel,
-                              const float* offsets, int64_t steps, float* peaks) {
+                              const float* offsets, int64_t steps, const float* hidden,
+                              float* peaks) {
   for (int64_t column = 0; column < kBlock; column += kVecs * kLanes) {
     Vec most[kVecs];
     for (int c = 0; c < kVecs; ++c) most[c] = broadcast(kHidden);
@@ -88,24 +91,26 @@ TARGET inline void find_peaks(const Word* keys, const float* key_scale, const Wo
       for (int r = 0; r < kRows; ++r)
         for (int c = 0; c < kVecs; ++c) {
 #if R1RAY_INT8
-          most[c] = larger(most[c], to_floats(sums[r][c]) * broadcast(key_scale[key + r]));
+          Vec score = to_floats(sums[r][c]) * broadcast(key_scale[key + r]);
 #else
           static_cast<void>(key_scale);  // it is in the keys
-          most[c] = larger(most[c], sums[r][c]);
+          Vec score = sums[r][c];
 #endif
+          if (kIsOwn) score = score + load(hidden + kBlock - key - r + column + c * kLanes);
+          most[c] = larger(most[c], score);
         }
     }
     for (int c = 0; c < kVecs; ++c) store(peaks + column + c * kLanes, most[c]);
   }
 }
 
-// Scores of the blocks that a unit chooses from: its queries' squared shares, added up. A share is the
-// softmax over all earlier blocks of the largest score in each.
+// Scores of the blocks that a unit chooses from: the largest share of any of its queries. A share is
+// the softmax over all blocks up to its own of the largest score in each.
 template <class Key>
 TARGET inline void score_exactly(const ExactJob& job, const ExactTask& task,
                                  const ExactScratch& scratch) {
   const int64_t heads = task.heads, steps = round_up(job.H, kPair) / kPair;
-  const int64_t blocks = task.early + 1, queries = heads * kBlock;
+  const int64_t blocks = task.early + 2, queries = heads * kBlock;
   const int64_t group = job.N / job.K, first = task.group * group;
   Word* const panels = reinterpret_cast<Word*>(scratch.panels);
   Word* const words = reinterpret_cast<Word*>(scratch.keys);
@@ -122,15 +127,18 @@ TARGET inline void score_exactly(const ExactJob& job, const ExactTask& task,
       job.key_scale ? job.key_scale + task.group * job.key_scale_head : nullptr;
   float* const most = scratch.most;
   for (int64_t i = 0; i < queries; i += kLanes) store(most + i, broadcast(kHidden));
+  alignas(64) float hidden[2 * kBlock] = {};
+  std::fill_n(hidden, kBlock, kHidden);
   for (int64_t block = 0; block < blocks; ++block) {
     const BlockPlace at = place_block(job.pages, task.row, block);
     const float* const scale =
         key_scale ? key_scale + at.row * job.key_scale_row + at.token : nullptr;
     pack_keys(keys + at.row * job.key_row + at.token * job.H, scale, job.H, words);
     float* const peaks = scratch.peaks + block * queries;
+    const auto find = block == blocks - 1 ? find_peaks<true> : find_peaks<false>;
     for (int64_t head = 0; head < heads; ++head)
-      find_peaks(words, scale, panels + head * steps * kBlock, scratch.offsets + head * kBlock,
-                 steps, peaks + head * kBlock);
+      find(words, scale, panels + head * steps * kBlock, scratch.offsets + head * kBlock, steps,
+           hidden, peaks + head * kBlock);
     for (int64_t i = 0; i < queries; i += kLanes)
       store(most + i, larger(load(most + i), load(peaks + i)));
   }
@@ -149,16 +157,11 @@ TARGET inline void score_exactly(const ExactJob& job, const ExactTask& task,
     store(totals + i, broadcast(1.0f) / load(totals + i));
   for (int64_t block = 1; block < task.early; ++block) {
     const float* const shares = scratch.peaks + block * queries;
-    Vec sum = Vec{};
-    for (int64_t i = 0; i < queries; i += kLanes) {
-      const Vec share = load(shares + i) * load(totals + i);
-      sum = sum + share * share;
-    }
+    Vec largest = Vec{};
+    for (int64_t i = 0; i < queries; i += kLanes)
+      largest = larger(load(shares + i) * load(totals + i), largest);  // NaN is worth nothing
     alignas(64) float lanes[kLanes];
-    store(lanes, sum);
-    const float score = std::accumulate(lanes, lanes + kLanes, 0.0f);
-    scratch.scores[block] = score > 0.0f ? score : 0.0f;  // NaN is worth nothing
+    store(lanes, largest);
+    scratch.scores[block] = *std::max_element(lanes, lanes + kLanes);
   }
-  for (int64_t i = 0; i < job.M && task.chosen[i] >= 0; ++i)
-    if (task.chosen[i] < task.early) scratch.scores[task.chosen[i]] = INFINITY;
 }

@@ -178,7 +178,7 @@ def choose_exact(
     key_scale_BKS: Tensor | None = None,
     isa: int | None = None,
 ) -> None:
-    """`r1ray.ops.exact_choice.choose_exact` on the CPU: more is added to `chosen` in place.
+    """`r1ray.ops.exact_choice.choose_exact` on the CPU: `chosen` is written in place.
 
     Float keys and single queries are multiplied in float32. Other queries are rounded to int8 where
     keys are and the processor has such products, which moves a score by up to 1/254 of the largest

@@ -65,4 +65,11 @@ TARGET inline void dot_rows(const Value* rows, int64_t count, int64_t size, cons
   }
 }
 
+// out[i] *= scales[i]; there is room for whole vectors in `out` alone.
+TARGET inline void multiply_by(const float* scales, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(out + i) * load(scales + i));
+  for (; i < count; ++i) out[i] *= scales[i];
+}
+
 #endif  // !R1RAY_BF16 && !R1RAY_INT8

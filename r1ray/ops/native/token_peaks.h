@@ -1,18 +1,18 @@
 // What one query scores with the keys of earlier blocks, in float32: included once for each instruction
 // set (simd.h). Keys are multiplied as they lie (tiles.h); the largest score of each block is kept.
 
-// The largest score of each of kHeads queries in a block of keys.
+// The largest score of each of kHeads queries with the first `count` keys of a block.
 template <int kHeads, class Key>
-TARGET inline void peak_heads(const Key* keys, const float* scale, int64_t size,
+TARGET inline void peak_heads(const Key* keys, const float* scale, int64_t count, int64_t size,
                               const float* queries, int64_t width, float* scores, float* peaks,
                               int64_t peak_row) {
-  dot_rows<kHeads>(keys, kBlock, size, queries, width, scores, kBlock);
+  dot_rows<kHeads>(keys, count, size, queries, width, scores, kBlock);
   for (int g = 0; g < kHeads; ++g) {
+    float* const of_head = scores + g * kBlock;
+    if (scale) multiply_by(scale, count, of_head);
+    std::fill(of_head + count, of_head + kBlock, kHidden);
     Vec most = broadcast(kHidden);
-    for (int64_t i = 0; i < kBlock; i += kLanes) {
-      const Vec score = load(scores + g * kBlock + i);
-      most = larger(most, scale ? score * load(scale + i) : score);
-    }
+    for (int64_t i = 0; i < kBlock; i += kLanes) most = larger(most, load(of_head + i));
     alignas(64) float lanes[kLanes];
     store(lanes, most);
     peaks[g * peak_row] = *std::max_element(lanes, lanes + kLanes);
@@ -41,12 +41,13 @@ TARGET inline void find_token_peaks(const ExactJob& job, const ExactTask& task, 
     const float* const scale = job.key_scale ? job.key_scale + task.group * job.key_scale_head +
                                                    at.row * job.key_scale_row + at.token
                                              : nullptr;
+    const int64_t count = block == task.early + 1 ? task.first % kBlock + 1 : kBlock;
     int64_t head = 0;
     for (; head + 2 <= task.heads; head += 2)
-      peak_heads<2>(of_block, scale, job.H, queries + head * width, width, scores,
+      peak_heads<2>(of_block, scale, count, job.H, queries + head * width, width, scores,
                     peaks + head * job.peak_row + block, job.peak_row);
     if (head < task.heads)
-      peak_heads<1>(of_block, scale, job.H, queries + head * width, width, scores,
+      peak_heads<1>(of_block, scale, count, job.H, queries + head * width, width, scores,
                     peaks + head * job.peak_row + block, job.peak_row);
   }
 }
@@ -54,7 +55,7 @@ TARGET inline void find_token_peaks(const ExactJob& job, const ExactTask& task, 
 // As `score_exactly`, of a single query, whose peaks are in `scratch`.
 TARGET inline void score_peaks(const ExactJob& job, const ExactTask& task,
                                const ExactScratch& scratch) {
-  const int64_t blocks = task.early + 1, end = round_up(blocks, kLanes);
+  const int64_t blocks = task.early + 2, end = round_up(blocks, kLanes);
   for (int64_t i = 0; i < end; i += kLanes) store(scratch.scores + i, Vec{});
   for (int64_t head = 0; head < task.heads; ++head) {
     float* const peaks = scratch.peaks + head * job.peak_row;
@@ -71,11 +72,7 @@ TARGET inline void score_peaks(const ExactJob& job, const ExactTask& task,
     const Vec part = broadcast(1.0f / std::accumulate(lanes, lanes + kLanes, 0.0f));
     for (int64_t i = 0; i < end; i += kLanes) {
       const Vec share = load(peaks + i) * part;
-      store(scratch.scores + i, fma(share, share, load(scratch.scores + i)));
+      store(scratch.scores + i, larger(share, load(scratch.scores + i)));  // NaN is worth nothing
     }
   }
-  for (int64_t i = 0; i < blocks; ++i)
-    if (!(scratch.scores[i] > 0.0f)) scratch.scores[i] = 0.0f;  // NaN is worth nothing
-  for (int64_t i = 0; i < job.M && task.chosen[i] >= 0; ++i)
-    if (task.chosen[i] < task.early) scratch.scores[task.chosen[i]] = INFINITY;
 }

@@ -184,10 +184,9 @@ def test_one_layer_equals_torchs(
     ("starts", "tokens"), [([1400], 150), ([1408, 1600], 128), ([1800, 1100, 30], 1)]
 )
 def test_marked_heads_choose_by_keys_as_in_torch(
-    dtype: torch.dtype, starts: list[int], tokens: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, starts: list[int], tokens: int
 ) -> None:
     """Marks may change between forwards of one model."""
-    monkeypatch.setattr("r1ray.ops.block_selection._EXACT_TIMES", 2)  # else all are kept here
     model = _quantized(layers=1)
     gate = list_attentions(model)[0].gate
     assert isinstance(gate, BlockGate)

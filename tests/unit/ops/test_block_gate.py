@@ -15,7 +15,7 @@ from r1ray.ops.block_gate import (
     mark_heads,
     pool_keys,
 )
-from r1ray.ops.block_selection import BLOCK, count_exact
+from r1ray.ops.block_selection import BLOCK, count_chosen
 from r1ray.ops.cached_states import CachedStates
 
 N, K, H = 4, 2, 16
@@ -153,11 +153,10 @@ def test_heads_that_miss_most_are_marked() -> None:
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize(("starts", "tokens", "unit"), [([1920], 300, 64), ([1500, 2000], 1, 1)])
-def test_groups_of_marked_heads_choose_by_keys_as_well(
+def test_groups_of_marked_heads_choose_by_keys_instead(
     starts: list[int], tokens: int, unit: int, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 4)
-    monkeypatch.setattr("r1ray.ops.block_selection._EXACT_TIMES", 2)
     if kernels == "torch":
         monkeypatch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
     tokens = tokens // unit * unit
@@ -177,7 +176,6 @@ def test_groups_of_marked_heads_choose_by_keys_as_well(
         for at in range(tokens // unit):
             own = (start + at * unit) // BLOCK
             of_keys = set(found[row, 1, at].tolist()) - {-1}
-            assert len(of_keys) == count_exact(own)
-            assert len(of_keys) < own - 1
-            assert of_keys >= set(plain[row, 1, at].tolist()) - {-1}
+            assert len(of_keys) == count_chosen(own) < own - 1
+            assert of_keys != set(plain[row, 1, at].tolist()) - {-1}
             assert set(found[row, 0, at].tolist()) - {-1} == set(plain[row, 0, at].tolist()) - {-1}

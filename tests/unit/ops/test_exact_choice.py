@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK, TOKENS_TOGETHER, count_exact
+from r1ray.ops.block_selection import BLOCK, TOKENS_TOGETHER, count_chosen
 from r1ray.ops.cached_states import CachedStates, quantize_states
 from r1ray.ops.exact_choice import choose_exact
 
@@ -26,7 +26,6 @@ DTYPES = [torch.float32, torch.int8]
 def few_dense_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences of a few thousand tokens choose."""
     monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 4)
-    monkeypatch.setattr("r1ray.ops.block_selection._EXACT_TIMES", 2)
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -38,21 +37,28 @@ def _states(k: Tensor, dtype: torch.dtype) -> CachedStates:
 
 
 def _by_torch(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Tensor:
+    """The last but one of the arguments is what gates have chosen."""
     with monkeypatch.context() as patch:
         patch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
-        return choose_exact(*arguments)
+        return _choose(*arguments)
 
 
-def _shares(q_GLH: Tensor, k_SH: Tensor, own: int) -> Tensor:
+def _choose(
+    q: Tensor, k: CachedStates, is_marked: Tensor, before: Tensor, starts: list[int]
+) -> Tensor:
+    chosen = before.clone()
+    choose_exact(q, k, is_marked, chosen, starts)
+    return chosen
+
+
+def _shares(q_GLH: Tensor, k_SH: Tensor, first: int) -> Tensor:
     """What every block counts for one unit, written out: [C]."""
-    peaks = torch.stack(
-        [
-            (q_GLH @ k_SH[block * BLOCK : (block + 1) * BLOCK].T).amax(-1) / q_GLH.shape[-1] ** 0.5
-            for block in range(own)
-        ],
-        dim=-1,
-    )
-    return peaks.softmax(-1).square().sum((0, 1))
+    shares = []
+    for at in range(q_GLH.shape[1]):
+        scores = q_GLH[:, at] @ k_SH[: first + at + 1].T / q_GLH.shape[-1] ** 0.5
+        peaks = torch.stack([part.amax(-1) for part in scores.split(BLOCK, dim=1)], dim=-1)
+        shares.append(peaks.softmax(-1))
+    return torch.stack(shares).amax((0, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,23 +84,22 @@ def test_the_blocks_with_the_greatest_shares_are_chosen(
     k = _states(_random(batch, groups, room, size, seed=seed + 1), dtype)
     marks = _random(heads * groups, seed=seed + 2) > 0
     of_groups = marks.unflatten(0, (groups, heads))
-    before = torch.full((batch, groups, units, 3), -1)
-    if min(starts) > 5:
-        before[..., :2] = torch.tensor([0, 3])  # a gate's
+    owns = [[(start + at * unit) // BLOCK for at in range(units)] for start in first]
+    most = max(count_chosen(max(row)) for row in owns)
+    before = torch.full((batch, groups, units, most), -1)
     with pytest.MonkeyPatch.context() as patch:
         if isa < 0:
             patch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
         else:
             patch.setattr("r1ray.ops.native.sparse.best_isa", lambda: isa)
-        chosen = choose_exact(q, k, marks, before.clone(), first)
+        chosen = _choose(q, k, marks, before, first)
     unmarked = ~of_groups.any(1)
-    assert torch.equal(chosen[:, unmarked, :, :3], before[:, unmarked])
-    assert (chosen[:, unmarked, :, 3:] == -1).all()
+    assert torch.equal(chosen[:, unmarked], before[:, unmarked])
     floats = k.floats()
     for row, start in enumerate(first):
         for at in range(units):
             own = (start + at * unit) // BLOCK
-            count = count_exact(own)
+            count = count_chosen(own)
             for group in of_groups.any(1).nonzero().flatten().tolist():
                 found = chosen[row, group, at]
                 assert (found[count:] == -1).all()
@@ -106,10 +111,7 @@ def test_the_blocks_with_the_greatest_shares_are_chosen(
                 assert 0 < int(found[1:count].min()) <= int(found[1:count].max()) <= own - 2
                 part = slice(at * unit, (at + 1) * unit)
                 queries = q[row].unflatten(0, (groups, heads))[group, of_groups[group], part]
-                shares = _shares(queries, floats[row, group], own)
-                if min(starts) > 5:
-                    assert 3 in found[:count].tolist()
-                    shares[3] = 1e9
+                shares = _shares(queries, floats[row, group], start + at * unit)
                 best = shares[1 : own - 1].sort(descending=True).values[: count - 1]
                 worth = shares[found[1:count]].sort(descending=True).values
                 is_rounded = dtype == torch.int8 and isa >= 2 and unit == BLOCK
@@ -130,19 +132,30 @@ def test_a_single_token_that_one_query_looks_for_is_found(
         q,
         _states(k, dtype),
         torch.tensor([False, True, False]),
-        torch.zeros(1, 1, 1, 0).long(),
+        torch.zeros(1, 1, 1, count_chosen(own)).long(),
     )
     for chosen in (
-        choose_exact(*arguments, [own * BLOCK]),
+        _choose(*arguments, [own * BLOCK]),
         _by_torch(monkeypatch, *arguments, [own * BLOCK]),
     ):
         assert chosen[0, 0, 0, :2].tolist() == [0, needle // BLOCK]
 
 
-def test_groups_of_marked_heads_choose_twice_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    assert [count_exact(own) for own in (0, 1, 31, 33)] == [0, 0, 30, 17]
-    assert count_exact(1023) == 1 + 2 * 15
+@pytest.mark.parametrize("isa", [pytest.param(-1, id="torch"), *ISAS])
+def test_what_one_query_needs_counts_more_than_what_all_like_a_little(isa: int) -> None:
+    own, size = 40, 32
+    q, k = torch.zeros(1, 1, BLOCK, size), torch.zeros(1, 1, (own + 1) * BLOCK, size)
+    q[..., 0] = 8.0
+    k[0, 0, 4 * BLOCK : 30 * BLOCK, 0] = 1.0  # 26 blocks, all alike
+    q[0, 0, 11], k[0, 0, 33 * BLOCK + 7] = torch.eye(size)[1] * 8.0, torch.eye(size)[1] * 4.0
+    before = torch.zeros(1, 1, 1, count_chosen(own)).long()
+    with pytest.MonkeyPatch.context() as patch:
+        if isa < 0:
+            patch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
+        else:
+            patch.setattr("r1ray.ops.native.sparse.best_isa", lambda: isa)
+        chosen = _choose(q, CachedStates(k), torch.tensor([True]), before, [own * BLOCK])
+    assert chosen[0, 0, 0, :2].tolist() == [0, 33]
 
 
 @needs_native
@@ -186,15 +199,14 @@ def test_many_single_queries_choose_as_each_does_alone(monkeypatch: pytest.Monke
         for heads, count in ((4, tokens), (2, 14 * BLOCK))
     )
     is_marked = torch.tensor([False, True, False, False])
-    chosen = torch.zeros(1, 2, tokens, 2, dtype=torch.long)  # the sink
-    chosen[..., 1] = -1
     start = own * BLOCK
+    most = count_chosen((start + tokens - 1) // BLOCK)
+    chosen = torch.zeros(1, 2, tokens, most, dtype=torch.long)
 
     together = _by_torch(monkeypatch, q, CachedStates(k), is_marked, chosen, [start])
 
     for at in (0, TOKENS_TOGETHER - 1, TOKENS_TOGETHER, tokens - 1):
         arguments = (q[:, :, at : at + 1], CachedStates(k), is_marked, chosen[:, :, at : at + 1])
         alone = _by_torch(monkeypatch, *arguments, [start + at])
-        width = alone.shape[3]
-        assert torch.equal(together[:, :, at : at + 1, :width], alone)
-        assert (together[:, :, at, width:] == -1).all()
+        count = count_chosen((start + at) // BLOCK)
+        assert torch.equal(together[:, :, at : at + 1, :count], alone[..., :count])

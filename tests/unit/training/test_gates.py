@@ -124,7 +124,7 @@ def test_what_answers_look_for_is_what_marks(monkeypatch: pytest.MonkeyPatch) ->
     labels[0, 100] = labels[0, 102] = 1
     labels[1, 200] = 1
     batch = MicroBatch(BATCH.input_ids_BT[:2], labels, 500, 3)
-    model, objective = _gated(), GateTraining(GatesConfig())
+    model, objective = _gated(), GateTraining(GatesConfig(query_chunk=512))
     objective.loss(model, objective.draw(model, batch, 0))
     for attention in list_attentions(model):
         assert isinstance(attention.gate, BlockGate)
