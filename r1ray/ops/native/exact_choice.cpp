@@ -1,9 +1,9 @@
 // Which blocks the units of marked heads keep: those where a query finds its best keys.
 //
-// 1. A task is one unit of one group. Queries of its marked heads score the keys of every earlier
-//    block and their own, of which the largest is kept: units of a block by panels (exact_scores.h), in int8 where
-//    keys are int8 and the processor has such products; single queries in float32, the blocks split
-//    for the threads to share (token_peaks.h).
+// 1. A task is one unit of one group. Queries of its marked heads score the keys of every block up to
+//    their own, of which the largest is kept: units of a block by panels (exact_scores.h), in int8
+//    where keys are int8 and the processor has such products; single queries in float32, the blocks
+//    split for the threads to share (token_peaks.h).
 // 2. A softmax over the largest score in each block gives every query's shares of the blocks; a
 //    block counts as the largest of them.
 // 3. The first block and the best of the others (block_choice.h), instead of what was there.

@@ -1,5 +1,5 @@
-// What one unit of a block of queries scores with the keys of every earlier block: included once for
-// each instruction set (simd.h).
+// What one unit of a block of queries scores with the keys of every block up to its own: included once
+// for each instruction set (simd.h).
 //
 // Queries of a head become a panel, as in attention_blocks.h. Of a block's scores only the largest of
 // each query leaves the registers.

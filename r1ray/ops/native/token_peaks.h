@@ -1,5 +1,5 @@
-// What one query scores with the keys of earlier blocks, in float32: included once for each instruction
-// set (simd.h). Keys are multiplied as they lie (tiles.h); the largest score of each block is kept.
+// What one query scores with the keys up to its own, in float32: included once for each instruction set
+// (simd.h). Keys are multiplied as they lie (tiles.h); the largest score of each block is kept.
 
 // The largest score of each of kHeads queries with the first `count` keys of a block.
 template <int kHeads, class Key>

@@ -25,15 +25,15 @@ def test_a_link_holds_a_bulk_transfer_to_its_rate_and_counts_every_frame() -> No
         rate = measure_rate(network, senders=[0], receiver=1, seconds=1.0)
         after = network.read_bytes(0)
         received = network.read_bytes(1).received
-    assert 120 < rate < 205  # other tests may run beside this one
+    assert 170 < rate < 205
     sent = after.sent - before.sent
-    assert 1.03 < 8e-6 * sent / rate < 1.6  # a second and the drain of buffers, 54 of 1514 headers
+    assert 1.03 < 8e-6 * sent / rate < 1.3  # a second and the drain of buffers, 54 of 1514 headers
     assert received == pytest.approx(sent, rel=0.02)  # drops in between; ARP of the switch
 
 
 def test_what_a_worker_receives_from_several_is_limited_too() -> None:
     with shaped_network(3, 50) as network:
-        assert 25 < measure_rate(network, senders=[0, 1], receiver=2, seconds=1.0) < 51
+        assert 40 < measure_rate(network, senders=[0, 1], receiver=2, seconds=1.0) < 51
 
 
 def test_a_cut_link_carries_nothing_until_it_is_restored() -> None:

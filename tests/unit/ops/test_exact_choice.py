@@ -145,9 +145,10 @@ def test_a_single_token_that_one_query_looks_for_is_found(
 def test_what_one_query_needs_counts_more_than_what_all_like_a_little(isa: int) -> None:
     own, size = 40, 32
     q, k = torch.zeros(1, 1, BLOCK, size), torch.zeros(1, 1, (own + 1) * BLOCK, size)
-    q[..., 0] = 8.0
-    k[0, 0, 4 * BLOCK : 30 * BLOCK, 0] = 1.0  # 26 blocks, all alike
-    q[0, 0, 11], k[0, 0, 33 * BLOCK + 7] = torch.eye(size)[1] * 8.0, torch.eye(size)[1] * 4.0
+    q[0, 0, ::2, 0] = q[0, 0, 1::2, 1] = 40.0  # each half gives a seventh to seven blocks
+    k[0, 0, 4 * BLOCK : 11 * BLOCK, 0] = k[0, 0, 14 * BLOCK : 21 * BLOCK, 1] = 1.0
+    q[0, 0, 11] = 16.0 * torch.eye(size)[2]  # half to the first block, half to the 33rd
+    k[0, 0, 5, 2] = k[0, 0, 33 * BLOCK + 7, 2] = 4.0
     before = torch.zeros(1, 1, 1, count_chosen(own)).long()
     with pytest.MonkeyPatch.context() as patch:
         if isa < 0:
