@@ -44,7 +44,7 @@ __all__ = [
 CONTEXT = 8192
 _FIRST_NUMBER = 1_000_000  # of training samples; the tasks that are asked begin at 0
 _TUNE_BATCH, _GATE_BATCH = 32_768, 16_384  # tokens
-_GPU_CHUNK = 2048  # of queries
+_GATE_UNITS = 64  # of a batch of one or two sequences
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def train_gates(tuned: Path, target: Path, size: TrainingSize) -> list[Step]:
     model.requires_grad_(False)
     attach_gates(model)
     model = model.to(pick_device())
-    gates = GatesConfig(query_chunk=_GPU_CHUNK) if torch.cuda.is_available() else GatesConfig()
+    gates = GatesConfig(num_units=_GATE_UNITS)
     config = TrainConfig(
         num_steps=len(batches),
         batches_per_step=1,

@@ -50,8 +50,8 @@ class TrainResources:
 class GatesConfig:
     """Train the gates of block-sparse attention, and nothing else; the model stays as it is."""
 
-    query_chunk: Annotated[int, Field(ge=1, le=65_536)] = 128
-    """Queries whose attention is looked at together; bounds memory, changes nothing else."""
+    num_units: Annotated[int, Field(ge=1, le=65_536)] = 16
+    """Blocks of 64 queries, of each micro-batch, whose attention gates learn from."""
     exact_heads: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of all layers' heads that choose by the keys themselves: those that miss most."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from r1ray.models.kv_cache import CacheBuffers, CacheSlice
 from r1ray.models.sparse import SparseForward, cut_units
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK, count_chosen
+from r1ray.ops.block_selection import BLOCK, count_both, count_chosen
 
 __all__ = ["list_completed", "list_places", "plan_pieces"]
 
@@ -53,12 +53,13 @@ def plan_pieces(cache: CacheSlice, tokens: int, *, is_dense: bool) -> tuple[Any,
             for at in range(0, part.stop - part.start, unit)
         ]
         counts = [max(0, own - 1) if is_dense else count_chosen(own) for own in owns]
+        room = counts if is_dense or unit > 1 else [count_both(own) for own in owns]
         at = len(numbers)
         numbers += [*firsts, *counts]
         pieces.append(
             native.QueryPiece(
                 *(of_rows.start, len(of_rows), part.start, part.stop - part.start, unit),
-                *(max(counts), at, at + len(firsts)),
+                *(max(room), at, at + len(firsts)),
             )
         )
     array = (ctypes.c_int64 * len(numbers))(*numbers)

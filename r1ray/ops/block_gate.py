@@ -8,28 +8,29 @@ Without a trained gate, `BoundsGate` scores a single query by the most that any 
 least and greatest elements could score, and a block of queries by the best match of a query with a
 block's mean key; both after rotary positions, the largest of the group's heads.
 
-The target of a query is how much attention each earlier block got at most, over its keys and the
-group's heads, as shares; it is computed for a chunk of queries at a time. The loss is the
-divergence of softmax(score) from it.
+What a query needs of a block is the largest weight that any key of it has in any of the group's
+heads; what a unit needs, the most that one of its queries does, since a token that one of them
+misses is missed. A gate's scores are to have the shares of these, for queries and for units, of the
+blocks that there are to choose from.
 
 Some heads look for single tokens, which no summary of 64 keys shows. In training, a gate counts the
 peaks of attention in blocks that it would not choose; the heads that miss most are marked
 (`mark_heads`), and choose for their groups by the keys themselves (`r1ray.ops.exact_choice`).
 
-Price: (G + 3)·H² multiplications a token and group, and 2·C·H a query and group to score; a target
-takes one attention over all earlier keys. Parameters: (G + 3)·H² a group and layer.
+Price: (G + 3)·H² multiplications a token and group, and 2·C·H a query and group to score; what a
+query needs takes one attention over all earlier keys. Parameters: (G + 3)·H² a group and layer.
 
 Sources: SeerAttention-R, arXiv:2506.08889; bounds: Quest, arXiv:2406.10774.
 
-Shape legend: B rows, T queries, U units of queries, N query heads, K groups, G = N/K, S keys,
-L keys of whole blocks, C blocks, H head size, P = 3·H pooled features, X size of a summary.
+Shape legend: B rows, T queries, U units of queries, L queries of one unit or keys of whole blocks,
+N query heads, K groups, G = N/K, S keys, C blocks, H head size, P = 3·H pooled features,
+X size of a summary.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1ray.ops import native
@@ -41,11 +42,12 @@ __all__ = [
     "BlockGate",
     "BoundsGate",
     "count_missed",
-    "gate_divergence",
+    "gate_loss",
     "gate_targets",
     "kept_blocks",
     "mark_heads",
     "pool_keys",
+    "unit_recall",
 ]
 
 _EPS = 1e-6
@@ -142,9 +144,9 @@ class BlockGate(nn.Module):
         else:
             scores = self.score(q_BTNH, q_BNTH, rotary, summaries_BKCX, unit)
             chosen = choose_blocks(scores, torch.tensor(own_BU, device=scores.device))
-        if self.has_marks:
-            choose_exact(q_BNTH, k, self.is_marked, chosen, starts)
-        return chosen
+        if not self.has_marks:
+            return chosen
+        return choose_exact(q_BNTH, k, self.is_marked, chosen, starts)
 
     @property
     def has_marks(self) -> bool:
@@ -209,29 +211,72 @@ def pool_keys(k_BSKH: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gate_targets(q_BNTH: Tensor, k_BKSH: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """What the attention of queries at `start` + t gives the whole blocks of keys.
+def gate_targets(q_BNLH: Tensor, k_BKSH: Tensor, start: int) -> Tensor:
+    """[B, N, L, C]: the largest weight that a key of each block before `start` has for a query.
 
     Args:
-        q_BNTH, k_BKSH: with rotary positions; keys from position 0 on.
-    Returns:
-        (shares [B, K, T, C], largest [B, N, T, C]): the largest weight that a key of the block has
-        in each head; and the largest of these in the group, as its share of those of all blocks.
-        Both are 0 for blocks that are not earlier than a query's own.
+        q_BNLH: with rotary positions; of a unit, from position `start` on, a multiple of 64.
+        k_BKSH: with rotary positions, from position 0 on, to the end of the unit at least.
     """
-    kv_heads, tokens, blocks = k_BKSH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2] // BLOCK
+    kv_heads, tokens = k_BKSH.shape[1], q_BNLH.shape[2]
     seen_BK1SH = k_BKSH[:, :, None, : start + tokens].float()
-    positions_T = start + torch.arange(tokens, device=q_BNTH.device)
-    q_BKGTH = q_BNTH.unflatten(1, (kv_heads, -1)).float()
-    scores = q_BKGTH @ seen_BK1SH.transpose(-1, -2) / math.sqrt(q_BNTH.shape[-1])
-    is_later_TS = torch.arange(scores.shape[-1], device=q_BNTH.device) > positions_T[:, None]
-    shares_BKGTS = scores.masked_fill(is_later_TS, -math.inf).softmax(-1)
-    whole = min(blocks, shares_BKGTS.shape[-1] // BLOCK)
-    largest = shares_BKGTS[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)).amax(-1)
-    largest_BKGTC = F.pad(largest, (0, blocks - whole)) * _is_earlier(positions_T, blocks)
-    of_group_BKTC = largest_BKGTC.amax(2)
-    shares_BKTC = of_group_BKTC / of_group_BKTC.sum(-1, keepdim=True).clamp_min(1e-30)
-    return shares_BKTC, largest_BKGTC.flatten(1, 2)
+    q_BKGLH = q_BNLH.unflatten(1, (kv_heads, -1)).float()
+    scores = q_BKGLH @ seen_BK1SH.transpose(-1, -2) / math.sqrt(q_BNLH.shape[-1])
+    is_later_LL = torch.ones(tokens, tokens, dtype=torch.bool, device=scores.device).triu(1)
+    scores[..., start:].masked_fill_(is_later_LL, -math.inf)
+    shares_BNLS = scores.softmax(-1).flatten(1, 2)
+    return shares_BNLS[..., :start].unflatten(-1, (start // BLOCK, BLOCK)).amax(-1)
+
+
+def gate_loss(scores_BKLC: Tensor, largest_BNLC: Tensor, is_target_BL: Tensor) -> Tensor:
+    """The divergences of one unit's guesses, in nats, summed over target tokens; groups averaged.
+
+    KL(target ‖ softmax(score)) over the blocks that may be chosen: neither the first nor the one
+    before the unit's own. Once for each query; and once for the unit, whose scores and weights are
+    the largest of its queries', which counts as often as it has targets.
+
+    Args:
+        largest_BNLC: of `gate_targets`.
+        is_target_BL: queries that count; others take no part in the unit either.
+    """
+    needs_BKLC = _needs(scores_BKLC, largest_BNLC, is_target_BL)
+    of_queries_BKL = _divergence(scores_BKLC, needs_BKLC) * is_target_BL[:, None]
+    of_unit_BK = _divergence(_of_unit(scores_BKLC, is_target_BL), needs_BKLC.amax(2))
+    counts_B1 = is_target_BL.sum(1, keepdim=True)
+    return (of_queries_BKL.sum(2) + of_unit_BK * counts_B1).mean(1).sum()
+
+
+@torch.no_grad()
+def unit_recall(scores_BKLC: Tensor, largest_BNLC: Tensor, is_target_BL: Tensor) -> Tensor:
+    """Of what a unit needs of the blocks that may be chosen, the share in those that are: [B', K].
+
+    Args:
+        scores_BKLC, largest_BNLC, is_target_BL: as in `gate_loss`; rows without targets are not
+            among the B'.
+    """
+    needs_BKC = _needs(scores_BKLC, largest_BNLC, is_target_BL).amax(2)
+    scores_BK1C = _of_unit(scores_BKLC, is_target_BL)[:, :, None]
+    kept_BKC = kept_blocks(scores_BK1C, scores_BKLC.shape[3] * BLOCK)[:, :, 0]
+    found_BK = (needs_BKC * kept_BKC)[..., 1:-1].sum(2) / needs_BKC[..., 1:-1].sum(2)
+    return found_BK[is_target_BL.any(1)]
+
+
+def _needs(scores_BKLC: Tensor, largest_BNLC: Tensor, is_target_BL: Tensor) -> Tensor:
+    """Of each group's queries, [B, K, L, C]; 0 of those that do not count."""
+    of_group_BKLC = largest_BNLC.unflatten(1, (scores_BKLC.shape[1], -1)).amax(2)
+    return of_group_BKLC * is_target_BL[:, None, :, None]
+
+
+def _of_unit(scores_BKLC: Tensor, is_target_BL: Tensor) -> Tensor:
+    """The largest of the queries that count: [B, K, C]."""
+    return scores_BKLC.masked_fill(~is_target_BL[:, None, :, None], -1e30).amax(2)
+
+
+def _divergence(scores_C: Tensor, weights_C: Tensor) -> Tensor:
+    """KL over the last dimension but for its ends; 0 where they have all the weight."""
+    scores, weights = scores_C[..., 1:-1], weights_C[..., 1:-1]
+    shares = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
+    return (torch.special.xlogy(shares, shares) - shares * scores.log_softmax(-1)).sum(-1)
 
 
 @torch.no_grad()
@@ -265,23 +310,6 @@ def mark_heads(gates: Sequence[BlockGate], share: float) -> None:
     is_marked[worst.indices[worst.values > 0]] = True
     for gate, marks in zip(gates, is_marked.view_as(missed), strict=True):
         gate.is_marked.copy_(marks)
-
-
-def gate_divergence(scores_BKTC: Tensor, targets_BKTC: Tensor, start: int) -> Tensor:
-    """KL(target ‖ softmax(score)) of every query in nats: [B, K, T]; 0 where nothing is earlier."""
-    tokens, blocks = scores_BKTC.shape[2:]
-    positions_T = start + torch.arange(tokens, device=scores_BKTC.device)
-    is_earlier_TC = _is_earlier(positions_T, blocks)
-    masked = scores_BKTC.masked_fill(~is_earlier_TC, -1e30)
-    log_shares = masked.log_softmax(-1)
-    terms = torch.special.xlogy(targets_BKTC, targets_BKTC) - targets_BKTC * log_shares
-    return (terms * is_earlier_TC).sum(-1)
-
-
-def _is_earlier(positions_T: Tensor, blocks: int) -> Tensor:
-    """Whether a block ends before the one that the query is in: bool [T, C]."""
-    own_T1 = (positions_T // BLOCK)[:, None]
-    return torch.arange(blocks, device=positions_T.device) < own_T1
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:

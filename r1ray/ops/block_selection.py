@@ -15,7 +15,7 @@ Shape legend: B rows, K groups, U units, C blocks of keys, M chosen ones.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "DENSE_BLOCKS",
     "TOKENS_TOGETHER",
     "choose_blocks",
+    "count_both",
     "count_chosen",
     "split_tokens",
 ]
@@ -43,15 +44,23 @@ def count_chosen(own: int) -> int:
     return min(earlier, 1 + min(_MOST, max(_LEAST, math.ceil(1.5 * math.log2(own + 1)))))
 
 
-def choose_blocks(scores_BKUC: Tensor, own_BU: Tensor) -> Tensor:
+def count_both(own: int) -> int:
+    """As `count_chosen`, of a choice of two kinds, each of which keeps as many."""
+    return min(max(0, own - 1), 2 * count_chosen(own))
+
+
+def choose_blocks(
+    scores_BKUC: Tensor, own_BU: Tensor, count: Callable[[int], int] = count_chosen
+) -> Tensor:
     """Numbers of the chosen blocks, -1 behind them: int64 [B, K, U, M], best first.
 
     Args:
         scores_BKUC: float; higher is better. Blocks that are too late may hold anything.
         own_BU: int64, the block that each unit's queries are in, at most C + 1; B may be 1.
+        count: how many a unit keeps, by its own block.
     """
     device, blocks = scores_BKUC.device, scores_BKUC.shape[3]
-    counts_C = torch.tensor([count_chosen(own) for own in range(blocks + 2)], device=device)
+    counts_C = torch.tensor([count(own) for own in range(blocks + 2)], device=device)
     counts_BU = counts_C[own_BU]
     most = int(counts_BU.max()) if counts_BU.numel() else 0
     blocks_C = torch.arange(blocks, device=device)

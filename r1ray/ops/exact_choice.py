@@ -3,7 +3,8 @@
 For marked heads of `r1ray.ops.block_gate`, which look for single tokens. A softmax over the largest
 score in every block up to its own gives a query's shares of the blocks; a block counts as the
 largest share that any of the unit's queries gives it. The group keeps the best of these instead of
-those that its gate has chosen, and as many.
+those that its gate has chosen, and as many. A single query keeps them besides: the group's other
+heads look where the gate says, and one query reads few blocks anyway.
 
 Price: the products of queries and keys of dense attention, without its softmax and its sums of
 values; half of it on a CPU, a quarter in int8. They grow with n² as well, in a few of the heads.
@@ -19,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK, choose_blocks, count_chosen, split_tokens
+from r1ray.ops.block_selection import (
+    BLOCK,
+    choose_blocks,
+    count_both,
+    count_chosen,
+    split_tokens,
+)
 from r1ray.ops.cached_states import CachedStates
 
 __all__ = ["choose_exact"]
@@ -33,8 +40,8 @@ def choose_exact(
     is_marked_N: Tensor,
     chosen_BKUM: Tensor,
     starts: list[int],
-) -> None:
-    """Replace what gates have chosen in groups of marked heads.
+) -> Tensor:
+    """What is kept, [B, K, U, M'], -1 behind it; M' is larger than M where units have one token.
 
     Args:
         q_BNTH: with rotary positions; those of row b are at positions starts[b], starts[b] + 1, ...
@@ -44,28 +51,34 @@ def choose_exact(
             every start is a multiple of 64, and T is one.
     """
     if not chosen_BKUM.numel():  # no unit has blocks to choose from
-        return
+        return chosen_BKUM
     units = chosen_BKUM.shape[2]
     unit = 1 if units == q_BNTH.shape[2] else BLOCK
     owns_BU = [[(start + at * unit) // BLOCK for at in range(units)] for start in starts]
+    if unit == 1:
+        most = max(count_both(own) for row in owns_BU for own in row)
+        chosen_BKUM = F.pad(chosen_BKUM, (0, max(0, most - chosen_BKUM.shape[3])), value=-1)
+    else:
+        chosen_BKUM = chosen_BKUM.clone()
     if native.can_attend(q_BNTH, k.data_BKSH):
         counts = [[count_chosen(own) for own in row] for row in owns_BU]
         native.choose_exact(
             *(q_BNTH, k.data_BKSH, is_marked_N, counts, starts, chosen_BKUM),
             key_scale_BKS=k.scale_BKS,
         )
-        return
+        return chosen_BKUM
     is_marked_KG = is_marked_N.unflatten(0, (k.shape[1], -1))
     if unit == 1:
         for part, q, before in split_tokens(q_BNTH, chosen_BKUM):
             _choose_tokens(q, k, is_marked_KG, before, [start + part.start for start in starts])
-        return
+        return chosen_BKUM
     q_BKGTH = q_BNTH.unflatten(1, (k.shape[1], -1))
     for group in is_marked_KG.any(1).nonzero().flatten().tolist():
         for row, owns in enumerate(owns_BU):
             q_GTH = q_BKGTH[row, group, is_marked_KG[group]]
             best_UM = _choose_row(q_GTH, k.row(row).group(group), owns)
             chosen_BKUM[row, group, :, : best_UM.shape[1]] = best_UM
+    return chosen_BKUM
 
 
 def _choose_tokens(
@@ -75,7 +88,7 @@ def _choose_tokens(
     chosen_BKTM: Tensor,
     starts: list[int],
 ) -> None:
-    """Of a few single queries."""
+    """Of a few single queries; `chosen_BKTM` is written in place."""
     at_T = torch.arange(q_BNTH.shape[2], device=q_BNTH.device)
     position_BT = torch.tensor(starts, device=q_BNTH.device)[:, None] + at_T
     blocks = (max(starts) + len(at_T) - 1) // BLOCK + 1
@@ -85,7 +98,9 @@ def _choose_tokens(
     scores_BKGTS = q_BKGTH @ k_BKSH.transpose(2, 3)[:, :, None] / math.sqrt(k_BKSH.shape[3])
     shares_BKGTC = _share_blocks(scores_BKGTS, position_BT[:, None, None])
     worth_BKTC = (shares_BKGTC * is_marked_KG[..., None, None]).amax(2)
-    best = choose_blocks(worth_BKTC, position_BT // BLOCK)
+    is_before_BKTC = (chosen_BKTM[..., None] == torch.arange(blocks, device=k_BKSH.device)).any(3)
+    worth_BKTC = worth_BKTC.masked_fill(is_before_BKTC, math.inf)
+    best = choose_blocks(worth_BKTC, position_BT // BLOCK, count_both)
     before = chosen_BKTM[..., : best.shape[3]]
     before.copy_(torch.where(is_marked_KG.any(1)[:, None, None], best, before))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from r1ray.exchange.codecs import get_codec
-from r1ray.ops.block_selection import BLOCK
+from r1ray.ops.block_selection import BLOCK, count_chosen
 from r1ray.ops.block_sparse import block_sparse_attention, reference_attention
 from r1ray.ops.cached_states import CachedStates, quantize_states
 from r1ray.ops.causal_attention import cached_attention, causal_attention
@@ -157,7 +157,8 @@ def test_attention_over_a_cache_equals_that_on_a_cpu(
 
 def test_marked_heads_choose_the_same_blocks() -> None:
     q, k = _normal(1, 6, 2 * BLOCK, 32), CachedStates(_normal(1, 2, 50 * BLOCK, 32, seed=1))
-    arguments = (torch.tensor([False, True] * 3), torch.zeros(1, 2, 2, 1).long())
+    chosen = torch.zeros(1, 2, 2, count_chosen(49)).long()
+    arguments = (torch.tensor([False, True] * 3), chosen)
     expected = choose_exact(q, k, *arguments, [48 * BLOCK])
     moved = [item.to(CUDA) for item in arguments]
     found = choose_exact(q.to(CUDA), CachedStates(k.data_BKSH.to(CUDA)), *moved, [48 * BLOCK])

@@ -6,7 +6,8 @@
 //    split for the threads to share (token_peaks.h).
 // 2. A softmax over the largest score in each block gives every query's shares of the blocks; a
 //    block counts as the largest of them.
-// 3. The first block and the best of the others (block_choice.h), instead of what was there.
+// 3. The first block and the best of the others (block_choice.h), instead of what was there; besides
+//    what was there where units are single queries.
 //
 // A unit that keeps all earlier blocks scores none.
 //
@@ -49,7 +50,7 @@ struct ExactTask {
   int64_t early;   // blocks it may choose from
   int64_t count;
   bool needs_scores;
-  int64_t* chosen;  // out
+  int64_t* chosen;  // of `out`
 };
 
 struct ExactScratch {
@@ -165,6 +166,7 @@ ExactTask describe_task(const ExactJob& job, int64_t number) {
   const int64_t own = task.first / kBlock;
   task.early = own < 1 ? 0 : own - 1;
   task.count = job.counts[task.row * job.U + task.unit];
+  if (job.unit == 1) task.count = std::min(2 * task.count, std::max(task.count, task.early));
   task.needs_scores = task.heads > 0 && task.count > 0 && task.count < task.early;
   task.chosen = job.out + ((task.row * job.K + task.group) * job.U + task.unit) * job.M;
   return task;

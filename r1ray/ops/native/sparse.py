@@ -178,7 +178,7 @@ def choose_exact(
     key_scale_BKS: Tensor | None = None,
     isa: int | None = None,
 ) -> None:
-    """`r1ray.ops.exact_choice.choose_exact` on the CPU: `chosen` is written in place.
+    """`r1ray.ops.exact_choice.choose_exact` on the CPU: `chosen_BKUM` is written in place.
 
     Float keys and single queries are multiplied in float32. Other queries are rounded to int8 where
     keys are and the processor has such products, which moves a score by up to 1/254 of the largest
@@ -189,8 +189,9 @@ def choose_exact(
         q_BNTH: float32, with rotary positions.
         k_BKSH: float32; or int8, and their floats are these times the scales.
         is_marked_N: bool.
-        chosen_BKUM: contiguous int64. Units have one token where U = T; else 64, and then every
-            start is a multiple of 64, and T is one.
+        counts_BU: `count_chosen` of each unit's block.
+        chosen_BKUM: contiguous int64. Units have one token where U = T, and there is room for
+            `count_both` then; else 64, and then every start is a multiple of 64, and T is one.
     Raises:
         ShapeError: shapes, dtypes, starts or counts do not fit each other.
     """

@@ -52,7 +52,7 @@ TARGET inline void find_token_peaks(const ExactJob& job, const ExactTask& task, 
   }
 }
 
-// As `score_exactly`, of a single query, whose peaks are in `scratch`.
+// As `score_exactly`, of a single query, whose peaks are in `scratch`; what it has chosen comes first.
 TARGET inline void score_peaks(const ExactJob& job, const ExactTask& task,
                                const ExactScratch& scratch) {
   const int64_t blocks = task.early + 2, end = round_up(blocks, kLanes);
@@ -75,4 +75,6 @@ TARGET inline void score_peaks(const ExactJob& job, const ExactTask& task,
       store(scratch.scores + i, larger(share, load(scratch.scores + i)));  // NaN is worth nothing
     }
   }
+  for (int64_t i = 0; i < job.M && task.chosen[i] >= 0; ++i)
+    if (task.chosen[i] < task.early) scratch.scores[task.chosen[i]] = INFINITY;
 }

@@ -4,18 +4,20 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from r1ray.ops.block_gate import (
     BlockGate,
     count_missed,
-    gate_divergence,
+    gate_loss,
     gate_targets,
     kept_blocks,
     mark_heads,
     pool_keys,
+    unit_recall,
 )
-from r1ray.ops.block_selection import BLOCK, count_chosen
+from r1ray.ops.block_selection import BLOCK, count_both, count_chosen
 from r1ray.ops.cached_states import CachedStates
 
 N, K, H = 4, 2, 16
@@ -40,49 +42,54 @@ def test_pooled_keys_are_of_whole_blocks() -> None:
     torch.testing.assert_close(pooled[1, 1, 1], expected)
 
 
-def test_targets_are_shares_of_the_largest_attention_of_each_earlier_block() -> None:
-    q, k = _normal(1, N, 10, H, seed=1), _normal(1, K, 210, H, seed=2)
-    start = 195
-    found, _ = gate_targets(q, k, start)
-    assert found.shape == (1, K, 10, 3)
-    for head in range(K):
-        for row in range(10):
-            position = start + row
-            best = torch.zeros(3)
-            for query_head in range(head * N // K, (head + 1) * N // K):
-                scores = k[0, head, : position + 1] @ q[0, query_head, row] / math.sqrt(H)
-                shares = scores.softmax(0)
-                for block in range(3):
-                    part = shares[block * BLOCK : (block + 1) * BLOCK]
-                    best[block] = torch.maximum(best[block], part.max())
-            torch.testing.assert_close(found[0, head, row], best / best.sum())
+def test_targets_are_the_largest_attention_of_each_earlier_block() -> None:
+    start, tokens = 3 * BLOCK, 10
+    q, k = _normal(1, N, tokens, H, seed=1), _normal(1, K, 300, H, seed=2)
+    found = gate_targets(q, k, start)
+    assert found.shape == (1, N, tokens, 3)
+    for head in range(N):
+        for row in range(tokens):
+            keys = k[0, head * K // N, : start + row + 1]
+            shares = (keys @ q[0, head, row] / math.sqrt(H)).softmax(0)
+            expected = shares[:start].unflatten(0, (3, BLOCK)).amax(1)
+            torch.testing.assert_close(found[0, head, row], expected)
 
 
-def test_a_querys_own_block_and_rows_without_earlier_ones_are_left_out() -> None:
-    q, k = _normal(1, N, 128, H, seed=1), _normal(1, K, 128, H, seed=2)
-    targets, _ = gate_targets(q, k, 0)
-    assert (targets[:, :, :BLOCK] == 0).all()
-    assert (targets[:, :, BLOCK:, 0] == 1).all()
-    assert (targets[:, :, BLOCK:, 1] == 0).all()
-    loss = gate_divergence(_normal(1, K, 128, 2, seed=3), targets, 0)
-    assert (loss == 0).all()  # one earlier block leaves nothing to guess
+def test_the_loss_is_that_of_queries_and_of_their_unit() -> None:
+    """Of the blocks that may be chosen, and of queries with a target."""
+    scores, largest = _normal(1, 1, 3, 6, seed=0), _normal(1, 2, 3, 6, seed=1).abs()
+    needs = largest.amax(1)[0, :2, 1:-1]  # of the group, without the last query
+    shares, of_unit = needs / needs.sum(1, keepdim=True), needs.amax(0) / needs.amax(0).sum()
+    guesses = scores[0, 0, :2, 1:-1]
+    expected = F.kl_div(guesses.log_softmax(1), shares, reduction="sum")
+    expected += 2 * F.kl_div(guesses.amax(0).log_softmax(0), of_unit, reduction="sum")
+    is_target = torch.tensor([[True, True, False]])
+    torch.testing.assert_close(gate_loss(scores, largest, is_target), expected)
+    other = torch.cat([_normal(1, 1, 3, 6, seed=2), scores]), torch.cat([largest] * 2)
+    none_first = torch.cat([torch.zeros(1, 3, dtype=torch.bool), is_target])
+    torch.testing.assert_close(gate_loss(*other, none_first), expected)  # padding, in a batch
 
 
-def test_chunks_of_queries_have_the_targets_of_the_whole() -> None:
-    q, k = _normal(1, N, 300, H, seed=1), _normal(1, K, 300, H, seed=2)
-    whole, _ = gate_targets(q, k, 0)
-    parts = [gate_targets(q[:, :, at : at + 100], k, at)[0] for at in (0, 100, 200)]
-    torch.testing.assert_close(torch.cat(parts, dim=2), whole)
+def test_the_loss_vanishes_where_scores_say_what_is_needed() -> None:
+    largest = _normal(1, N, 1, 7, seed=0).softmax(-1)
+    of_groups = largest.unflatten(1, (K, -1)).amax(2)
+    loss = gate_loss(of_groups.log() + 3.0, largest, torch.ones(1, 1, dtype=torch.bool))
+    torch.testing.assert_close(loss, torch.zeros(()), rtol=0, atol=1e-6)
 
 
-def test_the_divergence_is_that_of_shares_and_vanishes_at_the_target() -> None:
-    targets = torch.softmax(_normal(1, K, 1, 5, seed=0), -1)
-    scores = _normal(1, K, 1, 5, seed=1)
-    found = gate_divergence(scores, targets, 5 * BLOCK)
-    expected = torch.nn.functional.kl_div(scores.log_softmax(-1), targets, reduction="none").sum(-1)
-    torch.testing.assert_close(found, expected)
-    exact = gate_divergence(targets.log() + 3.0, targets, 5 * BLOCK)
-    torch.testing.assert_close(exact, torch.zeros_like(exact), rtol=0, atol=1e-6)
+def test_recall_is_of_what_units_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 4)
+    scores, largest = torch.zeros(2, 1, 2, 20), torch.zeros(2, 1, 2, 20)
+    scores[:, :, 0, 1:5] = 2.0  # which the unit keeps, with
+    scores[:, :, 1, 5:8] = 1.0  # these
+    largest[..., 0] = largest[..., 19] = 0.9  # always kept
+    largest[0, 0, 0, 3] = largest[0, 0, 1, 6] = 0.3
+    largest[0, 0, :, 15] = 0.2
+    is_target = torch.tensor([[True, True], [False, False]])
+    assert unit_recall(scores, largest, is_target).tolist() == [[pytest.approx(0.6 / 0.8)]]
+    is_target[0, 0] = False  # then nothing of the first query counts
+    scores[:, :, 1, 8:16] = 0.5
+    assert unit_recall(scores, largest, is_target).tolist() == [[pytest.approx(0.3 / 0.5)]]
 
 
 def test_scores_depend_on_distance_alone() -> None:
@@ -104,16 +111,15 @@ def test_a_gate_learns_where_attention_goes() -> None:
     for block in range(blocks):  # one key of each block stands out
         at = block * BLOCK + int(torch.randint(BLOCK, (), generator=generator))
         k[:, at] = 3.0 * torch.randn(K, H, generator=generator)
-    q = 2.0 * torch.randn(1, 256, N, H, generator=generator)
-    start = tokens - 256
-    targets, _ = gate_targets(q.transpose(1, 2), k.transpose(1, 2), start)
-    gate = BlockGate(N, K, H)
+    q = 2.0 * torch.randn(1, BLOCK, N, H, generator=generator)
+    largest = gate_targets(q.transpose(1, 2), k.transpose(1, 2), tokens - BLOCK)
+    gate, is_target = BlockGate(N, K, H), torch.ones(1, BLOCK, dtype=torch.bool)
     flat = (torch.ones(1, 1, 1, H), torch.zeros(1, 1, 1, H))  # no positions
     optimizer = torch.optim.Adam(gate.parameters(), lr=1e-2)
     losses = []
     for _ in range(150):
-        scores = gate.scores(gate.queries(q, *flat), gate.keys(pool_keys(k), *flat))
-        loss = gate_divergence(scores, targets, start).mean()
+        keys = gate.keys(pool_keys(k), *flat)[:, :, :-1]
+        loss = gate_loss(gate.scores(gate.queries(q, *flat), keys), largest, is_target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -153,7 +159,7 @@ def test_heads_that_miss_most_are_marked() -> None:
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize(("starts", "tokens", "unit"), [([1920], 300, 64), ([1500, 2000], 1, 1)])
-def test_groups_of_marked_heads_choose_by_keys_instead(
+def test_groups_of_marked_heads_choose_by_keys(
     starts: list[int], tokens: int, unit: int, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", 4)
@@ -176,6 +182,7 @@ def test_groups_of_marked_heads_choose_by_keys_instead(
         for at in range(tokens // unit):
             own = (start + at * unit) // BLOCK
             of_keys = set(found[row, 1, at].tolist()) - {-1}
-            assert len(of_keys) == count_chosen(own) < own - 1
-            assert of_keys != set(plain[row, 1, at].tolist()) - {-1}
+            of_gate = set(plain[row, 1, at].tolist()) - {-1}
+            assert len(of_keys) == (count_both(own) if unit == 1 else count_chosen(own)) < own - 1
+            assert of_keys > of_gate if unit == 1 else of_keys != of_gate
             assert set(found[row, 0, at].tolist()) - {-1} == set(plain[row, 0, at].tolist()) - {-1}

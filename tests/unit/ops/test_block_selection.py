@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1ray.ops.block_selection import DENSE_BLOCKS, choose_blocks, count_chosen
+from r1ray.ops.block_selection import DENSE_BLOCKS, choose_blocks, count_both, count_chosen
 
 
 def test_the_number_of_blocks_grows_with_the_logarithm_of_the_position() -> None:
@@ -13,6 +13,7 @@ def test_the_number_of_blocks_grows_with_the_logarithm_of_the_position() -> None
     assert count_chosen(DENSE_BLOCKS) == 1 + 8  # 1.5 * log2(33) = 7.6
     assert count_chosen(127) == 1 + 11  # 8,192 tokens: 10.5
     assert count_chosen(1023) == 1 + 15
+    assert [count_both(own) for own in (0, 1, 5, 31, 127)] == [0, 0, 4, 30, 24]
     assert max(count_chosen(own) for own in range(DENSE_BLOCKS, 20_000)) <= 65
 
 

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK, TOKENS_TOGETHER, count_chosen
+from r1ray.ops.block_selection import (
+    BLOCK,
+    TOKENS_TOGETHER,
+    choose_blocks,
+    count_both,
+    count_chosen,
+)
 from r1ray.ops.cached_states import CachedStates, quantize_states
 from r1ray.ops.exact_choice import choose_exact
 
@@ -37,18 +43,9 @@ def _states(k: Tensor, dtype: torch.dtype) -> CachedStates:
 
 
 def _by_torch(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Tensor:
-    """The last but one of the arguments is what gates have chosen."""
     with monkeypatch.context() as patch:
         patch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
-        return _choose(*arguments)
-
-
-def _choose(
-    q: Tensor, k: CachedStates, is_marked: Tensor, before: Tensor, starts: list[int]
-) -> Tensor:
-    chosen = before.clone()
-    choose_exact(q, k, is_marked, chosen, starts)
-    return chosen
+        return choose_exact(*arguments)
 
 
 def _shares(q_GLH: Tensor, k_SH: Tensor, first: int) -> Tensor:
@@ -85,21 +82,24 @@ def test_the_blocks_with_the_greatest_shares_are_chosen(
     marks = _random(heads * groups, seed=seed + 2) > 0
     of_groups = marks.unflatten(0, (groups, heads))
     owns = [[(start + at * unit) // BLOCK for at in range(units)] for start in first]
-    most = max(count_chosen(max(row)) for row in owns)
-    before = torch.full((batch, groups, units, most), -1)
+    scores = _random(batch, groups, units, max(map(max, owns)) + 1, seed=seed + 3)
+    before = choose_blocks(scores, torch.tensor(owns))  # by gates
+    most = before.shape[3]
     with pytest.MonkeyPatch.context() as patch:
         if isa < 0:
             patch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
         else:
             patch.setattr("r1ray.ops.native.sparse.best_isa", lambda: isa)
-        chosen = _choose(q, k, marks, before, first)
+        chosen = choose_exact(q, k, marks, before, first)
     unmarked = ~of_groups.any(1)
-    assert torch.equal(chosen[:, unmarked], before[:, unmarked])
+    assert torch.equal(chosen[:, unmarked, :, :most], before[:, unmarked])
+    assert (chosen[:, unmarked, :, most:] == -1).all()
     floats = k.floats()
     for row, start in enumerate(first):
         for at in range(units):
             own = (start + at * unit) // BLOCK
-            count = count_chosen(own)
+            kept = count_chosen(own) if unit == 1 else min(1, count_chosen(own))
+            count = count_both(own) if unit == 1 else count_chosen(own)
             for group in of_groups.any(1).nonzero().flatten().tolist():
                 found = chosen[row, group, at]
                 assert (found[count:] == -1).all()
@@ -107,13 +107,15 @@ def test_the_blocks_with_the_greatest_shares_are_chosen(
                 if count in (0, own - 1):
                     assert found[:count].sort().values.tolist() == list(range(count))
                     continue
-                assert found[0] == 0
-                assert 0 < int(found[1:count].min()) <= int(found[1:count].max()) <= own - 2
+                assert 0 <= int(found[:count].min()) <= int(found[:count].max()) <= own - 2
+                first_ones = before[row, group, at, :kept]
+                assert set(found[:kept].tolist()) == set(first_ones.tolist())
                 part = slice(at * unit, (at + 1) * unit)
                 queries = q[row].unflatten(0, (groups, heads))[group, of_groups[group], part]
                 shares = _shares(queries, floats[row, group], start + at * unit)
-                best = shares[1 : own - 1].sort(descending=True).values[: count - 1]
-                worth = shares[found[1:count]].sort(descending=True).values
+                worth = shares[found[kept:count]].sort(descending=True).values
+                shares[first_ones] = 0
+                best = shares[: own - 1].sort(descending=True).values[: count - kept]
                 is_rounded = dtype == torch.int8 and isa >= 2 and unit == BLOCK
                 tolerance = 0.05 if is_rounded else 1e-4
                 assert ((best - worth) <= tolerance * best + 1e-4).all()
@@ -132,10 +134,10 @@ def test_a_single_token_that_one_query_looks_for_is_found(
         q,
         _states(k, dtype),
         torch.tensor([False, True, False]),
-        torch.zeros(1, 1, 1, count_chosen(own)).long(),
+        torch.tensor([[[[0] + [-1] * (count_chosen(own) - 1)]]]),
     )
     for chosen in (
-        _choose(*arguments, [own * BLOCK]),
+        choose_exact(*arguments, [own * BLOCK]),
         _by_torch(monkeypatch, *arguments, [own * BLOCK]),
     ):
         assert chosen[0, 0, 0, :2].tolist() == [0, needle // BLOCK]
@@ -155,7 +157,7 @@ def test_what_one_query_needs_counts_more_than_what_all_like_a_little(isa: int) 
             patch.setattr("r1ray.ops.native.can_attend", lambda *_: False)
         else:
             patch.setattr("r1ray.ops.native.sparse.best_isa", lambda: isa)
-        chosen = _choose(q, CachedStates(k), torch.tensor([True]), before, [own * BLOCK])
+        chosen = choose_exact(q, CachedStates(k), torch.tensor([True]), before, [own * BLOCK])
     assert chosen[0, 0, 0, :2].tolist() == [0, 33]
 
 
@@ -201,13 +203,13 @@ def test_many_single_queries_choose_as_each_does_alone(monkeypatch: pytest.Monke
     )
     is_marked = torch.tensor([False, True, False, False])
     start = own * BLOCK
-    most = count_chosen((start + tokens - 1) // BLOCK)
-    chosen = torch.zeros(1, 2, tokens, most, dtype=torch.long)
+    owns = torch.arange(start, start + tokens)[None] // BLOCK
+    chosen = choose_blocks(torch.randn(1, 2, tokens, 14, generator=generator), owns)
 
     together = _by_torch(monkeypatch, q, CachedStates(k), is_marked, chosen, [start])
 
     for at in (0, TOKENS_TOGETHER - 1, TOKENS_TOGETHER, tokens - 1):
         arguments = (q[:, :, at : at + 1], CachedStates(k), is_marked, chosen[:, :, at : at + 1])
         alone = _by_torch(monkeypatch, *arguments, [start + at])
-        count = count_chosen((start + at) // BLOCK)
+        count = count_both((start + at) // BLOCK)
         assert torch.equal(together[:, :, at : at + 1, :count], alone[..., :count])

@@ -21,13 +21,14 @@ from r1ray.models.gates import (
 )
 from r1ray.models.quantization import quantize_modules
 from r1ray.ops.block_gate import BlockGate
+from r1ray.ops.block_selection import BLOCK
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
 from r1ray.training.gates import GateTraining
 from r1ray.training.step import TrainState
 from tests.fakes import tiny_model
 from tests.unit.training.batches import random_batch
 
-BATCH = random_batch(2, 250, seed=0)
+BATCH = random_batch(2, 400, seed=0)
 
 
 def _gated(seed: int = 0) -> Decoder:
@@ -37,8 +38,8 @@ def _gated(seed: int = 0) -> Decoder:
     return model
 
 
-def _state(model: Decoder, query_chunk: int = 64) -> TrainState:
-    gates = GatesConfig(query_chunk=query_chunk)
+def _state(model: Decoder) -> TrainState:
+    gates = GatesConfig()
     config = TrainConfig(
         num_steps=40, warmup_steps=2, precision="fp32", learning_rate=2e-2, gates=gates
     )
@@ -67,32 +68,24 @@ def test_gates_learn_and_nothing_else_changes() -> None:
     assert all(attention.observe is None for attention in list_attentions(model))
 
 
-def test_chunks_of_queries_change_nothing() -> None:
-    losses = [
-        GateTraining(GatesConfig(query_chunk=chunk)).loss(_gated(), BATCH) for chunk in (7, 64, 999)
-    ]
-    torch.testing.assert_close(losses[1], losses[0])
-    torch.testing.assert_close(losses[2], losses[0])
-
-
-def test_recall_is_the_share_of_attention_in_kept_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recall_is_the_share_of_needs_in_kept_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert GateTraining(GatesConfig()).recall is None
     batch = random_batch(2, 400, seed=3)
     found = []
-    for dense, chunk, most in ((32, 512, 64), (2, 512, 64), (2, 512, 0), (2, 100, 0)):
+    for dense, most in ((32, 64), (2, 64), (2, 2), (2, 0)):
         monkeypatch.setattr("r1ray.ops.block_selection.DENSE_BLOCKS", dense)
         monkeypatch.setattr("r1ray.training.gates.DENSE_BLOCKS", dense)
         monkeypatch.setattr("r1ray.ops.block_selection._LEAST", min(4, most))
         monkeypatch.setattr("r1ray.ops.block_selection._MOST", most)
-        objective = GateTraining(GatesConfig(query_chunk=chunk))
+        objective = GateTraining(GatesConfig())
         objective.loss(_gated(), batch)
         found.append(objective.recall)
-    short, all_of_few, some, in_chunks = found
+    short, all_of_few, some, none = found
     assert short is None  # nothing is chosen
     assert all_of_few == pytest.approx(1.0)  # of up to six blocks
     assert some is not None
-    assert 0.3 < some < 0.9  # the first and the one before
-    assert in_chunks == pytest.approx(some)
+    assert 0.4 < some < 0.95  # two of one to four
+    assert none == 0.0
 
 
 def test_what_gates_miss_marks_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,39 +113,59 @@ def test_what_answers_look_for_is_what_marks(monkeypatch: pytest.MonkeyPatch) ->
         "r1ray.training.gates.count_missed",
         lambda _kept, largest: torch.arange(largest.shape[2]).float().expand(largest.shape[:3]),
     )
-    labels = torch.full((2, 250), IGNORED)
-    labels[0, 100] = labels[0, 102] = 1
-    labels[1, 200] = 1
-    batch = MicroBatch(BATCH.input_ids_BT[:2], labels, 500, 3)
-    model, objective = _gated(), GateTraining(GatesConfig(query_chunk=512))
+    labels = torch.full((2, 400), IGNORED)
+    labels[0, 4 * BLOCK + 44] = labels[0, 4 * BLOCK + 46] = 1
+    labels[1, 3 * BLOCK + 8] = 1
+    batch = MicroBatch(BATCH.input_ids_BT[:2], labels, 800, 3)
+    model, objective = _gated(), GateTraining(GatesConfig())
     objective.loss(model, objective.draw(model, batch, 0))
     for attention in list_attentions(model):
         assert isinstance(attention.gate, BlockGate)
-        expected = torch.full_like(attention.gate.missed, 0.05 * (101 + 200) / 2)
+        expected = torch.full_like(attention.gate.missed, 0.05 * (45 + 8) / 2)
         torch.testing.assert_close(attention.gate.missed, expected)
 
 
-def test_every_token_up_to_the_last_target_is_learned_from() -> None:
+def test_every_token_of_a_unit_up_to_the_last_target_is_learned_from() -> None:
     labels = BATCH.labels_BT.clone()
-    labels[:, :150] = IGNORED
-    labels[1, 200:] = IGNORED  # padding behind an answer
+    labels[:, :230] = IGNORED
+    labels[1, 240:] = IGNORED  # padding behind an answer
     batch = dataclasses.replace(BATCH, labels_BT=labels, num_targets=int((labels >= 0).sum()))
     drawn = GateTraining(GatesConfig()).draw(_gated(), batch, 0)
+    first = 3 * BLOCK  # before, there is nothing to choose
     lasts = [int((row != IGNORED).nonzero()[-1]) for row in labels]
-    assert drawn.num_targets == sum(lasts) + len(lasts)
+    assert drawn.num_targets == sum(last + 1 - first for last in lasts)
+    assert (drawn.labels_BT[:, :first] == IGNORED).all()
     for row, last in enumerate(lasts):
-        following = batch.input_ids_BT[row, 1 : last + 2]
-        assert torch.equal(drawn.labels_BT[row, : last + 1], following)
+        following = batch.input_ids_BT[row, first + 1 : last + 2]
+        assert torch.equal(drawn.labels_BT[row, first : last + 1], following)
         assert (drawn.labels_BT[row, last + 1 :] == IGNORED).all()
 
 
-def test_sequences_of_less_than_a_block_teach_nothing() -> None:
+def test_units_are_drawn_anew_and_half_of_them_answer() -> None:
+    batch = random_batch(1, 60 * BLOCK, seed=4)
+    labels = torch.full_like(batch.labels_BT, IGNORED)
+    labels[0, 40 * BLOCK + 5] = labels[0, 50 * BLOCK :: BLOCK] = 1
+    batch = dataclasses.replace(batch, labels_BT=labels)
+    objective, model = GateTraining(GatesConfig(num_units=8)), _gated()
+    steps = [objective.draw(model, batch, step) for step in (0, 0, 1)]
+    units = [
+        {at // BLOCK for at in (item.labels_BT[0] != IGNORED).nonzero().flatten().tolist()}
+        for item in steps
+    ]
+    assert units[0] == units[1] != units[2]
+    for found in units:
+        assert len(found) == 8
+        assert min(found) >= 3
+        assert len(found & {40, *range(50, 60)}) >= 4
+
+
+def test_sequences_without_blocks_to_choose_from_teach_nothing() -> None:
     state = _state(_gated())
-    assert state.run_step([random_batch(2, 40, seed=0)]).loss == 0.0
+    assert state.run_step([random_batch(2, 150, seed=0)]).loss == 0.0
 
 
 def test_packed_rows_are_refused() -> None:
-    packed = MicroBatch(BATCH.input_ids_BT[:1], BATCH.labels_BT[:1], 250, 10, (100, 150))
+    packed = MicroBatch(BATCH.input_ids_BT[:1], BATCH.labels_BT[:1], 400, 10, (150, 250))
     with pytest.raises(ShapeError, match="gates learn from whole sequences"):
         GateTraining(GatesConfig()).loss(_gated(), packed)
 
