@@ -34,15 +34,8 @@ def pick_device() -> torch.device:
     return torch.device("cuda")
 
 
-def batch_by_length(
-    samples: Iterable[Sample], most: int, *, every_token: bool = False
-) -> Iterator[MicroBatch]:
-    """Batches of similar lengths, in random order.
-
-    Args:
-        most: tokens of a batch, padding included.
-        every_token: is a target, and not the answers alone.
-    """
+def batch_by_length(samples: Iterable[Sample], most: int) -> Iterator[MicroBatch]:
+    """Batches of similar lengths, in random order; up to `most` tokens each, padding included."""
     groups: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda item: len(item.input_ids)):
         longest = len(sample.input_ids)
@@ -57,8 +50,7 @@ def batch_by_length(
         for row, item in enumerate(group):
             ids, is_target = torch.tensor(item.input_ids).long(), torch.tensor(item.is_target)
             ids_BT[row, : len(ids)] = ids
-            counted = torch.ones_like(is_target) if every_token else is_target
-            labels_BT[row, : len(ids) - 1] = torch.where(counted[1:], ids[1:], IGNORED)
+            labels_BT[row, : len(ids) - 1] = torch.where(is_target[1:], ids[1:], IGNORED)
         num_tokens = sum(len(item.input_ids) for item in group)
         yield MicroBatch(ids_BT, labels_BT, num_tokens, int((labels_BT != IGNORED).sum()))
 

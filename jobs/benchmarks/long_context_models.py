@@ -43,8 +43,7 @@ __all__ = [
 
 CONTEXT = 8192
 _FIRST_NUMBER = 1_000_000  # of training samples; the tasks that are asked begin at 0
-_TUNE_BATCH, _GATE_BATCH = 32_768, 16_384  # tokens
-_GATE_UNITS = 64  # of a batch of one or two sequences
+_TUNE_BATCHES = 2  # of as many tokens as a sample may have, in two micro-batches a step
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,12 @@ class TrainingSize:
 
     Attributes:
         tune_examples, gate_examples: of tasks.
+        tune_tokens: of the longest of the first.
         gate_documents: windows of source code.
     """
 
     tune_examples: int
+    tune_tokens: int
     gate_examples: int
     gate_documents: int
 
@@ -64,8 +65,8 @@ class TrainingSize:
 def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[Step]:
     """Teach the model in `base` the tasks; written to `target`."""
     numbers = range(_FIRST_NUMBER, _FIRST_NUMBER + size.tune_examples)
-    samples = _write_samples(base, numbers, is_task=True)
-    batches = list(batch_by_length(samples, _TUNE_BATCH))
+    samples = _write_samples(base, numbers, size.tune_tokens, is_task=True)
+    batches = list(batch_by_length(samples, _TUNE_BATCHES * size.tune_tokens))
     model = load_model(base, dtype=torch.float32).to(pick_device())
     config = TrainConfig(
         num_steps=max(2, len(batches) // 2),
@@ -83,15 +84,15 @@ def train_gates(tuned: Path, target: Path, size: TrainingSize) -> list[Step]:
     """Train gates for the model in `tuned`; both are written to `target`."""
     first = _FIRST_NUMBER + size.tune_examples
     numbers = range(first, first + size.gate_examples)
-    samples = _write_samples(tuned, numbers, is_task=True)
-    samples += _write_samples(tuned, range(size.gate_documents), is_task=False)
+    samples = _write_samples(tuned, numbers, CONTEXT, is_task=True)
+    samples += _write_samples(tuned, range(size.gate_documents), CONTEXT, is_task=False)
     random.Random(0).shuffle(samples)
-    batches = list(batch_by_length(samples, _GATE_BATCH, every_token=True))
+    batches = list(batch_by_length(samples, CONTEXT))
     model = load_model(tuned, dtype=torch.float32)
     model.requires_grad_(False)
     attach_gates(model)
     model = model.to(pick_device())
-    gates = GatesConfig(num_units=_GATE_UNITS)
+    gates = GatesConfig()
     config = TrainConfig(
         num_steps=len(batches),
         batches_per_step=1,
@@ -100,7 +101,7 @@ def train_gates(tuned: Path, target: Path, size: TrainingSize) -> list[Step]:
         precision="fp32",
         gates=gates,
     )
-    steps = train_steps(model, config, batches, GateTraining(gates))
+    steps = train_steps(model, config, batches, GateTraining(gates, seed=0))
     save_trained(model, tuned, target)
     return steps
 
@@ -115,17 +116,19 @@ def render_prompt(tokenizer: Tokenizer, text: str) -> str:
     return tokenizer.render_chat([{"role": "user", "content": text}], add_generation_prompt=True)
 
 
-def _write_samples(model_dir: Path, numbers: Sequence[int], *, is_task: bool) -> list[Sample]:
-    write = functools.partial(_write_sample, str(model_dir), is_task)
+def _write_samples(
+    model_dir: Path, numbers: Sequence[int], most: int, *, is_task: bool
+) -> list[Sample]:
+    write = functools.partial(_write_sample, str(model_dir), most, is_task)
     with multiprocessing.get_context("spawn").Pool() as pool:
         return pool.map(write, numbers, chunksize=8)
 
 
-def _write_sample(model_dir: str, is_task: bool, number: int) -> Sample:
+def _write_sample(model_dir: str, most: int, is_task: bool, number: int) -> Sample:
     tokenizer = _tokenizer(model_dir)
-    messages = write_conversation(tokenizer, number, max_tokens=CONTEXT, is_task=is_task)
+    messages = write_conversation(tokenizer, number, max_tokens=most, is_task=is_task)
     conversation = Conversation(messages)
-    [row] = tokenize_rows(tokenizer, [conversation], max_tokens=CONTEXT, overflow="truncate")
+    [row] = tokenize_rows(tokenizer, [conversation], max_tokens=most, overflow="truncate")
     if isinstance(row, RowError):
         raise row
     return row.samples[0]

@@ -241,7 +241,7 @@ def render_gates(training: Mapping[str, Any], points: int = 8) -> str:
     lines = [
         f"{steps[-1]['tokens'] / 1e6:.1f} million tokens in {len(steps)} steps, "
         f"{training['seconds']:.0f} s on {training['device']}.\n",
-        "| tokens | divergence, nats | attention in chosen blocks |",
+        "| tokens | divergences, nats | of what units need, in chosen blocks |",
         "|---|---|---|",
     ]
     for part in np.array_split(np.arange(len(steps)), min(points, len(steps))):

@@ -313,7 +313,7 @@ class BatchGenerator:
 
 
 def _attended_share(own: Sequence[int]) -> float:
-    """Of the blocks up to those numbered `own`, the share that tokens in them attend to."""
+    """Of the blocks up to those numbered `own`, the share that tokens attend to by their gates."""
     attended = sum(min(block + 1, 2 + count_chosen(block)) for block in own)
     return attended / sum(block + 1 for block in own)
 

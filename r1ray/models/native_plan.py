@@ -53,13 +53,13 @@ def plan_pieces(cache: CacheSlice, tokens: int, *, is_dense: bool) -> tuple[Any,
             for at in range(0, part.stop - part.start, unit)
         ]
         counts = [max(0, own - 1) if is_dense else count_chosen(own) for own in owns]
-        room = counts if is_dense or unit > 1 else [count_both(own) for own in owns]
+        marked = counts if is_dense or unit > 1 else [count_both(own) for own in owns]
         at = len(numbers)
-        numbers += [*firsts, *counts]
+        numbers += [*firsts, *counts, *marked]
         pieces.append(
             native.QueryPiece(
                 *(of_rows.start, len(of_rows), part.start, part.stop - part.start, unit),
-                *(max(room), at, at + len(firsts)),
+                *(max(counts), max(marked), at, at + len(firsts), at + len(firsts) + len(counts)),
             )
         )
     array = (ctypes.c_int64 * len(numbers))(*numbers)

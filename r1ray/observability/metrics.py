@@ -72,7 +72,7 @@ TRAIN_METRICS = (
         "r1ray_train_residual_norm", "gauge", "residual_norm", "Error feedback this worker keeps."
     ),
     Metric("r1ray_train_staleness_steps", "gauge", "staleness_steps", "Age of the last gradient."),
-    Metric("r1ray_train_gate_recall", "gauge", "recall", "Attention in blocks that gates choose."),
+    Metric("r1ray_train_gate_recall", "gauge", "recall", "Of what is needed, in gates' blocks."),
     Metric(
         "r1ray_train_loss_scale",
         "gauge",

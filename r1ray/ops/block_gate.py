@@ -248,17 +248,15 @@ def gate_loss(scores_BKLC: Tensor, largest_BNLC: Tensor, is_target_BL: Tensor) -
 
 @torch.no_grad()
 def unit_recall(scores_BKLC: Tensor, largest_BNLC: Tensor, is_target_BL: Tensor) -> Tensor:
-    """Of what a unit needs of the blocks that may be chosen, the share in those that are: [B', K].
+    """Of what units need of the blocks that may be chosen, the shares in those that are.
 
-    Args:
-        scores_BKLC, largest_BNLC, is_target_BL: as in `gate_loss`; rows without targets are not
-            among the B'.
+    One for each row and group that needs any; arguments as in `gate_loss`.
     """
     needs_BKC = _needs(scores_BKLC, largest_BNLC, is_target_BL).amax(2)
     scores_BK1C = _of_unit(scores_BKLC, is_target_BL)[:, :, None]
     kept_BKC = kept_blocks(scores_BK1C, scores_BKLC.shape[3] * BLOCK)[:, :, 0]
-    found_BK = (needs_BKC * kept_BKC)[..., 1:-1].sum(2) / needs_BKC[..., 1:-1].sum(2)
-    return found_BK[is_target_BL.any(1)]
+    found_BK, all_BK = ((needs_BKC * kept)[..., 1:-1].sum(2) for kept in (kept_BKC, 1))
+    return (found_BK / all_BK)[all_BK > 0]
 
 
 def _needs(scores_BKLC: Tensor, largest_BNLC: Tensor, is_target_BL: Tensor) -> Tensor:
@@ -269,12 +267,12 @@ def _needs(scores_BKLC: Tensor, largest_BNLC: Tensor, is_target_BL: Tensor) -> T
 
 def _of_unit(scores_BKLC: Tensor, is_target_BL: Tensor) -> Tensor:
     """The largest of the queries that count: [B, K, C]."""
-    return scores_BKLC.masked_fill(~is_target_BL[:, None, :, None], -1e30).amax(2)
+    return scores_BKLC.float().masked_fill(~is_target_BL[:, None, :, None], -1e30).amax(2)
 
 
 def _divergence(scores_C: Tensor, weights_C: Tensor) -> Tensor:
     """KL over the last dimension but for its ends; 0 where they have all the weight."""
-    scores, weights = scores_C[..., 1:-1], weights_C[..., 1:-1]
+    scores, weights = scores_C[..., 1:-1].float(), weights_C[..., 1:-1]
     shares = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
     return (torch.special.xlogy(shares, shares) - shares * scores.log_softmax(-1)).sum(-1)
 

@@ -41,7 +41,7 @@ def choose_exact(
     chosen_BKUM: Tensor,
     starts: list[int],
 ) -> Tensor:
-    """What is kept, [B, K, U, M'], -1 behind it; M' is larger than M where units have one token.
+    """What is kept, [B, K, U, M'], -1 behind it; with units of one token, M' may be larger than M.
 
     Args:
         q_BNTH: with rotary positions; those of row b are at positions starts[b], starts[b] + 1, ...
@@ -55,15 +55,13 @@ def choose_exact(
     units = chosen_BKUM.shape[2]
     unit = 1 if units == q_BNTH.shape[2] else BLOCK
     owns_BU = [[(start + at * unit) // BLOCK for at in range(units)] for start in starts]
-    if unit == 1:
-        most = max(count_both(own) for row in owns_BU for own in row)
-        chosen_BKUM = F.pad(chosen_BKUM, (0, max(0, most - chosen_BKUM.shape[3])), value=-1)
-    else:
-        chosen_BKUM = chosen_BKUM.clone()
+    count = count_both if unit == 1 else count_chosen
+    counts_BU = [[count(own) for own in row] for row in owns_BU]
+    most = max(map(max, counts_BU))
+    chosen_BKUM = F.pad(chosen_BKUM, (0, max(0, most - chosen_BKUM.shape[3])), value=-1)  # a copy
     if native.can_attend(q_BNTH, k.data_BKSH):
-        counts = [[count_chosen(own) for own in row] for row in owns_BU]
         native.choose_exact(
-            *(q_BNTH, k.data_BKSH, is_marked_N, counts, starts, chosen_BKUM),
+            *(q_BNTH, k.data_BKSH, is_marked_N, counts_BU, starts, chosen_BKUM),
             key_scale_BKS=k.scale_BKS,
         )
         return chosen_BKUM

@@ -1,12 +1,12 @@
 """Training the gates of block-sparse attention: the model runs as it is, frozen, and they watch.
 
-1. Every step draws a few units of queries, 64 tokens that choose together, from the whole length of
-   its sequences: half of them from those with target tokens (an answer looks for what it needs).
+1. Every step draws a few units of queries, 64 tokens that choose together, of those that do not
+   attend densely: up to half of them with target tokens (an answer looks for what it needs).
 2. In the forward of every layer, the gate's scores of these units are compared with the attention
    that the model itself pays to every earlier block (`r1ray.ops.block_gate`). All their tokens up
    to the sequence's last target count: prompts are read by the gates as well.
 3. What the gates would have missed at the target tokens marks the heads that choose by the keys
-   themselves; every sequence counts the same.
+   themselves; every sequence with such tokens counts the same.
 
 Price: one forward of the model without gradients, and N·64·T scores a layer and unit.
 """
@@ -41,19 +41,22 @@ __all__ = ["GateTraining"]
 
 
 _NEWEST = 0.05  # weight of a batch in what a gate missed lately
-_FIRST_UNIT = 3  # the first, the own block and the one before are always kept
+_FIRST_UNIT = 4  # before, there is no choice: the first, own and last block are always kept
 
 
 class GateTraining:
     """The objective of `train.gates`; every layer of the model has a gate.
 
+    Args:
+        seed: of the units, which are the same when a step is done again.
+
     Attributes:
-        recall: of the last batch, as in `Objective`: of what units need of the blocks that there
-            are to choose from, the share in those that gates alone choose, beyond the tokens that
-            attend densely; None where there are none.
+        recall: of the last batch: what units need of the blocks that there are to choose from, the
+            share in those that gates alone choose; None where all attend densely.
     """
 
-    def __init__(self, config: GatesConfig) -> None:
+    def __init__(self, config: GatesConfig, seed: int) -> None:
+        self._seed = seed
         self.recall: float | None = None
         self._num_units, self._exact_share = config.num_units, config.exact_heads
         self._is_answer_BT: Tensor | None = None  # of the batch that was drawn last
@@ -62,26 +65,30 @@ class GateTraining:
         """The batch with a target at every token of the step's units that one follows."""
         is_answer_BT = self._is_answer_BT = batch.labels_BT != IGNORED
         is_read_BT = is_answer_BT.flip(1).cumsum(1).flip(1) > 0
-        units = self._draw_units(is_answer_BT, is_read_BT, random.Random(step))
-        if units:
-            unit_T = torch.arange(is_read_BT.shape[1], device=is_read_BT.device) // BLOCK
-            is_read_BT &= torch.isin(unit_T, torch.tensor(units, device=unit_T.device))
+        chance = random.Random(f"{self._seed}-{step}-{batch.index}")
+        units = self._draw_units(is_answer_BT, is_read_BT, chance)
+        unit_T = torch.arange(is_read_BT.shape[1], device=is_read_BT.device) // BLOCK
+        # Where there is nothing to learn, one target stays: a step of none cannot be averaged.
+        is_drawn_T = torch.isin(unit_T, unit_T.new_tensor(units)) if units else unit_T < 0
+        is_drawn_T[0] |= not units
+        is_read_BT &= is_drawn_T
         labels_BT = torch.where(is_read_BT, batch.input_ids_BT.roll(-1, 1), IGNORED)
         num_targets = int(is_read_BT.sum())
         return dataclasses.replace(batch, labels_BT=labels_BT, num_targets=num_targets)
 
     def _draw_units(
-        self, is_answer_BT: Tensor, is_read_BT: Tensor, rng: random.Random
+        self, is_answer_BT: Tensor, is_read_BT: Tensor, chance: random.Random
     ) -> list[int]:
-        """Numbers of those that have blocks to choose from; with answers, half of them."""
+        """Their numbers; of shorter sequences, they are of those with anything to choose from."""
         answering, reading = (
             {at // BLOCK for at in where.any(0).nonzero().flatten().tolist()}
             for where in (is_answer_BT, is_read_BT)
         )
-        answering = {unit for unit in answering if unit >= _FIRST_UNIT}
-        units = rng.sample(sorted(answering), min(len(answering), -(-self._num_units // 2)))
-        others = sorted(unit for unit in reading.difference(units) if unit >= _FIRST_UNIT)
-        return units + rng.sample(others, min(len(others), self._num_units - len(units)))
+        first = DENSE_BLOCKS if max(reading, default=0) >= DENSE_BLOCKS else _FIRST_UNIT
+        answering, reading = ({unit for unit in of if unit >= first} for of in (answering, reading))
+        units = chance.sample(sorted(answering), min(len(answering), -(-self._num_units // 2)))
+        others = sorted(reading.difference(units))
+        return units + chance.sample(others, min(len(others), self._num_units - len(units)))
 
     def loss(self, model: Decoder, batch: MicroBatch) -> Tensor:
         """Summed over target tokens.
@@ -98,7 +105,8 @@ class GateTraining:
         is_answer_BT = is_target_BT
         if self._is_answer_BT is not None:
             is_answer_BT = is_target_BT & self._is_answer_BT
-        weight_BT = is_answer_BT / is_answer_BT.sum(1, keepdim=True).clamp_min(1) / len(ids_BT)
+        weight_BT = is_answer_BT / is_answer_BT.sum(1, keepdim=True).clamp_min(1)
+        num_answering = int(is_answer_BT.any(1).sum())
         positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         cos, sin = rotary_tables(model.config, positions_1T)
         block_cos, block_sin = cos[:, :, ::BLOCK], sin[:, :, ::BLOCK]
@@ -128,7 +136,8 @@ class GateTraining:
                 missed_N += (missed * weight_BT[:, None, part]).sum((0, 2))
                 if unit >= DENSE_BLOCKS:
                     recalls.append(unit_recall(scores, largest, is_target_BT[:, part]))
-            gate.missed.lerp_(missed_N, _NEWEST)
+            if num_answering:
+                gate.missed.lerp_(missed_N / num_answering, _NEWEST)
 
         with _observing(model, observe), torch.no_grad():
             model.hidden(ids_BT)

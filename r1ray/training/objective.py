@@ -49,8 +49,8 @@ class Objective(Protocol):
     """One instance per worker.
 
     Attributes:
-        recall: where blocks of attention are chosen, the share of it that they have, in what `loss`
-            was called with last; else None.
+        recall: where gates learn to choose blocks (`r1ray.training.gates`), the share of what is
+            needed that they choose, in what `loss` was called with last; else None.
     """
 
     @property

@@ -226,7 +226,7 @@ def _train_fusion_alone(model: Decoder) -> None:
 
 def _build_objective(job: WorkerJob, device: torch.device) -> Objective:
     if job.config.gates is not None:
-        return GateTraining(job.config.gates)
+        return GateTraining(job.config.gates, job.seed)
     if job.teaching is None:
         return CrossEntropy()
     config, logits_run_id = job.teaching.config, job.teaching.logits_run_id

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from r1ray.exchange.codecs import get_codec
-from r1ray.ops.block_selection import BLOCK, count_chosen
+from r1ray.ops.block_selection import BLOCK, choose_blocks
 from r1ray.ops.block_sparse import block_sparse_attention, reference_attention
 from r1ray.ops.cached_states import CachedStates, quantize_states
 from r1ray.ops.causal_attention import cached_attention, causal_attention
@@ -155,11 +155,17 @@ def test_attention_over_a_cache_equals_that_on_a_cpu(
     torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=tolerance)
 
 
-def test_marked_heads_choose_the_same_blocks() -> None:
-    q, k = _normal(1, 6, 2 * BLOCK, 32), CachedStates(_normal(1, 2, 50 * BLOCK, 32, seed=1))
-    chosen = torch.zeros(1, 2, 2, count_chosen(49)).long()
-    arguments = (torch.tensor([False, True] * 3), chosen)
-    expected = choose_exact(q, k, *arguments, [48 * BLOCK])
+@pytest.mark.parametrize("tokens", [2 * BLOCK, 1])
+def test_marked_heads_choose_the_same_blocks(tokens: int) -> None:
+    starts = [48 * BLOCK, 40 * BLOCK]
+    q, k = _normal(2, 6, tokens, 32), CachedStates(_normal(2, 2, 50 * BLOCK, 32, seed=1))
+    units = -(-tokens // BLOCK)
+    owns = torch.tensor(starts)[:, None] // BLOCK + torch.arange(units)
+    arguments = (
+        torch.tensor([False, True] * 3),
+        choose_blocks(_normal(2, 2, units, 50, seed=2), owns),
+    )
+    expected = choose_exact(q, k, *arguments, starts)
     moved = [item.to(CUDA) for item in arguments]
-    found = choose_exact(q.to(CUDA), CachedStates(k.data_BKSH.to(CUDA)), *moved, [48 * BLOCK])
+    found = choose_exact(q.to(CUDA), CachedStates(k.data_BKSH.to(CUDA)), *moved, starts)
     assert torch.equal(found.cpu().sort().values, expected.sort().values)

@@ -3,6 +3,16 @@
 
 int64_t count_units(const Piece& piece) { return (piece.tokens + piece.unit - 1) / piece.unit; }
 
+bool has_marks(const Forward& forward) {
+  const bool* const marks = forward.weights->is_marked;
+  return forward.chooses && std::count(marks, marks + forward.N, true) > 0;
+}
+
+// Room for the blocks that a unit chooses.
+int64_t room_of(const Forward& forward, const Piece& piece) {
+  return has_marks(forward) ? piece.room : piece.most;
+}
+
 // Where a token's keys or values begin.
 const void* state_at(const Forward& forward, const void* states, int64_t token) {
   const int64_t bytes = token * forward.H * (forward.key_scale ? 1 : int64_t{sizeof(float)});
@@ -39,7 +49,7 @@ int32_t choose(const Forward& forward, const Piece& piece, int64_t* chosen) {
   job.K = forward.K;
   job.H = forward.H;
   job.U = count_units(piece);
-  job.M = piece.most;
+  job.M = room_of(forward, piece);
   job.unit = piece.unit;
   job.isa = forward.isa;
   job.num_threads = forward.num_threads;
@@ -71,20 +81,19 @@ Job describe(const Forward& forward, const Piece& piece) {
   job.T = piece.tokens;
   job.H = forward.H;
   job.U = count_units(piece);
-  job.M = piece.most;
+  job.M = room_of(forward, piece);
   job.unit = piece.unit;
   job.isa = forward.isa;
   job.num_threads = forward.num_threads;
   return job;
 }
 
-// For groups with a marked head, instead of what was chosen for them.
+// For groups with a marked head, instead of what was chosen for them; for single queries, besides.
 int32_t choose_exactly(const Forward& forward, const Piece& piece, int64_t* chosen) {
-  const bool* const marks = forward.weights->is_marked;
-  if (!forward.chooses || std::count(marks, marks + forward.N, true) == 0) return kNone;
+  if (!has_marks(forward)) return kNone;
   ExactArguments job = describe<ExactArguments>(forward, piece);
-  job.is_marked = marks;
-  job.counts = forward.numbers + piece.counts;
+  job.is_marked = forward.weights->is_marked;
+  job.counts = forward.numbers + piece.marked;
   job.out = chosen;
   return r1ray_choose_exact(&job);
 }
@@ -113,6 +122,6 @@ void attend_pieces(Forward& forward) {
     if (is_new) forward.failure = choose(forward, piece, chosen);
     if (forward.failure == kNone) forward.failure = choose_exactly(forward, piece, chosen);
     if (forward.failure == kNone) forward.failure = attend(forward, piece, chosen);
-    chosen += piece.rows * forward.K * count_units(piece) * piece.most;
+    chosen += piece.rows * forward.K * count_units(piece) * room_of(forward, piece);
   }
 }

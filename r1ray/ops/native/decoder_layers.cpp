@@ -308,7 +308,7 @@ int32_t r1ray_decoder_layers(const r1ray::LayersArguments* arguments) {
   int64_t choices = 0;
   for (int64_t i = 0; i < forward.num_pieces; ++i) {
     const Piece& piece = forward.pieces[i];
-    choices += piece.rows * forward.K * count_units(piece) * piece.most;
+    choices += piece.rows * forward.K * count_units(piece) * piece.room;
   }
   float* const room =
       scratch.reserve(forward.M * (forward.width + 2 * queries + forward.F) + kPad);

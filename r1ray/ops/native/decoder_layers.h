@@ -27,9 +27,10 @@ struct Piece {
   int64_t row, rows;      // the first, and how many
   int64_t token, tokens;  // the first of each row's new ones, and how many
   int64_t unit;           // tokens: 64, or 1
-  int64_t most;           // blocks that any unit chooses
+  int64_t most, room;     // blocks that any unit chooses; where its layer has marked heads
   int64_t starts;         // in `numbers`: the position of each row's first
   int64_t counts;         // in `numbers`: blocks to choose, [rows][units]
+  int64_t marked;         // in `numbers`: the same in groups with a marked head
 };
 
 // Blocks of one row that are complete with the new tokens.

@@ -166,7 +166,6 @@ ExactTask describe_task(const ExactJob& job, int64_t number) {
   const int64_t own = task.first / kBlock;
   task.early = own < 1 ? 0 : own - 1;
   task.count = job.counts[task.row * job.U + task.unit];
-  if (job.unit == 1) task.count = std::min(2 * task.count, std::max(task.count, task.early));
   task.needs_scores = task.heads > 0 && task.count > 0 && task.count < task.early;
   task.chosen = job.out + ((task.row * job.K + task.group) * job.U + task.unit) * job.M;
   return task;

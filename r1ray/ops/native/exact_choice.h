@@ -18,7 +18,7 @@ struct ExactArguments {
   int64_t key_scale_row, key_scale_head;
   Pages pages;
   const bool* is_marked;  // [N]: the heads to choose for
-  const int64_t* counts;  // [B, U]: blocks to choose, each at most M; single queries keep as many more
+  const int64_t* counts;  // [B, U]: blocks to choose, each at most M
   const int64_t* starts;  // [B]
   int64_t* out;           // [B, K, U, M] contiguous; of groups without a marked head it stays. In:
                           // what single queries keep anyway, -1 behind it

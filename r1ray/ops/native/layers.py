@@ -26,7 +26,7 @@ def _fields(pointers_and_sizes: str) -> list[tuple[str, type]]:
 class QueryPiece(ctypes.Structure):
     """`Piece` of decoder_layers.h."""
 
-    _fields_ = _fields("row rows token tokens unit most starts counts")
+    _fields_ = _fields("row rows token tokens unit most room starts counts marked")
 
 
 class CompletedBlocks(ctypes.Structure):

@@ -189,9 +189,9 @@ def choose_exact(
         q_BNTH: float32, with rotary positions.
         k_BKSH: float32; or int8, and their floats are these times the scales.
         is_marked_N: bool.
-        counts_BU: `count_chosen` of each unit's block.
-        chosen_BKUM: contiguous int64. Units have one token where U = T, and there is room for
-            `count_both` then; else 64, and then every start is a multiple of 64, and T is one.
+        counts_BU: blocks that each unit keeps in groups with a marked head.
+        chosen_BKUM: contiguous int64. Units have one token where U = T; else 64, and then every
+            start is a multiple of 64, and T is one.
     Raises:
         ShapeError: shapes, dtypes, starts or counts do not fit each other.
     """

@@ -52,7 +52,8 @@ TARGET inline void find_token_peaks(const ExactJob& job, const ExactTask& task, 
   }
 }
 
-// As `score_exactly`, of a single query, whose peaks are in `scratch`; what it has chosen comes first.
+// As `score_exactly`, of a single query, whose peaks are in `scratch`; of what it keeps, the first and what is
+// in `chosen` come first.
 TARGET inline void score_peaks(const ExactJob& job, const ExactTask& task,
                                const ExactScratch& scratch) {
   const int64_t blocks = task.early + 2, end = round_up(blocks, kLanes);

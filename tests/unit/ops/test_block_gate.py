@@ -86,10 +86,10 @@ def test_recall_is_of_what_units_need(monkeypatch: pytest.MonkeyPatch) -> None:
     largest[0, 0, 0, 3] = largest[0, 0, 1, 6] = 0.3
     largest[0, 0, :, 15] = 0.2
     is_target = torch.tensor([[True, True], [False, False]])
-    assert unit_recall(scores, largest, is_target).tolist() == [[pytest.approx(0.6 / 0.8)]]
+    assert unit_recall(scores, largest, is_target).tolist() == [pytest.approx(0.6 / 0.8)]
     is_target[0, 0] = False  # then nothing of the first query counts
     scores[:, :, 1, 8:16] = 0.5
-    assert unit_recall(scores, largest, is_target).tolist() == [[pytest.approx(0.3 / 0.5)]]
+    assert unit_recall(scores, largest, is_target).tolist() == [pytest.approx(0.3 / 0.5)]
 
 
 def test_scores_depend_on_distance_alone() -> None:

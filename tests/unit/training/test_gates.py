@@ -21,7 +21,7 @@ from r1ray.models.gates import (
 )
 from r1ray.models.quantization import quantize_modules
 from r1ray.ops.block_gate import BlockGate
-from r1ray.ops.block_selection import BLOCK
+from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
 from r1ray.training.gates import GateTraining
 from r1ray.training.step import TrainState
@@ -44,7 +44,7 @@ def _state(model: Decoder) -> TrainState:
         num_steps=40, warmup_steps=2, precision="fp32", learning_rate=2e-2, gates=gates
     )
     exchange = build_exchange(config.exchange)
-    return TrainState(model, config, exchange, LocalTransport(), GateTraining(gates))
+    return TrainState(model, config, exchange, LocalTransport(), GateTraining(gates, seed=0))
 
 
 def test_gates_learn_and_nothing_else_changes() -> None:
@@ -69,7 +69,7 @@ def test_gates_learn_and_nothing_else_changes() -> None:
 
 
 def test_recall_is_the_share_of_needs_in_kept_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert GateTraining(GatesConfig()).recall is None
+    assert GateTraining(GatesConfig(), seed=0).recall is None
     batch = random_batch(2, 400, seed=3)
     found = []
     for dense, most in ((32, 64), (2, 64), (2, 2), (2, 0)):
@@ -77,7 +77,7 @@ def test_recall_is_the_share_of_needs_in_kept_blocks(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("r1ray.training.gates.DENSE_BLOCKS", dense)
         monkeypatch.setattr("r1ray.ops.block_selection._LEAST", min(4, most))
         monkeypatch.setattr("r1ray.ops.block_selection._MOST", most)
-        objective = GateTraining(GatesConfig())
+        objective = GateTraining(GatesConfig(), seed=0)
         objective.loss(_gated(), batch)
         found.append(objective.recall)
     short, all_of_few, some, none = found
@@ -98,7 +98,7 @@ def test_what_gates_miss_marks_heads(monkeypatch: pytest.MonkeyPatch) -> None:
             attention.q_proj.weight.mul_(8.0)
             attention.k_proj.weight.mul_(8.0)
     gates = GatesConfig(exact_heads=0.5)
-    GateTraining(gates).loss(model, random_batch(2, 400, seed=3))
+    GateTraining(gates, seed=0).loss(model, random_batch(2, 400, seed=3))
     found = [attention.gate for attention in list_attentions(model)]
     assert all(isinstance(gate, BlockGate) for gate in found)
     missed = torch.stack([gate.missed for gate in found])  # type: ignore[union-attr]
@@ -115,23 +115,36 @@ def test_what_answers_look_for_is_what_marks(monkeypatch: pytest.MonkeyPatch) ->
     )
     labels = torch.full((2, 400), IGNORED)
     labels[0, 4 * BLOCK + 44] = labels[0, 4 * BLOCK + 46] = 1
-    labels[1, 3 * BLOCK + 8] = 1
+    labels[1, 5 * BLOCK + 8] = 1
     batch = MicroBatch(BATCH.input_ids_BT[:2], labels, 800, 3)
-    model, objective = _gated(), GateTraining(GatesConfig())
+    model, objective = _gated(), GateTraining(GatesConfig(), seed=0)
     objective.loss(model, objective.draw(model, batch, 0))
     for attention in list_attentions(model):
         assert isinstance(attention.gate, BlockGate)
         expected = torch.full_like(attention.gate.missed, 0.05 * (45 + 8) / 2)
         torch.testing.assert_close(attention.gate.missed, expected)
+    labels[1] = IGNORED  # a sequence without answers does not count
+    model = _gated()
+    objective.loss(model, objective.draw(model, batch, 0))
+    for attention in list_attentions(model):
+        assert isinstance(attention.gate, BlockGate)
+        expected = torch.full_like(attention.gate.missed, 0.05 * 45)
+        torch.testing.assert_close(attention.gate.missed, expected)
+    before = [attention.gate.missed.clone() for attention in list_attentions(model)]  # type: ignore[union-attr, operator]
+    labels[0] = IGNORED
+    labels[0, 100] = 1
+    objective.loss(model, objective.draw(model, batch, 0))
+    after = [attention.gate.missed for attention in list_attentions(model)]  # type: ignore[union-attr]
+    assert all(map(torch.equal, before, after))
 
 
 def test_every_token_of_a_unit_up_to_the_last_target_is_learned_from() -> None:
     labels = BATCH.labels_BT.clone()
-    labels[:, :230] = IGNORED
-    labels[1, 240:] = IGNORED  # padding behind an answer
+    labels[:, :330] = IGNORED
+    labels[1, 340:] = IGNORED  # padding behind an answer
     batch = dataclasses.replace(BATCH, labels_BT=labels, num_targets=int((labels >= 0).sum()))
-    drawn = GateTraining(GatesConfig()).draw(_gated(), batch, 0)
-    first = 3 * BLOCK  # before, there is nothing to choose
+    drawn = GateTraining(GatesConfig(), seed=0).draw(_gated(), batch, 0)
+    first = 4 * BLOCK  # before, there is nothing to choose
     lasts = [int((row != IGNORED).nonzero()[-1]) for row in labels]
     assert drawn.num_targets == sum(last + 1 - first for last in lasts)
     assert (drawn.labels_BT[:, :first] == IGNORED).all()
@@ -146,28 +159,33 @@ def test_units_are_drawn_anew_and_half_of_them_answer() -> None:
     labels = torch.full_like(batch.labels_BT, IGNORED)
     labels[0, 40 * BLOCK + 5] = labels[0, 50 * BLOCK :: BLOCK] = 1
     batch = dataclasses.replace(batch, labels_BT=labels)
-    objective, model = GateTraining(GatesConfig(num_units=8)), _gated()
+    objective, model = GateTraining(GatesConfig(num_units=8), seed=0), _gated()
     steps = [objective.draw(model, batch, step) for step in (0, 0, 1)]
+    steps.append(objective.draw(model, dataclasses.replace(batch, index=5), 0))
     units = [
         {at // BLOCK for at in (item.labels_BT[0] != IGNORED).nonzero().flatten().tolist()}
         for item in steps
     ]
-    assert units[0] == units[1] != units[2]
+    assert units[0] == units[1]
+    assert len(set(map(frozenset, units))) == 3  # the step and the batch decide
     for found in units:
         assert len(found) == 8
-        assert min(found) >= 3
+        assert min(found) >= DENSE_BLOCKS
         assert len(found & {40, *range(50, 60)}) >= 4
 
 
 def test_sequences_without_blocks_to_choose_from_teach_nothing() -> None:
     state = _state(_gated())
-    assert state.run_step([random_batch(2, 150, seed=0)]).loss == 0.0
+    assert state.run_step([random_batch(2, 250, seed=0)]).loss == 0.0
+    alone = _state(_gated()).run_step([BATCH]).loss
+    both = _state(_gated()).run_step([BATCH, random_batch(2, 250, seed=0)]).loss
+    assert both == pytest.approx(alone, rel=0.02)  # two targets of 288
 
 
 def test_packed_rows_are_refused() -> None:
     packed = MicroBatch(BATCH.input_ids_BT[:1], BATCH.labels_BT[:1], 400, 10, (150, 250))
     with pytest.raises(ShapeError, match="gates learn from whole sequences"):
-        GateTraining(GatesConfig()).loss(_gated(), packed)
+        GateTraining(GatesConfig(), seed=0).loss(_gated(), packed)
 
 
 @pytest.mark.parametrize("is_int8", [False, True])
