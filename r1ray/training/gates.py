@@ -41,7 +41,7 @@ __all__ = ["GateTraining"]
 
 
 _NEWEST = 0.05  # weight of a batch in what a gate missed lately
-_FIRST_UNIT = 4  # before, there is no choice: the first, own and last block are always kept
+_FIRST_UNIT = 4  # before, none can be chosen: the first, the one before and the own are kept
 
 
 class GateTraining:
@@ -68,9 +68,8 @@ class GateTraining:
         chance = random.Random(f"{self._seed}-{step}-{batch.index}")
         units = self._draw_units(is_answer_BT, is_read_BT, chance)
         unit_T = torch.arange(is_read_BT.shape[1], device=is_read_BT.device) // BLOCK
-        # Where there is nothing to learn, one target stays: a step of none cannot be averaged.
-        is_drawn_T = torch.isin(unit_T, unit_T.new_tensor(units)) if units else unit_T < 0
-        is_drawn_T[0] |= not units
+        is_drawn_T = torch.isin(unit_T, unit_T.new_tensor(units))
+        is_drawn_T[0] = not units  # with nothing to learn, one target: a step averages over them
         is_read_BT &= is_drawn_T
         labels_BT = torch.where(is_read_BT, batch.input_ids_BT.roll(-1, 1), IGNORED)
         num_targets = int(is_read_BT.sum())
