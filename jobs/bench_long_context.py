@@ -2,9 +2,10 @@
 
 Every part is stored in --work as it finishes, and found there by the next start. All but the last
 two take half an hour on 2 cores, and nothing else should run meanwhile. `fidelity` trains gates
-for 40 minutes, and asks for two hours what they change. `tasks` teaches the model first: 20 minutes
-on a GPU, and without one, where it has to be asked for, hours. Bars of parts that are not there are
-filed as not measured. The figures go to docs/benchmarks/.
+for an hour, and asks what they change, in INT8 for half an hour and in float32 for an hour and a
+half. `tasks` teaches the model first: 20 minutes on a GPU, and without one, where it has to be
+asked for, hours. A precision is filed once all of it is there, and bars of what is not are filed as
+not measured. The figures go to docs/benchmarks/.
 """
 
 import argparse

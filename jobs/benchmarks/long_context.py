@@ -93,19 +93,18 @@ class LongContextBenchmark:
             for name in PEERS
         ]
 
-    def fidelity(self) -> dict[str, Any]:
+    def fidelity(self) -> None:
         """Perplexity, passkeys and recall of the base with gates."""
-        return self._fidelity.run()
+        self._fidelity.run()
 
-    def tasks(self) -> dict[str, Any]:
-        """Answers of a model that was taught the tasks."""
-        return self._tasks.run()
+    def tasks(self) -> None:
+        """Scores of tasks that the model is taught."""
+        self._tasks.run()
 
     def file_record(self, command: str) -> str:
         """Write the record, its tables and the plot; returns the table."""
         found, reads = self.operator(), self.reading()
-        fidelity = self.fidelity() if self._fidelity.is_measured else {}
-        tasks = self.tasks() if self._tasks.is_measured else {}
+        fidelity, tasks = self._fidelity.results(), self._tasks.results()
         rows = [
             *memory_rows(**self.memory()),
             *operator_rows(found),

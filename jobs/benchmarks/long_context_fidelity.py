@@ -55,20 +55,28 @@ class FidelityBenchmark:
         self._parts = parts
         self._overrides = [f"run.root={(work / 'runs').resolve()}", f"base.source={source}"]
 
-    def run(self) -> dict[str, Any]:
-        """By precision: (dense, sparse) perplexity and passkeys by length, recall and agreement."""
+    def run(self) -> None:
+        """Measure what is not stored yet."""
         self._parts.once(_GATES, self._describe_training)
-        return {precision: self._compare(precision) for precision in PRECISIONS}
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether `run` finds everything."""
-        names = [_GATES]
         for precision in PRECISIONS:
-            names.append(f"fidelity_{precision}_recall")
-            arms = [Arm(precision, attention) for attention in ATTENTIONS]
-            names += [_name(arm, *cell) for arm in arms for cell in _CELLS]
-        return all(map(self._parts.has, names))
+            self._compare(precision)
+
+    def results(self) -> dict[str, Any]:
+        """By precision: (dense, sparse) perplexity and passkeys by length, recall and agreement.
+
+        Those of which everything is stored.
+        """
+        return {
+            precision: self._compare(precision)
+            for precision in PRECISIONS
+            if all(map(self._parts.has, self._parts_of(precision)))
+        }
+
+    @staticmethod
+    def _parts_of(precision: Precision) -> list[str]:
+        arms = [Arm(precision, attention) for attention in ATTENTIONS]
+        cells = [_name(arm, *cell) for arm in arms for cell in _CELLS]
+        return [_GATES, f"fidelity_{precision}_recall", *cells]
 
     def gate_training(self) -> dict[str, Any]:
         """How gates were trained: `result` of all steps, seconds, device."""

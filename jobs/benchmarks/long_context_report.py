@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from jobs.benchmarks.long_context_arms import PRECISIONS
 from jobs.benchmarks.long_context_peers import find_best
 from r1ray.evaluation.record import Row
 
@@ -136,12 +137,13 @@ def _peer_rows(peers: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def fidelity_rows(fidelity: Mapping[str, Any]) -> list[Row]:
-    """Perplexity, recall and agreement; bars alone of what is empty."""
-    if not fidelity:
-        return _unmeasured(_FIDELITY_BARS)
+    """Perplexity, recall and agreement; bars alone of a precision that is not there."""
     rows = []
-    for precision, found in fidelity.items():
-        suffix = _suffix(precision)
+    for precision in PRECISIONS:
+        suffix, found = _suffix(precision), fidelity.get(precision)
+        if found is None:
+            rows += _unmeasured(_FIDELITY_BARS, suffix)
+            continue
         ratios = {length: sparse / dense for length, (dense, sparse) in found["perplexity"].items()}
         length = max(ratios, key=lambda at: ratios[at])
         name = f"long_context.perplexity_ratio{suffix}"
@@ -169,11 +171,13 @@ def fidelity_rows(fidelity: Mapping[str, Any]) -> list[Row]:
 
 
 def task_rows(tasks: Mapping[str, Any]) -> list[Row]:
-    """The worst of the tasks that count, and agreement; bars alone of what is empty."""
-    if not tasks:
-        return _unmeasured(_TASK_BARS)
+    """The worst of the tasks that count, and agreement; bars alone of what is not there."""
     rows = []
-    for precision, found in tasks.items():
+    for precision in PRECISIONS:
+        suffix, found = _suffix(precision), tasks.get(precision)
+        if found is None:
+            rows += _unmeasured(_TASK_BARS, suffix)
+            continue
         drops = {
             f"{task} at {length}": dense - sparse
             for (task, length), (dense, sparse) in found["scores"].items()
@@ -181,13 +185,13 @@ def task_rows(tasks: Mapping[str, Any]) -> list[Row]:
         }
         worst = max(drops, key=lambda name: drops[name], default="none")
         counted = {task for (task, _), (dense, _) in found["scores"].items() if dense >= _COUNTS}
-        name, unit = f"long_context.worst_task_drop{_suffix(precision)}", "of 1"
+        name, unit = f"long_context.worst_task_drop{suffix}", "of 1"
         if len(counted) < _MIN_TASKS:
             unit = f"not counted: dense attention can do {len(counted)} of {_MIN_TASKS} tasks"
         baseline = (f"{worst}; tasks and lengths that count", float(len(drops)))
         value = drops[worst] if len(counted) >= _MIN_TASKS else None
         rows.append(Row(name, value, unit, None, *baseline, _TASK_BARS["worst_task_drop"]))
-        name = f"long_context.task_agreement{_suffix(precision)}"
+        name = f"long_context.task_agreement{suffix}"
         rows.append(Row(name, found["agreement"], "share"))
     return rows
 
@@ -199,8 +203,8 @@ def _recall_row(name: str, texts: Iterable[Mapping[str, Any]], bar: str | None =
     return Row(name, share, "share", None, "heads that look there", float(looks), bar)
 
 
-def _unmeasured(bars: Mapping[str, str]) -> list[Row]:
-    return [Row(f"long_context.{name}", None, "", bar=bar) for name, bar in bars.items()]
+def _unmeasured(bars: Mapping[str, str], suffix: str) -> list[Row]:
+    return [Row(f"long_context.{name}{suffix}", None, "", bar=bar) for name, bar in bars.items()]
 
 
 def _suffix(precision: str) -> str:

@@ -46,25 +46,35 @@ class TaskBenchmark:
         self._files = BaseFiles(work, source)
         self._examples = examples
 
-    def run(self) -> dict[str, Any]:
-        """By precision: (dense, sparse) scores of tasks and lengths, and how many answers agree."""
+    def run(self) -> None:
+        """Measure what is not stored yet."""
         self._parts.once(
             _TUNING, _timed(tune_on_tasks), self._files.base(), self._tuned, self._size
         )
         self._parts.once(_GATES, _timed(train_gates), self._tuned, self._gated, self._size)
-        return {precision: self._compare(precision) for precision in PRECISIONS}
+        for precision in PRECISIONS:
+            self._compare(precision)
 
-    @property
-    def is_measured(self) -> bool:
-        """Whether `run` finds everything."""
+    def results(self) -> dict[str, Any]:
+        """By precision: (dense, sparse) scores of tasks and lengths, and how many answers agree.
+
+        Those of which everything is stored.
+        """
+        return {
+            precision: self._compare(precision)
+            for precision in PRECISIONS
+            if all(map(self._parts.has, self._parts_of(precision)))
+        }
+
+    @staticmethod
+    def _parts_of(precision: Precision) -> list[str]:
         cells = [
             _name(Arm(precision, attention), task, length)
-            for precision in PRECISIONS
             for attention in ATTENTIONS
             for task in TASKS
             for length in LENGTHS
         ]
-        return all(map(self._parts.has, (_TUNING, _GATES, *cells)))
+        return [_TUNING, _GATES, *cells]
 
     def gate_training(self) -> dict[str, Any]:
         """How gates were trained: `result` of all steps, seconds, device."""

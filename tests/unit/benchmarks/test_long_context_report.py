@@ -138,11 +138,15 @@ def test_the_worse_length_counts_and_needles_of_all_kinds() -> None:
 def test_bars_of_what_was_not_measured_are_there() -> None:
     rows = [*fidelity_rows({}), *task_rows({})]
     assert all(row.value is None and row.bar for row in rows)
+    names = ("perplexity_ratio", "needle_block_recall", "worst_task_drop")
     assert {row.id.removeprefix("long_context.") for row in rows} == {
-        "perplexity_ratio",
-        "needle_block_recall",
-        "worst_task_drop",
+        *names,
+        *(f"{name}.fp32" for name in names),
     }
+    scores = {(task, 4096): (0.9, 0.9) for task in "abcd"}
+    served = _by_id(task_rows({"int8": {"scores": scores, "agreement": 0.9}}))
+    assert served["long_context.worst_task_drop"].value == 0
+    assert served["long_context.worst_task_drop.fp32"].value is None
 
 
 def test_the_training_of_gates_is_shown_over_tokens() -> None:
