@@ -21,7 +21,7 @@ from torch import Tensor
 
 from r1ray.config.training import GatesConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
-from r1ray.errors import ShapeError
+from r1ray.errors import ConfigError, ShapeError
 from r1ray.models.decoder import Attention, Decoder, Observer
 from r1ray.models.gates import list_attentions
 from r1ray.models.rope import rotary_tables
@@ -37,7 +37,7 @@ from r1ray.ops.block_gate import (
 )
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
 
-__all__ = ["GateTraining"]
+__all__ = ["GateTraining", "check_gate_lengths"]
 
 
 _NEWEST = 0.05  # weight of a batch in what a gate missed lately
@@ -146,6 +146,20 @@ class GateTraining:
         if not losses:  # too short for anything to choose: nothing to learn
             return sum(item.sum() for item in model.parameters() if item.requires_grad) * 0.0  # type: ignore[return-value]
         return torch.stack(losses).sum() / model.config.num_layers
+
+
+def check_gate_lengths(longest: int) -> None:
+    """Whether gates can learn from sequences of which the longest has so many tokens.
+
+    Raises:
+        ConfigError: there is nothing to choose in any of them.
+    """
+    if longest <= _FIRST_UNIT * BLOCK:
+        raise ConfigError(
+            f"train.gates: the longest prepared sequence has {longest} tokens, and gates learn "
+            f"from more than {_FIRST_UNIT * BLOCK}, best from {2 * DENSE_BLOCKS * BLOCK} and more; "
+            "raise prepare.max_tokens and take longer sources, such as {type: long_context}"
+        )
 
 
 @contextlib.contextmanager

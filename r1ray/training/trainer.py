@@ -23,12 +23,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.config.continual import ContinualConfig
 from r1ray.config.training import TrainConfig
+from r1ray.data.batch_set import BatchSet
 from r1ray.errors import ArtifactError, ExchangeError, R1RayError
 from r1ray.files import read_json
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
 from r1ray.models.memory import copy_memory
 from r1ray.training import continual as sequence
 from r1ray.training.checkpoint import HISTORY_NAME, is_whole, load_history
+from r1ray.training.gates import check_gate_lengths
 from r1ray.training.memory import KEEP_FREED_MEMORY
 from r1ray.training.step import StepRecord
 from r1ray.training.watch import Posted, Recovery, Watch
@@ -91,7 +93,11 @@ def train_model(
         ExchangeError: more workers failed than `train.resources.max_failures` allows.
         DivergenceError: the gradients are not finite, step after step.
         BudgetError: the model does not fit, or the memory of `train.resources.tiers` is spent.
+        ConfigError: gates are trained, and all sequences are too short for them.
     """
+    if config.gates is not None:
+        lengths = BatchSet(prepared.local_dir).summary["lengths"]
+        check_gate_lengths(max(map(int, lengths), default=0))
     resources = config.resources
     keeps_memory = not resources.use_gpu and resources.tiers is None
     board = _start_board()

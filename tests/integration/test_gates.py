@@ -56,6 +56,12 @@ def test_gates_go_on_from_gates_and_are_left_behind_when_the_model_changes(tmp_p
     attach_gates(model)
     save_model(model, tmp_path / "model")
     settings = [f"run.root={tmp_path}", f"base.source={tmp_path / 'model'}"]
+    with pytest.raises(ConfigError, match=r"longest prepared sequence has .* learn from more than"):
+        Pipeline(load_config("jobs/configs/tiny.yaml", [*settings, *GATES])).train()
+    settings += [
+        "prepare.sources=[{type: long_context, num_tasks: 0, num_documents: 16}]",
+        "prepare.max_tokens=600",
+    ]
     gated = Pipeline(load_config("jobs/configs/tiny.yaml", [*settings, *GATES])).train()
     for attention in list_attentions(load_model(gated.local_dir)):
         assert attention.gate is not None

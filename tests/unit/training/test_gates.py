@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from r1ray.config.training import GatesConfig, TrainConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
-from r1ray.errors import ArtifactError, ShapeError
+from r1ray.errors import ArtifactError, ConfigError, ShapeError
 from r1ray.exchange import LocalTransport, build_exchange
 from r1ray.models import Decoder, load_model, save_model
 from r1ray.models.gates import (
@@ -23,7 +23,7 @@ from r1ray.models.quantization import quantize_modules
 from r1ray.ops.block_gate import BlockGate
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
-from r1ray.training.gates import GateTraining
+from r1ray.training.gates import GateTraining, check_gate_lengths
 from r1ray.training.step import TrainState
 from tests.fakes import tiny_model
 from tests.unit.training.batches import random_batch
@@ -180,6 +180,13 @@ def test_sequences_without_blocks_to_choose_from_teach_nothing() -> None:
     alone = _state(_gated()).run_step([BATCH]).loss
     both = _state(_gated()).run_step([BATCH, random_batch(2, 250, seed=0)]).loss
     assert both == pytest.approx(alone, rel=0.02)  # two targets of 288
+
+
+def test_lengths_without_a_choice_are_refused() -> None:
+    check_gate_lengths(4 * BLOCK + 1)
+    for longest in (0, 4 * BLOCK):
+        with pytest.raises(ConfigError, match=f"has {longest} tokens.* raise prepare.max_tokens"):
+            check_gate_lengths(longest)
 
 
 def test_packed_rows_are_refused() -> None:
