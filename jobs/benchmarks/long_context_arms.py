@@ -4,7 +4,7 @@ Dense and sparse attention read the same prompts with the same weights, in float
 INT8 weights, int8 keys and values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,19 +13,27 @@ import torch
 
 from jobs.benchmarks.local_training import pick_device
 from jobs.benchmarks.long_context_models import CONTEXT, render_prompt
+from jobs.benchmarks.parts import StoredParts
 from r1ray.models import Decoder, load_model
 from r1ray.models.batch_generation import generate_batch
 from r1ray.models.gates import set_attention
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.tokenizer import Tokenizer
 
-__all__ = ["ATTENTIONS", "LENGTHS", "PRECISIONS", "Arm", "Attention", "Precision"]
+__all__ = ["ATTENTIONS", "LENGTHS", "PRECISIONS", "Arm", "Attention", "Precision", "list_measured"]
 
 Precision = Literal["fp32", "int8"]
 Attention = Literal["dense", "sparse"]
 PRECISIONS: tuple[Precision, ...] = ("int8", "fp32")  # what is served is measured first
 ATTENTIONS: tuple[Attention, ...] = ("dense", "sparse")
 LENGTHS = (4096, CONTEXT)
+
+
+def list_measured(
+    parts: StoredParts, names_of: Callable[[Precision], Iterable[str]]
+) -> list[Precision]:
+    """The precisions of which every part is stored, by the parts' names."""
+    return [each for each in PRECISIONS if all(map(parts.has, names_of(each)))]
 
 
 @dataclass(frozen=True)

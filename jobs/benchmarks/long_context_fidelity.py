@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from jobs.benchmarks.local_training import pick_device
-from jobs.benchmarks.long_context_arms import ATTENTIONS, LENGTHS, PRECISIONS, Arm, Precision
+from jobs.benchmarks.long_context_arms import (
+    ATTENTIONS,
+    LENGTHS,
+    PRECISIONS,
+    Arm,
+    Precision,
+    list_measured,
+)
 from jobs.benchmarks.long_context_models import CONTEXT, count_prompt_tokens, render_prompt
 from jobs.benchmarks.parts import StoredParts
 from jobs.cli import connected_to_ray
@@ -66,11 +73,8 @@ class FidelityBenchmark:
 
         Those of which everything is stored.
         """
-        return {
-            precision: self._compare(precision)
-            for precision in PRECISIONS
-            if all(map(self._parts.has, self._parts_of(precision)))
-        }
+        measured = list_measured(self._parts, self._parts_of)
+        return {precision: self._compare(precision) for precision in measured}
 
     @staticmethod
     def _parts_of(precision: Precision) -> list[str]:

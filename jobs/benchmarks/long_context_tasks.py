@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from jobs.benchmarks.base_files import BaseFiles
-from jobs.benchmarks.long_context_arms import ATTENTIONS, LENGTHS, PRECISIONS, Arm, Precision
+from jobs.benchmarks.long_context_arms import (
+    ATTENTIONS,
+    LENGTHS,
+    PRECISIONS,
+    Arm,
+    Precision,
+    list_measured,
+)
 from jobs.benchmarks.long_context_models import (
     TrainingSize,
     count_prompt_tokens,
@@ -60,11 +67,8 @@ class TaskBenchmark:
 
         Those of which everything is stored.
         """
-        return {
-            precision: self._compare(precision)
-            for precision in PRECISIONS
-            if all(map(self._parts.has, self._parts_of(precision)))
-        }
+        measured = list_measured(self._parts, self._parts_of)
+        return {precision: self._compare(precision) for precision in measured}
 
     @staticmethod
     def _parts_of(precision: Precision) -> list[str]:

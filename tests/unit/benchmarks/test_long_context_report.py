@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from jobs.benchmarks.long_context_arms import list_measured
 from jobs.benchmarks.long_context_report import (
     fidelity_rows,
     memory_rows,
@@ -16,6 +17,7 @@ from jobs.benchmarks.long_context_report import (
     render_tasks,
     task_rows,
 )
+from jobs.benchmarks.parts import StoredParts
 from r1ray.evaluation.record import Row
 
 LENGTHS = (1024, 8192, 16_384, 65_536)
@@ -147,6 +149,19 @@ def test_bars_of_what_was_not_measured_are_there() -> None:
     served = _by_id(task_rows({"int8": {"scores": scores, "agreement": 0.9}}))
     assert served["long_context.worst_task_drop"].value == 0
     assert served["long_context.worst_task_drop.fp32"].value is None
+
+
+def test_a_precision_counts_once_all_of_its_parts_are_there(tmp_path: Path) -> None:
+    parts = StoredParts(tmp_path)
+    for name in ("int8_text", "int8_recall", "fp32_text"):
+        parts.once(name, dict)
+
+    def names_of(precision: str) -> list[str]:
+        return [f"{precision}_text", f"{precision}_recall"]
+
+    assert list_measured(parts, names_of) == ["int8"]
+    parts.once("fp32_recall", dict)
+    assert list_measured(parts, names_of) == ["int8", "fp32"]
 
 
 def test_the_training_of_gates_is_shown_over_tokens() -> None:
