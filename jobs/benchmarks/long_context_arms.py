@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from jobs.benchmarks.local_training import pick_device
-from jobs.benchmarks.long_context_models import CONTEXT, render_prompt
+from jobs.benchmarks.long_context_models import CONTEXT
 from jobs.benchmarks.parts import StoredParts
 from r1ray.models import Decoder, load_model
 from r1ray.models.batch_generation import generate_batch
@@ -61,16 +61,16 @@ class Arm:
             quantize_modules(model)
         return model.to(pick_device())
 
-    def answer(
-        self, model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int
+    def complete(
+        self, model: Decoder, tokenizer: Tokenizer, texts: Sequence[str], max_new_tokens: int
     ) -> list[list[int]]:
-        """Greedy answers to questions of one turn, in tokens."""
+        """How `texts` go on, greedily, in tokens."""
         return generate_batch(
             model,
-            [tokenizer.encode(render_prompt(tokenizer, prompt)) for prompt in prompts],
+            [tokenizer.encode(text) for text in texts],
             max_new_tokens=max_new_tokens,
             stop_token_ids=frozenset({tokenizer.eos_token_id}),
-            max_concurrency=len(prompts) if torch.cuda.is_available() else 4,
+            max_concurrency=len(texts) if torch.cuda.is_available() else 4,
             prefill_chunk=self.chunk,
             kv_dtype=self.kv_dtype,
         )

@@ -20,6 +20,7 @@ from jobs.benchmarks.long_context_arms import (
 from jobs.benchmarks.long_context_models import (
     TrainingSize,
     count_prompt_tokens,
+    render_prompt,
     train_gates,
     tune_on_tasks,
 )
@@ -113,8 +114,8 @@ class TaskBenchmark:
 
     def _answer(self, arm: Arm, model: Decoder, name: str, length: int) -> dict[str, Any]:
         tokenizer, tasks = self._tokenizer, self._tasks(name, length)
-        prompts = [task.prompt for task in tasks]
-        outputs = arm.answer(model, tokenizer, prompts, _answer_tokens(name))
+        prompts = [render_prompt(tokenizer, task.prompt) for task in tasks]
+        outputs = arm.complete(model, tokenizer, prompts, _answer_tokens(name))
         scores = [
             score_reply(tokenizer.decode(output), task.answers)
             for output, task in zip(outputs, tasks, strict=True)

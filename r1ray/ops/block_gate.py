@@ -219,12 +219,13 @@ def gate_targets(q_BNLH: Tensor, k_BKSH: Tensor, start: int) -> Tensor:
         k_BKSH: with rotary positions, from position 0 on, to the end of the unit at least.
     """
     kv_heads, tokens = k_BKSH.shape[1], q_BNLH.shape[2]
-    seen_BK1SH = k_BKSH[:, :, None, : start + tokens].float()
-    q_BKGLH = q_BNLH.unflatten(1, (kv_heads, -1)).float()
-    scores = q_BKGLH @ seen_BK1SH.transpose(-1, -2) / math.sqrt(q_BNLH.shape[-1])
-    is_later_LL = torch.ones(tokens, tokens, dtype=torch.bool, device=scores.device).triu(1)
-    scores[..., start:].masked_fill_(is_later_LL, -math.inf)
-    shares_BNLS = scores.softmax(-1).flatten(1, 2)
+    scaled_BNLH = q_BNLH.float() / math.sqrt(q_BNLH.shape[-1])
+    of_groups_BKXH = scaled_BNLH.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # X: heads and queries
+    scores_BKXS = of_groups_BKXH @ k_BKSH[:, :, : start + tokens].float().mT
+    scores_BNLS = scores_BKXS.unflatten(2, (-1, tokens)).flatten(1, 2)
+    is_later_LL = torch.ones(tokens, tokens, dtype=torch.bool, device=q_BNLH.device).triu(1)
+    scores_BNLS[..., start:].masked_fill_(is_later_LL, -math.inf)
+    shares_BNLS = scores_BNLS.softmax(-1)
     return shares_BNLS[..., :start].unflatten(-1, (start // BLOCK, BLOCK)).amax(-1)
 
 

@@ -1,29 +1,34 @@
-"""Training the gates of block-sparse attention: the model runs as it is, frozen, and they watch.
+"""Training the gates of block-sparse attention: the model runs as it is served, and they watch.
 
 1. Every step draws a few units of queries, 64 tokens that choose together, of those that do not
    attend densely: up to half of them with target tokens (an answer looks for what it needs).
-2. In the forward of every layer, the gate's scores of these units are compared with the attention
-   that the model itself pays to every earlier block (`r1ray.ops.block_gate`). All their tokens up
-   to the sequence's last target count: prompts are read by the gates as well.
+2. A copy of the model in INT8 reads the batch in chunks, densely, into int8 keys and values. In
+   every layer, the gate's scores of these units are compared with the attention that the model
+   itself pays to every earlier block (`r1ray.ops.block_gate`). All their tokens up to the
+   sequence's last target count: prompts are read by the gates as well.
 3. What the gates would have missed at the target tokens marks the heads that choose by the keys
    themselves; every sequence with such tokens counts the same.
 
-Price: one forward of the model without gradients, and N·64·T scores a layer and unit.
+Price: one forward in INT8 without gradients, N·64·T scores a layer and unit, a byte a weight, and
+the keys of the batch in float32.
 """
 
 import contextlib
+import copy
 import dataclasses
 import random
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from r1ray.config.training import GatesConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.errors import ConfigError, ShapeError
 from r1ray.models.decoder import Attention, Decoder, Observer
 from r1ray.models.gates import list_attentions
+from r1ray.models.kv_cache import KVCache
+from r1ray.models.quantization import quantize_modules
 from r1ray.models.rope import rotary_tables
 from r1ray.ops.block_gate import (
     BlockGate,
@@ -42,6 +47,7 @@ __all__ = ["GateTraining", "check_gate_lengths"]
 
 _NEWEST = 0.05  # weight of a batch in what a gate missed lately
 _FIRST_UNIT = 4  # before, none can be chosen: the first, the one before and the own are kept
+_CHUNK = 16 * BLOCK  # tokens that are read together
 
 
 class GateTraining:
@@ -60,6 +66,7 @@ class GateTraining:
         self.recall: float | None = None
         self._num_units, self._exact_share = config.num_units, config.exact_heads
         self._is_answer_BT: Tensor | None = None  # of the batch that was drawn last
+        self._reader: Decoder | None = None
 
     def draw(self, model: Decoder, batch: MicroBatch, step: int) -> MicroBatch:  # noqa: ARG002
         """The batch with a target at every token of the step's units that one follows."""
@@ -106,46 +113,86 @@ class GateTraining:
             is_answer_BT = is_target_BT & self._is_answer_BT
         weight_BT = is_answer_BT / is_answer_BT.sum(1, keepdim=True).clamp_min(1)
         num_answering = int(is_answer_BT.any(1).sum())
+        units = {at // BLOCK for at in is_target_BT.any(0).nonzero().flatten().tolist()}
+        units = {unit for unit in units if unit >= _FIRST_UNIT}
+        tokens = (max(units, default=-1) + 1) * BLOCK  # what is behind, nothing looks at
         positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         cos, sin = rotary_tables(model.config, positions_1T)
-        block_cos, block_sin = cos[:, :, ::BLOCK], sin[:, :, ::BLOCK]
-        units = {at // BLOCK for at in is_target_BT.any(0).nonzero().flatten().tolist()}
         losses: list[Tensor] = []
         recalls: list[Tensor] = []
+        gates = _list_gates(model)
+        missed = [torch.zeros_like(gate.missed) for gate in gates]
+        read: dict[int, tuple[Tensor, Tensor]] = {}  # of a layer: keys pooled, and rotated
 
         @torch.enable_grad()
         def observe(
             attention: Attention, q_BTNH: Tensor, k_BTKH: Tensor, q_BNTH: Tensor, k_BKTH: Tensor
         ) -> None:
-            gate, pooled = attention.gate, pool_keys(k_BTKH)
+            gate, first, pooled, rotated = attention.gate, 0, pool_keys(k_BTKH), k_BKTH
             assert isinstance(gate, BlockGate)
-            missed_N = torch.zeros_like(gate.missed)
-            blocks = pooled.shape[2]
-            keys = gate.keys(pooled, block_cos[:, :, :blocks], block_sin[:, :, :blocks])
-            for unit in sorted(units):
-                if unit < _FIRST_UNIT:
-                    continue
+            if attention.layer in read:
+                pooled_before, rotated_before = read[attention.layer]
+                first = rotated_before.shape[2]
+                pooled = torch.cat([pooled_before, pooled], dim=2)
+                rotated = torch.cat([rotated_before, rotated], dim=2)
+            read[attention.layer] = pooled, rotated
+            found = sorted(unit for unit in units if first <= unit * BLOCK < rotated.shape[2])
+            if not found:
+                return
+            last = pooled.shape[2] * BLOCK
+            keys = gate.keys(pooled, cos[:, :, :last:BLOCK], sin[:, :, :last:BLOCK])
+            for unit in found:
                 start = unit * BLOCK
-                part = slice(start, start + BLOCK)
-                queries = gate.queries(q_BTNH[:, part], cos[:, :, part], sin[:, :, part])
+                part, here = (slice(at, at + BLOCK) for at in (start, start - first))
+                queries = gate.queries(q_BTNH[:, here], cos[:, :, part], sin[:, :, part])
                 scores = gate.scores(queries, keys[:, :, :unit])
-                largest = gate_targets(q_BNTH[:, :, part], k_BKTH, start)
+                largest = gate_targets(q_BNTH[:, :, here], rotated, start)
                 losses.append(gate_loss(scores, largest, is_target_BT[:, part]))
-                missed = count_missed(kept_blocks(scores, start), largest)
-                missed_N += (missed * weight_BT[:, None, part]).sum((0, 2))
+                missed_BNL = count_missed(kept_blocks(scores, start), largest)
+                missed[attention.layer] += (missed_BNL * weight_BT[:, None, part]).sum((0, 2))
                 if unit >= DENSE_BLOCKS:
                     recalls.append(unit_recall(scores, largest, is_target_BT[:, part]))
-            if num_answering:
-                gate.missed.lerp_(missed_N / num_answering, _NEWEST)
 
-        with _observing(model, observe), torch.no_grad():
-            model.hidden(ids_BT)
+        if self._reader is None:
+            self._reader = _copy_as_served(model)
+        if units:
+            with _observing(self._reader, observe), torch.no_grad():
+                _read(self._reader, ids_BT[:, :tokens])
         self.recall = float(torch.cat(recalls).mean()) if recalls else None
-        gates = [attention.gate for attention in list_attentions(model)]
-        mark_heads([gate for gate in gates if isinstance(gate, BlockGate)], self._exact_share)
+        if num_answering:
+            for gate, missed_N in zip(gates, missed, strict=True):
+                gate.missed.lerp_(missed_N / num_answering, _NEWEST)
+        mark_heads(gates, self._exact_share)
         if not losses:  # too short for anything to choose: nothing to learn
             return sum(item.sum() for item in model.parameters() if item.requires_grad) * 0.0  # type: ignore[return-value]
         return torch.stack(losses).sum() / model.config.num_layers
+
+
+def _list_gates(model: Decoder) -> list[BlockGate]:
+    gates = [attention.gate for attention in list_attentions(model)]
+    assert all(isinstance(gate, BlockGate) for gate in gates)
+    return gates  # type: ignore[return-value]
+
+
+def _copy_as_served(model: Decoder) -> Decoder:
+    """`model` in INT8, with the very same gates."""
+    shared: list[nn.Module | nn.Parameter] = [*model.parameters(), *_list_gates(model)]
+    reader = copy.deepcopy(model, {id(item): item for item in shared})
+    quantize_modules(reader)
+    return reader
+
+
+def _read(model: Decoder, ids_BT: Tensor) -> None:
+    """Run `model` over `ids_BT` in chunks, densely: the cache keeps no summaries."""
+    rows, tokens = ids_BT.shape
+    cache = KVCache(
+        model.config, max_rows=rows, max_tokens=tokens, dtype=torch.int8, device=ids_BT.device
+    )
+    cache.add_rows(rows)
+    for ids in ids_BT.split(_CHUNK, dim=1):
+        active = cache.active()
+        model.hidden(ids, active)
+        active.advance([ids.shape[1]] * rows)
 
 
 def check_gate_lengths(longest: int) -> None:

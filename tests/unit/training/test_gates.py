@@ -20,7 +20,7 @@ from r1ray.models.gates import (
     list_attentions,
 )
 from r1ray.models.quantization import quantize_modules
-from r1ray.ops.block_gate import BlockGate
+from r1ray.ops.block_gate import BlockGate, gate_targets
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
 from r1ray.training.gates import GateTraining, check_gate_lengths
@@ -86,6 +86,39 @@ def test_recall_is_the_share_of_needs_in_kept_blocks(monkeypatch: pytest.MonkeyP
     assert some is not None
     assert 0.4 < some < 0.95  # two of one to four
     assert none == 0.0
+
+
+def test_the_model_reads_as_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In INT8, chunk after chunk, what it reads at once over keys and values in float."""
+    seen: list[list[torch.Tensor]] = [[], []]
+    whole, model = _gated(), _gated()
+    with torch.no_grad():
+        for attention in (*list_attentions(whole), *list_attentions(model)):
+            attention.q_proj.weight.mul_(4.0)
+            attention.k_proj.weight.mul_(4.0)
+    quantize_modules(whole)
+    batch = random_batch(2, 20 * BLOCK + 10, seed=5)
+
+    def observe(_1: object, _2: object, _3: object, q: torch.Tensor, k: torch.Tensor) -> None:
+        for unit in range(4, 21):
+            part = slice(unit * BLOCK, unit * BLOCK + BLOCK)
+            seen[0].append(gate_targets(q[:, :, part], k, part.start))
+
+    def spy(q: torch.Tensor, k: torch.Tensor, start: int) -> torch.Tensor:
+        seen[1].append(gate_targets(q, k, start))
+        return seen[1][-1]
+
+    for attention in list_attentions(whole):
+        attention.observe = observe
+    whole.hidden(batch.input_ids_BT)
+    monkeypatch.setattr("r1ray.training.gates.gate_targets", spy)
+    objective = GateTraining(GatesConfig(num_units=64), seed=0)
+    objective.loss(model, objective.draw(model, batch, 0))
+    by_shape = [sorted(of, key=lambda item: item.shape[-1]) for of in seen]
+    assert len(by_shape[0]) == 17 * model.config.num_layers
+    for one, other in zip(*by_shape, strict=True):
+        assert (one - other).abs().mean() < 0.05 * one.mean()
+    assert model.scheme is None
 
 
 def test_what_gates_miss_marks_heads(monkeypatch: pytest.MonkeyPatch) -> None:
