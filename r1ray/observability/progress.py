@@ -54,7 +54,7 @@ class StageProgress:
             self._task = self._bar.add_task(self._stage, total=self._total, note="")
             self._bar.start()
         else:
-            self._console.print(f"{self._stage}: started")
+            self._print_line(f"{self._stage}: started")
         return self
 
     def __exit__(
@@ -67,9 +67,8 @@ class StageProgress:
             self._bar.stop()
         else:
             outcome = "finished" if error is None else f"stopped by {kind.__name__ if kind else ''}"
-            self._console.print(
-                f"{self._stage}: {outcome} after {time.monotonic() - self._started:.0f} s"
-            )
+            seconds = time.monotonic() - self._started
+            self._print_line(f"{self._stage}: {outcome} after {seconds:.0f} s")
 
     def update(self, done: int, note: str = "") -> None:
         """Show that `done` units are finished; `note` carries figures such as the loss."""
@@ -84,10 +83,13 @@ class StageProgress:
             return
         self._last_line = now
         of_total = "" if self._total is None else f"/{self._total}"
-        self._console.print(
-            f"{self._stage}: {self._unit} {done}{of_total} {note}{self._time_left(done, now)}",
-            highlight=False,
+        self._print_line(
+            f"{self._stage}: {self._unit} {done}{of_total} {note}{self._time_left(done, now)}"
         )
+
+    def _print_line(self, line: str) -> None:
+        """To a log file, in one line however long."""
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def _time_left(self, done: int, now: float) -> str:
         """From the rate since the first update: what came before was start-up."""

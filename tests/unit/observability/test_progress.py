@@ -25,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 
 def test_time_left_leaves_out_the_start_up_before_the_first_update(clock: FakeClock) -> None:
     out = io.StringIO()
-    with StageProgress("train", "step", 10, Console(file=out, width=200)) as progress:
+    with StageProgress("train", "step", 10, Console(file=out, width=20)) as progress:
         clock.now = 100.0
         progress.update(1, "loss 3.0")
         clock.now = 120.0
