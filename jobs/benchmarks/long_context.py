@@ -164,8 +164,9 @@ _NOTES = """
 - Fidelity: SmolLM2 as published, with gates trained on 2 cores, on tasks of the same templates.
   Perplexity of Python's documentation in whole windows, of tokens beyond 2,048; token agreement is
   of the greedy choices at the last 256 of each. Passkeys: 5 keys at each depth, none of them in a
-  block that is always kept. Needle recall: of the heads that give the needle's block at least a
-  tenth of their attention as the answer is written, the share whose group keeps that block.
+  block that is always kept, asked without a chat. Needle recall: of the heads that give the
+  needle's block at least a tenth of their attention as the answer is written, the share whose
+  group keeps that block.
 - Tasks: SmolLM2 is taught the tasks densely first, in texts of up to 8,192 tokens on a GPU and of
   2,048 on a CPU, then gates are trained; answers are greedy. A task counts where dense attention
   scores at least 50%.
