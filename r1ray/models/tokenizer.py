@@ -166,20 +166,22 @@ class StreamDecoder:
         self._context: list[int] = []  # the tokens that were released last, all of them complete
         self._held: list[int] = []
         self._known = ""  # text of the context
+        self._text = ""  # of what is held as well
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; may be empty."""
+        text = self._decode([*self._context, *self._held, token_id])
+        if text == self._text and not self._decode([token_id, token_id]):
+            return ""  # a control token, and not a space that a beginning hides
+        self._text = text
         self._held.append(token_id)
-        text = self._decode([*self._context, *self._held])
         if text.endswith(_REPLACEMENT) and len(self._held) > _MOST_BYTES:
             return self._skip_broken()
-        if len(text) <= len(self._known) and not self._decode([token_id, token_id]):
-            self._held.pop()  # a control token, and not a space that a beginning hides
         if text.endswith(_REPLACEMENT) or len(text) <= len(self._known):
             return ""
         fresh = text[len(self._known) :]
         self._context, self._held = self._held, []
-        self._known = self._decode(self._context)
+        self._known = self._text = self._decode(self._context)
         return fresh
 
     def finish(self) -> str:
@@ -191,14 +193,17 @@ class StreamDecoder:
 
         What follows begins anew, without a context that would break it as well.
         """
-        cut = 1 - _MOST_BYTES  # the last may begin a character
+        whole = [*self._context, *self._held]
+        ends = range(1 - _MOST_BYTES, 0)  # the last may begin a character, which stays in one
+        parts = ((end, self._decode(whole[:end]) + self._decode(whole[end:])) for end in ends)
+        cut = next((end for end, text in parts if text == self._text), ends.start)
         for start in range(1, len(self._held)):
             if not self._decode(self._held[start:]).endswith(_REPLACEMENT):
-                cut = start  # or are one
+                cut = start - len(self._held)  # or are one
                 break
-        broken = self._decode([*self._context, *self._held[:cut]])[len(self._known) :]
+        broken = self._decode(whole[:cut])[len(self._known) :]
         begun = self._held[cut:]
-        self._context, self._held, self._known = [], [], ""
+        self._context, self._held, self._known, self._text = [], [], "", ""
         return broken + "".join(map(self.push, begun))
 
     def _decode(self, ids: list[int]) -> str:

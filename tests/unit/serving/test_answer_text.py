@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from r1ray.models.requests import TokenEvent
@@ -83,6 +83,8 @@ def test_incomplete_character_is_replaced_at_the_end(tokenizer: Tokenizer) -> No
 
 
 @given(st.lists(st.integers(0, 299).filter(lambda token: token != EOS_ID), max_size=40))
+@example([159, 0, 97, 159, 97])  # a control token among bytes that are no character
+@example([159, 159, 97, 159, 159, 97])  # two of these, and the beginning of another
 def test_pieces_add_up_to_the_decoded_whole(tokenizer: Tokenizer, ids: list[int]) -> None:
     answer = AnswerText(tokenizer, [])
     text = "".join(answer.push([TokenEvent("r", token, None)]).text for token in ids)
