@@ -149,8 +149,8 @@ class LongContextBenchmark:
 
 _NOTES = """
 - Sizes throughout: 1.5 log2(n) blocks of 64 tokens besides the first, the block before and the own
-  one; groups of a twentieth of the heads choose by exact scores of the keys, and keep the gate's
-  blocks besides where a token is written; dense up to 2,048 tokens; int8 keys and values. Operator
+  one; groups of 7.5% of the heads choose by exact scores of the keys, and keep the gate's blocks
+  besides where a token is written; dense up to 2,048 tokens; int8 keys and values. Operator
   and reading have gates of that size that were not trained and heads marked at random, which take
   the same time; fidelity and tasks have trained gates, and the heads that missed most in training.
 - Operator: `jobs/benchmarks/long_context_operator.py` says what is timed. Decode is timed in seven

@@ -2,8 +2,8 @@
 
 One layer of SmolLM2's heads on random tensors, as it is served: int8 keys and values. What a layer
 does besides the products with its weights and writing the cache is timed: summaries of new blocks,
-scoring, choosing, attention. A twentieth of all heads choose by the keys themselves: of nine heads
-a layer, 9 layers of 20 have one such (`marked`), the others none (`sparse`). Dense attention is
+scoring, choosing, attention. 7.5% of all heads choose by the keys themselves: of nine heads a
+layer, 27 layers of 40 have one such (`marked`), the others none (`sparse`). Dense attention is
 torch's, in float32; decoding folds a group's queries together there, which is faster than
 `enable_gqa`.
 """

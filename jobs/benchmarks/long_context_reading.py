@@ -1,8 +1,8 @@
 """SmolLM2 as it is served, reading long prompts in chunks: block-sparse attention against dense.
 
 Both have INT8 weights, int8 keys and values, and keep what earlier chunks left; the kernels are the
-same but for the choice of blocks. Gates are untrained, and the twentieth of the heads that choose
-by the keys themselves is drawn at random: both take the time that trained ones do. Beyond 8,192
+same but for the choice of blocks. Gates are untrained, and the 7.5% of the heads that choose by the
+keys themselves are drawn at random: both take the time that trained ones do. Beyond 8,192
 tokens, positions are scaled by YaRN. Re-reading reads every prefix that ends with a piece of 4,096
 tokens from its beginning, densely.
 """

@@ -39,7 +39,7 @@ _COUNTS = 0.5  # what dense attention has to score on a task that counts
 _MIN_TASKS = 4  # that have to count
 _FIDELITY_BARS = {"perplexity_ratio": "<= 1.02", "needle_block_recall": ">= 0.97"}
 _TASK_BARS = {"worst_task_drop": "<= 0.05"}
-_MARKED_LAYERS = 0.45  # a twentieth of the heads, nine of which are in each layer
+_MARKED_LAYERS = 0.675  # 7.5% of the heads, nine of which are in each layer
 _COLORS = {"sparse": "#0b6e99", "dense": "#b5651d"}
 
 

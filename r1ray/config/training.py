@@ -52,7 +52,7 @@ class GatesConfig:
 
     num_units: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Blocks of 64 queries, of each micro-batch, whose attention gates learn from."""
-    exact_heads: Annotated[float, Field(ge=0, le=1)] = 0.05
+    exact_heads: Annotated[float, Field(ge=0, le=1)] = 0.075
     """Share of all layers' heads that choose by the keys themselves: those that miss most."""
 
 
