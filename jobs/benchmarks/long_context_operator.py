@@ -24,8 +24,8 @@ from r1ray.models.rope import apply_rotary
 from r1ray.ops import block_selection
 from r1ray.ops.block_gate import BlockGate, pool_keys
 from r1ray.ops.block_selection import BLOCK
-from r1ray.ops.block_sparse import block_sparse_attention
 from r1ray.ops.cached_states import CachedStates, quantize_states
+from r1ray.ops.gated_attention import gated_attention
 
 __all__ = ["LENGTHS", "measure_decode", "measure_growth", "measure_memory", "measure_prefill"]
 
@@ -79,8 +79,8 @@ class _Layer:
         q, rotary = self.q[:, :, part], (self.cos[:, :, part], self.sin[:, :, part])
         unit = BLOCK if start == 0 else 1
         k, v = self.states
-        chosen = gate.choose(self.drawn_q[:, part], q, rotary, summaries, k, [start], unit)
-        return block_sparse_attention(q, k, v, chosen, [start])
+        queries = (self.drawn_q[:, part], q)
+        return gated_attention(gate, queries, rotary, summaries, k, v, [start], unit)
 
     def prefill_dense(self) -> Tensor:
         return F.scaled_dot_product_attention(

@@ -21,8 +21,8 @@ from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
 from r1ray.models.rope import rotary_tables
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
-from r1ray.ops.block_sparse import block_sparse_attention
 from r1ray.ops.cached_states import CachedStates
+from r1ray.ops.gated_attention import gated_attention
 
 if TYPE_CHECKING:
     from r1ray.models.decoder import Attention
@@ -75,8 +75,8 @@ class SparseForward:
         assert gate is not None
         summaries = self._cache.read_blocks(attention.layer, -(-k.shape[2] // BLOCK))
         if self._tokens == 1:
-            chosen = gate.choose(q_BTNH, q_BNTH, rotary, summaries, k, self._starts, 1)
-            return block_sparse_attention(q_BNTH, k, v, chosen, self._starts)
+            queries = (q_BTNH, q_BNTH)
+            return gated_attention(gate, queries, rotary, summaries, k, v, self._starts, 1)
         rows = []
         for row, start in enumerate(self._starts):
             one = slice(row, row + 1)
@@ -84,11 +84,10 @@ class SparseForward:
             parts = []
             for part, unit in cut_units(start, self._tokens, one_by_one=self._one_by_one):
                 cos, sin = (table[:, :, part] for table in cos_and_sin)
-                q, first = q_BNTH[one, :, part], [start + part.start]
-                chosen = gate.choose(
-                    *(q_BTNH[one, part], q, (cos, sin), summaries[one], k.row(row), first, unit)
-                )
-                parts.append(block_sparse_attention(q, k.row(row), v.row(row), chosen, first))
+                queries = (q_BTNH[one, part], q_BNTH[one, :, part])
+                own = (summaries[one], k.row(row), v.row(row))
+                first = [start + part.start]
+                parts.append(gated_attention(gate, queries, (cos, sin), *own, first, unit))
             rows.append(torch.cat(parts, dim=2))
         return torch.cat(rows)
 

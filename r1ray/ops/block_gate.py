@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from r1ray.ops import native
-from r1ray.ops.block_selection import BLOCK, choose_blocks, count_chosen
+from r1ray.ops.block_selection import BLOCK, choose_blocks, count_chosen, own_blocks
 from r1ray.ops.cached_states import CachedStates
 from r1ray.ops.exact_choice import choose_exact
 
@@ -134,7 +134,7 @@ class BlockGate(nn.Module):
             k: [B, K, S, H], of positions 0 to S - 1.
             starts: position of each row's first query.
         """
-        own_BU = _own_blocks(starts, q_BTNH.shape[1], unit)
+        own_BU = own_blocks(starts, q_BTNH.shape[1], unit)
         if native.can_attend(q_BTNH, summaries_BKCX):
             counts = [[count_chosen(own) for own in row] for row in own_BU]
             weights = (self.query_weight, self.query_norm)
@@ -194,12 +194,8 @@ class BoundsGate(nn.Module):
         unit: int,
     ) -> Tensor:
         """As `BlockGate.choose`."""
-        own_BU = torch.tensor(_own_blocks(starts, q_BTNH.shape[1], unit), device=q_BTNH.device)
+        own_BU = torch.tensor(own_blocks(starts, q_BTNH.shape[1], unit), device=q_BTNH.device)
         return choose_blocks(self.score(q_BTNH, q_BNTH, rotary, summaries_BKCX, unit), own_BU)
-
-
-def _own_blocks(starts: list[int], tokens: int, unit: int) -> list[list[int]]:
-    return [[(start + at) // BLOCK for at in range(0, tokens, unit)] for start in starts]
 
 
 def pool_keys(k_BSKH: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "choose_blocks",
     "count_both",
     "count_chosen",
+    "own_blocks",
     "split_tokens",
 ]
 
@@ -34,6 +35,16 @@ BLOCK = 64  # tokens, of keys and of a unit of queries
 DENSE_BLOCKS = 32  # 2,048 tokens
 TOKENS_TOGETHER = 32  # single queries that torch gathers keys for at once
 _LEAST, _MOST = 4, 64
+
+
+def own_blocks(starts: list[int], tokens: int, unit: int) -> list[list[int]]:
+    """The block [B, U] that each unit's first query is in.
+
+    Args:
+        starts: position of each row's first query.
+        unit: tokens of a unit.
+    """
+    return [[(start + at) // BLOCK for at in range(0, tokens, unit)] for start in starts]
 
 
 def count_chosen(own: int) -> int:

@@ -25,6 +25,7 @@ from r1ray.ops.block_selection import (
     choose_blocks,
     count_both,
     count_chosen,
+    own_blocks,
     split_tokens,
 )
 from r1ray.ops.cached_states import CachedStates
@@ -54,7 +55,7 @@ def choose_exact(
         return chosen_BKUM
     units = chosen_BKUM.shape[2]
     unit = 1 if units == q_BNTH.shape[2] else BLOCK
-    owns_BU = [[(start + at * unit) // BLOCK for at in range(units)] for start in starts]
+    owns_BU = own_blocks(starts, q_BNTH.shape[2], unit)
     count = count_both if unit == 1 else count_chosen
     counts_BU = [[count(own) for own in row] for row in owns_BU]
     most = max(map(max, counts_BU))

@@ -16,7 +16,13 @@ from r1ray.ops.native.layers import (
 )
 from r1ray.ops.native.library import ISA_NAMES, best_isa, describe, is_available
 from r1ray.ops.native.linear import MAX_INPUTS, int8_linear
-from r1ray.ops.native.sparse import can_attend, choose_blocks, choose_exact, sparse_attention
+from r1ray.ops.native.sparse import (
+    can_attend,
+    choose_blocks,
+    choose_exact,
+    gated_attention,
+    sparse_attention,
+)
 
 __all__ = [
     "ISA_NAMES",
@@ -29,6 +35,7 @@ __all__ = [
     "choose_blocks",
     "choose_exact",
     "describe",
+    "gated_attention",
     "int8_linear",
     "is_available",
     "run_decoder_layers",

@@ -18,7 +18,7 @@ __all__ = ["ISA_NAMES", "best_isa", "describe", "is_available", "library"]
 logger = logging.getLogger(__name__)
 
 ISA_NAMES = ("generic", "avx2", "avx512_vnni", "avx512_bf16")
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 
 
 def is_available() -> bool:
@@ -78,6 +78,7 @@ def _load() -> ctypes.CDLL | None:
         library.r1ray_sparse_attention,
         library.r1ray_choose_blocks,
         library.r1ray_choose_exact,
+        library.r1ray_gated_attention,
         library.r1ray_decoder_layers,
     ):
         function.restype = number

@@ -132,7 +132,7 @@ void with_threads(void (*body)(void*), void* data, int32_t num_threads) {
 extern "C" {
 
 // Changes whenever a function of this library does: one of another version is not used.
-int32_t r1ray_abi_version() { return 8; }
+int32_t r1ray_abi_version() { return 9; }
 
 // The widest instructions of this processor that there is code for: 0 none, 1 AVX2 with FMA,
 // 2 AVX512-VNNI, 3 that with AVX512-BF16.

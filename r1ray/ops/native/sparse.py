@@ -7,6 +7,12 @@ head dimension, U units, M chosen blocks, C blocks of keys.
 """
 
 import ctypes
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +20,16 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.ops.native.library import best_isa, is_available, library
-from r1ray.ops.native.sparse_plans import layout, plan_attention, plan_choice, plan_exact
+from r1ray.ops.native.sparse_plans import (
+    Layout,
+    Plan,
+    layout,
+    plan_attention,
+    plan_choice,
+    plan_exact,
+)
 
-__all__ = ["can_attend", "choose_blocks", "choose_exact", "sparse_attention"]
+__all__ = ["can_attend", "choose_blocks", "choose_exact", "gated_attention", "sparse_attention"]
 
 _NO_MEMORY, _BAD_BLOCK = 1, 2  # what the kernels return where they fail
 _WIDTH = 16  # floats of the widest register, to which weights are padded
@@ -58,6 +71,19 @@ class _ExactArguments(ctypes.Structure):
         "*q q_row q_head q_token *keys key_row key_head *key_scale key_scale_row key_scale_head"
         " *pages pages_row *is_marked *counts *starts *out B N K T H U M unit"
     )
+
+
+class _GatedArguments(ctypes.Structure):
+    """As in gated_attention.h."""
+
+    _fields_ = (
+        ("choice", _ChoiceArguments),
+        ("exact", _ExactArguments),
+        ("attention", _AttentionArguments),
+    )
+
+
+_Addresses = ctypes.c_void_p * 13  # as in gated_attention.h
 
 
 def can_attend(q_BNTH: Tensor, k_BKSH: Tensor) -> bool:
@@ -211,6 +237,99 @@ def choose_exact(
         *(_known(isa), torch.get_num_threads()),
     )
     _raise(library().r1ray_choose_exact(ctypes.byref(arguments)), "choose_exact")
+
+
+def gated_attention(
+    weights: tuple[Tensor, Tensor, Tensor],
+    queries: tuple[Tensor, Tensor],
+    rotary: tuple[Tensor, Tensor],
+    summaries_BKCH: Tensor,
+    states: Sequence[Tensor],
+    counts: tuple[list[list[int]], list[list[int]]],
+    starts: list[int],
+    unit: int,
+    *,
+    isa: int | None = None,
+) -> Tensor:
+    """`choose_blocks`, `choose_exact` and `sparse_attention` in one call: float32 [B, N, T, H].
+
+    Args:
+        weights: those of the gate [K, G·H, H] and [H], and its marked heads, bool [N].
+        queries: float32 [B, T, N, H] before rotary positions, and [B, N, T, H] with them.
+        states: keys and values [B, K, S, H]; behind int8 ones their scales [B, K, S].
+        counts: blocks that each unit keeps; in groups with a marked head.
+    Raises:
+        ShapeError: shapes, dtypes, starts or counts do not fit each other.
+    """
+    weight, norm, is_marked = weights
+    tensors = [queries[0], weight, norm, *rotary, summaries_BKCH, queries[1], is_marked, *states]
+    numbers = tuple([tuple(row) for row in counts[0]]), tuple([tuple(row) for row in counts[1]])
+    fixed = (*numbers, tuple(starts), unit, _known(isa), torch.get_num_threads())
+    plan = _plan_gated(tuple([layout(item) for item in tensors]), *fixed)
+    if plan.has_gaps:
+        tensors = [item.contiguous() for item in tensors]
+        plan = _plan_gated(tuple([layout(item) for item in tensors]), *fixed)
+    batch, heads, tokens, size = queries[1].shape
+    if size % _WIDTH:
+        tensors[1] = F.pad(weight.detach(), (0, -size % _WIDTH))
+    out_BTNH = torch.empty(batch, tokens, heads, size, dtype=torch.float32, device="cpu")
+    no_scales = () if len(states) > 2 else (None, None)
+    addresses = [*[item.data_ptr() for item in tensors], *no_scales, out_BTNH.data_ptr()]
+    failure = library().r1ray_gated_attention(plan.arguments, _Addresses(*addresses))
+    _raise(failure, "gated_attention")
+    return out_BTNH.transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _GatedPlan:
+    """As `Plan`, of three kernels; `arguments` point into the arrays of `parts`."""
+
+    has_gaps: bool
+    arguments: Any
+    parts: tuple[Plan, Plan, Plan]
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_gated(
+    layouts: tuple[Layout, ...],
+    counts: tuple[tuple[int, ...], ...],
+    exact_counts: tuple[tuple[int, ...], ...],
+    starts: tuple[int, ...],
+    unit: int,
+    isa: int,
+    num_threads: int,
+) -> _GatedPlan:
+    rotated, marks, k, v, *scales = layouts[6:]
+    choice = plan_choice(layouts[:6], counts, starts, unit)
+    shape = (*k[2][:2], choice.sizes[6], max(map(max, exact_counts), default=0))
+    strides = tuple([math.prod(shape[at + 1 :]) for at in range(4)])
+    chosen = torch.int64, True, shape, strides
+    exact = plan_exact((rotated, k, marks, chosen, *scales[:1]), exact_counts, starts)
+    attention = plan_attention((rotated, k, v, chosen, *scales), starts)
+    batch, tokens, heads, groups, size, _, units = choice.sizes[:7]
+    if exact.sizes[:6] != (batch, heads, groups, tokens, size, units):
+        raise ShapeError(
+            f"gated_attention: summaries of {groups} groups and keys {tuple(k[2])} do not belong "
+            f"together"
+        )
+    threads = isa, num_threads
+    q, rotary, keys = choice.strides
+    arguments = _GatedArguments(
+        _ChoiceArguments(
+            *(None, *q, None, None, None, None, *rotary, None, *keys, None, 0),
+            *(choice.numbers + 8 * len(starts), choice.numbers, None, *choice.sizes, *threads),
+        ),
+        _ExactArguments(
+            *(None, *exact.strides[0], None, *exact.strides[1], None, *exact.strides[2], None, 0),
+            *(None, exact.numbers + 8 * len(starts), exact.numbers, None, *exact.sizes, *threads),
+        ),
+        _AttentionArguments(
+            *itertools.chain.from_iterable((None, *each) for each in attention.strides),
+            *(None, 0, None, attention.numbers, None, *attention.sizes, *threads),
+        ),
+    )
+    parts = choice, exact, attention
+    return _GatedPlan(any(part.has_gaps for part in parts), ctypes.byref(arguments), parts)
 
 
 def _known(isa: int | None) -> int:
