@@ -27,8 +27,8 @@ def _operator() -> dict[str, dict[int, dict[str, list[float]]]]:
     """Sparse time grows like n, dense like n²."""
     times = {
         length: {
-            "sparse": [0.55 * length / 1e6] * 3,
-            "marked": [1.55 * length / 1e6] * 3,
+            "sparse": [0.325 * length / 1e6] * 3,
+            "marked": [1.325 * length / 1e6] * 3,
             "dense": [length**2 / 2e9] * 3,
         }
         for length in LENGTHS
