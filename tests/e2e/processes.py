@@ -1,6 +1,8 @@
 """Running jobs as a user would: as processes, with their output kept."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,9 +29,12 @@ TINY_CONFIG = "jobs/configs/tiny.yaml"
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, and that the system gives to no connection meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)  # below Linux's ephemeral ports
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def job_command(job: str, *overrides: str, config: str = TINY_CONFIG) -> list[str]:
