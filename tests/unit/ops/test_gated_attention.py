@@ -74,7 +74,7 @@ def test_gates_without_weights_choose_and_attend_as_well() -> None:
     assert torch.equal(gated_attention(gate, queries, rotary, summaries, k, v, [2211], 1), expected)
 
 
-@pytest.mark.skipif(not native.is_available(), reason="no native kernels")
+@pytest.mark.skipif(not native.is_available(), reason=native.describe())
 def test_what_does_not_fit_is_an_error() -> None:
     gate = BlockGate(4, 2, 16)
     queries, rotary, summaries, (k, v) = _draw([2211], 1, 16, is_int8=False)
