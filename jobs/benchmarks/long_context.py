@@ -34,8 +34,27 @@ from r1ray.models.tokenizer import Tokenizer
 __all__ = ["LongContextBenchmark"]
 
 _TARGET = Path("docs/benchmarks")
-_ON_GPU = TrainingSize(2400, tune_tokens=8192, gate_examples=240, gate_documents=60)
-_ON_CPU = TrainingSize(800, tune_tokens=2048, gate_examples=60, gate_documents=60)
+_ON_GPU = TrainingSize(
+    tuple(TASKS),
+    tune_examples=2400,
+    tune_tokens=8192,
+    tune_batch=16_384,
+    tune_batches=2,
+    tune_rate=5e-4,
+    gate_examples=240,
+    gate_documents=60,
+)
+_LOOKUPS = ("niah_multikey_2", "niah_multikey_3")
+_ON_CPU = TrainingSize(  # no more tasks than have to count
+    (*_LOOKUPS, "fwe", *_LOOKUPS, "niah_single_1"),
+    tune_examples=216,
+    tune_tokens=2048,
+    tune_batch=2048,
+    tune_batches=1,
+    tune_rate=3e-4,
+    gate_examples=24,
+    gate_documents=12,
+)
 _EXAMPLES = 100
 _REREAD = 16_000
 

@@ -24,7 +24,7 @@ from jobs.benchmarks.local_training import (
     train_steps,
 )
 from r1ray.config.training import GatesConfig, TrainConfig
-from r1ray.data.long_context import write_conversation
+from r1ray.data.long_context import TASKS, write_conversation
 from r1ray.data.schemas import Conversation, RowError
 from r1ray.data.tokenize import Sample, tokenize_rows
 from r1ray.models import load_model
@@ -43,7 +43,6 @@ __all__ = [
 
 CONTEXT = 8192
 _FIRST_NUMBER = 1_000_000  # of training samples; the tasks that are asked begin at 0
-_TUNE_BATCHES = 2  # of as many tokens as a sample may have, in two micro-batches a step
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,22 @@ class TrainingSize:
     """How much is trained.
 
     Attributes:
-        tune_examples, gate_examples: of tasks.
-        tune_tokens: of the longest of the first.
+        tune_tasks: what is taught, of each in turn.
+        tune_examples: of these.
+        tune_tokens: of the longest of them.
+        tune_batch: tokens of a micro-batch, padding included.
+        tune_batches: micro-batches of a step.
+        tune_rate: peak learning rate.
+        gate_examples: of all tasks.
         gate_documents: windows of source code.
     """
 
+    tune_tasks: tuple[str, ...]
     tune_examples: int
     tune_tokens: int
+    tune_batch: int
+    tune_batches: int
+    tune_rate: float
     gate_examples: int
     gate_documents: int
 
@@ -65,14 +73,15 @@ class TrainingSize:
 def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[Step]:
     """Teach the model in `base` the tasks; written to `target`."""
     numbers = range(_FIRST_NUMBER, _FIRST_NUMBER + size.tune_examples)
-    samples = _write_samples(base, numbers, size.tune_tokens, is_task=True)
-    batches = list(batch_by_length(samples, _TUNE_BATCHES * size.tune_tokens))
+    samples = _write_samples(base, numbers, size.tune_tokens, size.tune_tasks)
+    batches = list(batch_by_length(samples, size.tune_batch))
     model = load_model(base, dtype=torch.float32).to(pick_device())
+    num_steps = max(2, len(batches) // size.tune_batches)
     config = TrainConfig(
-        num_steps=max(2, len(batches) // 2),
-        batches_per_step=2,
-        warmup_steps=min(20, len(batches) // 4),
-        learning_rate=5e-4,
+        num_steps=num_steps,
+        batches_per_step=size.tune_batches,
+        warmup_steps=min(20, num_steps // 2),
+        learning_rate=size.tune_rate,
         precision="bf16" if torch.cuda.is_available() else "auto",
     )
     steps = train_steps(model, config, batches)
@@ -84,8 +93,8 @@ def train_gates(tuned: Path, target: Path, size: TrainingSize) -> list[Step]:
     """Train gates for the model in `tuned`; both are written to `target`."""
     first = _FIRST_NUMBER + size.tune_examples
     numbers = range(first, first + size.gate_examples)
-    samples = _write_samples(tuned, numbers, CONTEXT, is_task=True)
-    samples += _write_samples(tuned, range(size.gate_documents), CONTEXT, is_task=False)
+    samples = _write_samples(tuned, numbers, CONTEXT, tuple(TASKS))
+    samples += _write_samples(tuned, range(size.gate_documents), CONTEXT, ())
     random.Random(0).shuffle(samples)
     batches = list(batch_by_length(samples, CONTEXT))
     model = load_model(tuned, dtype=torch.float32)
@@ -117,16 +126,17 @@ def render_prompt(tokenizer: Tokenizer, text: str) -> str:
 
 
 def _write_samples(
-    model_dir: Path, numbers: Sequence[int], most: int, *, is_task: bool
+    model_dir: Path, numbers: Sequence[int], most: int, tasks: tuple[str, ...]
 ) -> list[Sample]:
-    write = functools.partial(_write_sample, str(model_dir), most, is_task)
+    """Of `tasks` in turn; windows of source code where there are none."""
+    write = functools.partial(_write_sample, str(model_dir), most, tasks)
     with multiprocessing.get_context("spawn").Pool() as pool:
         return pool.map(write, numbers, chunksize=8)
 
 
-def _write_sample(model_dir: str, most: int, is_task: bool, number: int) -> Sample:
+def _write_sample(model_dir: str, most: int, tasks: tuple[str, ...], number: int) -> Sample:
     tokenizer = _tokenizer(model_dir)
-    messages = write_conversation(tokenizer, number, max_tokens=most, is_task=is_task)
+    messages = write_conversation(tokenizer, number, max_tokens=most, tasks=tasks)
     conversation = Conversation(messages)
     [row] = tokenize_rows(tokenizer, [conversation], max_tokens=most, overflow="truncate")
     if isinstance(row, RowError):

@@ -49,15 +49,26 @@ _FURTHER = 15  # questions about needles, besides the one that is asked
 
 @dataclass(frozen=True)
 class LongTask:
-    """A prompt, and the strings that its answer holds.
+    """A text and a question, and the strings that its answer holds.
 
     Attributes:
         further: other questions about the same text, each with its answers.
     """
 
-    prompt: str
+    text: str
+    question: str
     answers: tuple[str, ...]
     further: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The text, and the question behind it."""
+        return self.text + self.question
+
+    def split(self) -> list["LongTask"]:
+        """A task for each question, which all begin with the same text."""
+        questions = [(self.question, self.answers), *self.further]
+        return [LongTask(self.text, *of_question) for of_question in questions]
 
     def to_conversation(self) -> list[dict[str, str]]:
         """All questions and their answers, as the turns of a chat."""
@@ -105,13 +116,11 @@ def build_passkey(
         hay.insert(
             round(depth * size), f"The pass key is {key}. Remember it. {key} is the pass key."
         )
-        prompt = (
+        text = (
             "There is important information hidden inside a lot of irrelevant text. Find it and "
-            "memorize it. I will quiz you about it.\n"
-            + "\n".join(hay)
-            + "\nWhat is the pass key? The pass key is"
+            "memorize it. I will quiz you about it.\n" + "\n".join(hay) + "\n"
         )
-        return LongTask(prompt, (str(key),))
+        return LongTask(text, "What is the pass key? The pass key is", (str(key),))
 
     return _fill("passkey", attempt, count_tokens, max_tokens)
 
@@ -146,19 +155,20 @@ def _fill(
 
 
 def write_conversation(
-    tokenizer: Tokenizer, number: int, *, max_tokens: int, is_task: bool
+    tokenizer: Tokenizer, number: int, *, max_tokens: int, tasks: Sequence[str]
 ) -> list[dict[str, str]]:
-    """The `number`-th training sample: a task, of each kind in turn, or a window of source code.
+    """The `number`-th training sample: one of `tasks`, each in turn.
 
-    Tasks have a quarter to all of `max_tokens`, and what further questions take besides.
+    Tasks have a quarter to all of `max_tokens`, and what further questions take besides. Where
+    there are none, the sample is a window of source code.
 
     Raises:
         ConfigError: the task does not fit, or there is no source code of that length.
     """
     rng = random.Random(number)
-    if not is_task:
+    if not tasks:
         return _recite(tokenizer, rng, max_tokens)
-    name = list(TASKS)[number % len(TASKS)]
+    name = tasks[number % len(tasks)]
     most = int(max_tokens * _TASK_SHARE)
     wanted = int(most * rng.uniform(0.25, 1.0))
 
@@ -259,12 +269,13 @@ def _vt(rng: random.Random, size: int) -> LongTask:
         f"Answer: the {_CHAIN} variables that are assigned the value {value} are:"
         for value in values
     ]
-    prompt = (
+    text = (
         "Memorize and track the chains of variable assignment hidden in the following text.\n\n"
         + "\n".join(hay)
-        + f"\n\n{questions[0]}"
+        + "\n\n"
     )
-    return LongTask(prompt, tuple(chains[0]), ((questions[1], tuple(chains[1])),))
+    further = ((questions[1], tuple(chains[1])),)
+    return LongTask(text, questions[0], tuple(chains[0]), further)
 
 
 def _cwe(rng: random.Random, size: int) -> LongTask:
@@ -274,13 +285,15 @@ def _cwe(rng: random.Random, size: int) -> LongTask:
     listed = [*common * _COMMON_TIMES, *rare * _RARE_TIMES]
     rng.shuffle(listed)
     numbered = " ".join(f"{place}. {word}" for place, word in enumerate(listed, start=1))
-    prompt = (
+    text = (
         "Below is a numbered list of words. In these words, some appear more often than others. "
         f"Memorize the ones that appear most often.\n{numbered}\n"
+    )
+    question = (
         f"Question: What are the {_COMMON} most common words in the above list? Answer: The top "
         f"{_COMMON} words that appear most often in the list are:"
     )
-    return LongTask(prompt, tuple(common))
+    return LongTask(text, question, tuple(common))
 
 
 def _fwe(rng: random.Random, size: int) -> LongTask:
@@ -289,13 +302,15 @@ def _fwe(rng: random.Random, size: int) -> LongTask:
     counts = [max(1, round(20 * size * weight)) for weight in weights]
     listed = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
     rng.shuffle(listed)
-    prompt = (
+    text = (
         "Read the following coded text and track the frequency of each coded word. Find the three "
-        f"most frequently appeared coded words.\n{' '.join(listed)}\nQuestion: What are the three "
-        "most frequently appeared words in the above coded text? Answer: the three most "
-        "frequently appeared words are:"
+        f"most frequently appeared coded words.\n{' '.join(listed)}\n"
     )
-    return LongTask(prompt, tuple(coded[:_FREQUENT]))
+    question = (
+        "Question: What are the three most frequently appeared words in the above coded text? "
+        "Answer: the three most frequently appeared words are:"
+    )
+    return LongTask(text, question, tuple(coded[:_FREQUENT]))
 
 
 TASKS: dict[str, Callable[[random.Random, int], LongTask]] = {
@@ -313,11 +328,11 @@ def _needle(key: str, value: str, kind: str = "number") -> str:
 
 
 def _ask_needle(hay: str, kind: str, key: str, value: str) -> LongTask:
-    prompt = (
+    text = (
         f"Some special magic {kind}s are hidden within the following text. Make sure to memorize "
-        f"them. I will quiz you about one of them afterwards.\n{hay}\n{_question(kind, key)}"
+        f"them. I will quiz you about one of them afterwards.\n{hay}\n"
     )
-    return LongTask(prompt, (value,))
+    return LongTask(text, _question(kind, key), (value,))
 
 
 def _question(kind: str, key: str) -> str:

@@ -41,7 +41,7 @@ from r1ray.data.batch_writer import BatchWriter
 from r1ray.data.collector import SampleCollector
 from r1ray.data.image_rows import read_image_file
 from r1ray.data.length_sketch import LengthSketch
-from r1ray.data.long_context import write_conversation
+from r1ray.data.long_context import TASKS, write_conversation
 from r1ray.data.planners import (
     BatchPlanner,
     FixedBuckets,
@@ -270,7 +270,8 @@ def _write_long(model_dir: str, max_tokens: int, batch: dict[str, Any]) -> pa.Ta
     """Long tasks and documents as rows."""
     tokenizer, rows = Tokenizer(model_dir), []
     for number, is_task in zip(batch["number"].tolist(), batch["is_task"].tolist(), strict=True):
-        messages = write_conversation(tokenizer, number, max_tokens=max_tokens, is_task=is_task)
+        tasks = tuple(TASKS) if is_task else ()
+        messages = write_conversation(tokenizer, number, max_tokens=max_tokens, tasks=tasks)
         source = "long_context" if is_task else "source_code"
         rows.append({"source": source, "row": number, "messages": json.dumps(messages)})
     return rows_to_table(rows)

@@ -102,13 +102,13 @@ def test_a_conversation_asks_more_about_the_same_text(name: str, questions: int)
 
 
 @pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize("is_task", [True, False])
-def test_training_samples_fit(number: int, is_task: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tasks", [tuple(TASKS), ("vt",), ()])
+def test_training_samples_fit(number: int, tasks: tuple[str, ...], tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_tiny_model(tmp_path))
-    turns = write_conversation(tokenizer, number, max_tokens=3000, is_task=is_task)
-    again = write_conversation(tokenizer, number, max_tokens=3000, is_task=is_task)
+    turns = write_conversation(tokenizer, number, max_tokens=3000, tasks=tasks)
+    again = write_conversation(tokenizer, number, max_tokens=3000, tasks=tasks)
     assert turns == again
-    longest = turns[0 if is_task else 1]["content"]
+    longest = turns[0 if tasks else 1]["content"]
     assert 300 < len(tokenizer.encode(longest)) < 3000
     assert turns[-1]["role"] == "assistant"
 
@@ -117,7 +117,7 @@ def test_training_samples_fit(number: int, is_task: bool, tmp_path: Path) -> Non
 def test_windows_that_there_cannot_be_are_said(max_tokens: int, tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_tiny_model(tmp_path))
     with pytest.raises(ConfigError, match=f"no window of {max_tokens} tokens"):
-        write_conversation(tokenizer, 0, max_tokens=max_tokens, is_task=False)
+        write_conversation(tokenizer, 0, max_tokens=max_tokens, tasks=())
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
