@@ -43,6 +43,8 @@ _ON_GPU = TrainingSize(
     tune_rate=5e-4,
     gate_examples=240,
     gate_documents=60,
+    questions=100,
+    texts=100,
 )
 _LOOKUPS = ("niah_multikey_2", "niah_multikey_3")
 _ON_CPU = TrainingSize(  # no more tasks than have to count
@@ -54,8 +56,9 @@ _ON_CPU = TrainingSize(  # no more tasks than have to count
     tune_rate=3e-4,
     gate_examples=24,
     gate_documents=12,
+    questions=100,
+    texts=50,
 )
-_EXAMPLES = 100
 _REREAD = 16_000
 
 
@@ -68,7 +71,9 @@ class LongContextBenchmark:
         self._files = BaseFiles(work, source)
         self._fidelity = FidelityBenchmark(self._parts, work, source)
         size = _ON_GPU if torch.cuda.is_available() else _ON_CPU
-        self._tasks = TaskBenchmark(self._parts, work, source, size, _EXAMPLES)
+        self._tasks = TaskBenchmark(
+            self._parts, work, source, size, lambda: self._fidelity.model_dir
+        )
 
     def operator(self) -> dict[str, Any]:
         """From kind -> length -> arm -> seconds; dense and sparse in turns."""
@@ -186,7 +191,8 @@ _NOTES = """
   block that is always kept, asked without a chat. Needle recall: of the heads that give the
   needle's block at least a tenth of their attention as the answer is written, the share whose
   group keeps that block.
-- Tasks: SmolLM2 is taught the tasks densely first, in texts of up to 8,192 tokens on a GPU and of
-  2,048 on a CPU, then gates are trained; answers are greedy. A task counts where dense attention
-  scores at least 50%.
+- Tasks: SmolLM2 is taught tasks densely first: on a GPU all six, 2,400 texts of up to 8,192 tokens;
+  on a CPU the needles and fwe, 216 texts of up to 2,048 tokens. Then the published model's gates
+  are trained further, on all six and source code. Answers are greedy; up to 16 questions are about
+  one text. A task counts where dense attention scores at least 50%.
 """

@@ -62,15 +62,25 @@ class Arm:
         return model.to(pick_device())
 
     def complete(
-        self, model: Decoder, tokenizer: Tokenizer, texts: Sequence[str], max_new_tokens: int
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        texts: Sequence[str],
+        max_new_tokens: int,
+        *,
+        one_by_one: bool = False,
     ) -> list[list[int]]:
-        """How `texts` go on, greedily, in tokens."""
+        """How `texts` go on, greedily, in tokens.
+
+        Args:
+            one_by_one: on a CPU, so that what they begin with in common is read once.
+        """
         return generate_batch(
             model,
             [tokenizer.encode(text) for text in texts],
             max_new_tokens=max_new_tokens,
             stop_token_ids=frozenset({tokenizer.eos_token_id}),
-            max_concurrency=len(texts) if torch.cuda.is_available() else 4,
+            max_concurrency=len(texts) if torch.cuda.is_available() else 1 if one_by_one else 4,
             prefill_chunk=self.chunk,
             kv_dtype=self.kv_dtype,
         )

@@ -87,14 +87,14 @@ class FidelityBenchmark:
         return dict(self._parts.read(_GATES))
 
     @functools.cached_property
-    def _model_dir(self) -> Path:
+    def model_dir(self) -> Path:
         """The base with gates, trained as shipped; a training that was ended goes on."""
         config = load_config("jobs/configs/gates.yaml", self._overrides)
         with connected_to_ray():
             return Pipeline(config).train().local_dir
 
     def _describe_training(self) -> dict[str, Any]:
-        history = load_history(self._model_dir)
+        history = load_history(self.model_dir)
         tokens, steps = 0, []
         for record in history:
             tokens += record.num_tokens
@@ -115,7 +115,7 @@ class FidelityBenchmark:
         return found
 
     def _measure(self, arm: Arm) -> dict[tuple[str, int], Any]:
-        load = functools.cache(lambda: arm.load(self._model_dir))
+        load = functools.cache(lambda: arm.load(self.model_dir))
         measures = {"text": self._read_text, "passkeys": self._find_passkeys}
 
         def measure(kind: str, length: int) -> Any:
@@ -188,7 +188,7 @@ class FidelityBenchmark:
 
     def _recall(self, precision: Precision) -> dict[str, Any]:
         """Over the answers to needles, and the ends of documents."""
-        model, tokenizer = Arm(precision, "sparse").load(self._model_dir), self._tokenizer
+        model, tokenizer = Arm(precision, "sparse").load(self.model_dir), self._tokenizer
         measure = functools.partial(measure_block_recall, model, has_int8_keys=precision == "int8")
         count = functools.partial(count_prompt_tokens, tokenizer)
         most = CONTEXT - 2 * _PASSKEY_TOKENS  # room for the answer
@@ -217,7 +217,7 @@ class FidelityBenchmark:
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
-        return Tokenizer(self._model_dir)
+        return Tokenizer(self.model_dir)
 
 
 def _name(arm: Arm, kind: str, length: int) -> str:

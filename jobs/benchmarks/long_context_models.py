@@ -1,8 +1,9 @@
 """The models whose answers on long contexts are compared: SmolLM2 taught the tasks, and its gates.
 
 What SmolLM2 cannot answer densely says nothing about sparse attention: so it is first taught the
-tasks, densely, on examples of other seeds than those it is asked. Then gates are trained on such
-examples and on Python's own source code, beside the model that no longer changes.
+tasks, densely, on examples of other seeds than those it is asked. Then the gates of the published
+model are trained further on such examples and on Python's own source code, beside the model that no
+longer changes.
 
 Both trainings are `jobs.benchmarks.local_training`'s.
 """
@@ -28,7 +29,7 @@ from r1ray.data.long_context import TASKS, write_conversation
 from r1ray.data.schemas import Conversation, RowError
 from r1ray.data.tokenize import Sample, tokenize_rows
 from r1ray.models import load_model
-from r1ray.models.gates import attach_gates
+from r1ray.models.gates import load_gates
 from r1ray.models.tokenizer import Tokenizer
 from r1ray.training.gates import GateTraining
 
@@ -58,6 +59,8 @@ class TrainingSize:
         tune_rate: peak learning rate.
         gate_examples: of all tasks.
         gate_documents: windows of source code.
+        questions: of each task and length that are asked, or
+        texts: that are read, whichever is reached first.
     """
 
     tune_tasks: tuple[str, ...]
@@ -68,6 +71,8 @@ class TrainingSize:
     tune_rate: float
     gate_examples: int
     gate_documents: int
+    questions: int
+    texts: int
 
 
 def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[Step]:
@@ -89,8 +94,8 @@ def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[Step]:
     return steps
 
 
-def train_gates(tuned: Path, target: Path, size: TrainingSize) -> list[Step]:
-    """Train gates for the model in `tuned`; both are written to `target`."""
+def train_gates(tuned: Path, gates: Path, target: Path, size: TrainingSize) -> list[Step]:
+    """Train the gates in `gates` further, for the model in `tuned`; both go to `target`."""
     first = _FIRST_NUMBER + size.tune_examples
     numbers = range(first, first + size.gate_examples)
     samples = _write_samples(tuned, numbers, CONTEXT, tuple(TASKS))
@@ -99,18 +104,18 @@ def train_gates(tuned: Path, target: Path, size: TrainingSize) -> list[Step]:
     batches = list(batch_by_length(samples, CONTEXT))
     model = load_model(tuned, dtype=torch.float32)
     model.requires_grad_(False)
-    attach_gates(model)
+    load_gates(model, gates)
     model = model.to(pick_device())
-    gates = GatesConfig()
+    settings = GatesConfig()
     config = TrainConfig(
         num_steps=len(batches),
         batches_per_step=1,
         warmup_steps=min(5, len(batches) - 1),
         learning_rate=2e-3,
         precision="fp32",
-        gates=gates,
+        gates=settings,
     )
-    steps = train_steps(model, config, batches, GateTraining(gates, seed=0))
+    steps = train_steps(model, config, batches, GateTraining(settings, seed=0))
     save_trained(model, tuned, target)
     return steps
 

@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 
 from jobs.benchmarks.long_context_arms import PRECISIONS
 from jobs.benchmarks.long_context_peers import find_best
+from r1ray.evaluation.accuracy import paired_difference
 from r1ray.evaluation.record import Row
 
 __all__ = [
@@ -179,18 +180,24 @@ def task_rows(tasks: Mapping[str, Any]) -> list[Row]:
             rows += _unmeasured(_TASK_BARS, suffix)
             continue
         drops = {
-            f"{task} at {length}": dense - sparse
-            for (task, length), (dense, sparse) in found["scores"].items()
-            if dense >= _COUNTS
+            cell: paired_difference(dense, sparse)
+            for cell, (dense, sparse) in found["scores"].items()
+            if statistics.mean(dense) >= _COUNTS
         }
-        worst = max(drops, key=lambda name: drops[name], default="none")
-        counted = {task for (task, _), (dense, _) in found["scores"].items() if dense >= _COUNTS}
-        name, unit = f"long_context.worst_task_drop{suffix}", "of 1"
-        if len(counted) < _MIN_TASKS:
-            unit = f"not counted: dense attention can do {len(counted)} of {_MIN_TASKS} tasks"
-        baseline = (f"{worst}; tasks and lengths that count", float(len(drops)))
-        value = drops[worst] if len(counted) >= _MIN_TASKS else None
-        rows.append(Row(name, value, unit, None, *baseline, _TASK_BARS["worst_task_drop"]))
+        num_tasks = len({task for task, _ in drops})
+        name, bar = f"long_context.worst_task_drop{suffix}", _TASK_BARS["worst_task_drop"]
+        if num_tasks < _MIN_TASKS:
+            unit = f"not counted: dense attention can do {num_tasks} of {_MIN_TASKS} tasks"
+            rows.append(Row(name, None, unit, bar=bar))
+        else:
+            worst = max(drops, key=lambda cell: drops[cell][0])
+            drop, *interval = drops[worst]
+            baseline = (
+                f"dense, {worst[0]} at {worst[1]}",
+                statistics.mean(found["scores"][worst][0]),
+            )
+            rows.append(Row(name, drop, "of 1", (interval[0], interval[1]), *baseline, bar))
+            rows.append(Row(f"long_context.tasks_that_count{suffix}", num_tasks, "of 6 tasks"))
         name = f"long_context.task_agreement{suffix}"
         rows.append(Row(name, found["agreement"], "share"))
     return rows
@@ -227,15 +234,21 @@ def render_passkeys(fidelity: Mapping[str, Any], depths: Iterable[float]) -> str
 
 
 def render_tasks(found: Mapping[str, Any], tasks: Iterable[str], lengths: Iterable[int]) -> str:
-    """Scores of dense and sparse attention, by task and length."""
-    columns = [f"{precision} {kind}" for precision in found for kind in ("dense", "sparse")]
-    lines = [f"| task | tokens | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    """Mean scores of dense and sparse attention, and the drop, by task and length."""
+    columns = [f"{precision} {kind}" for precision in found for kind in ("dense", "sparse", "drop")]
+    lines = [
+        f"| task | tokens | questions | {' | '.join(columns)} |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
     for task in tasks:
         for length in lengths:
-            scores = [
-                f"{score:.3f}" for each in found.values() for score in each["scores"][task, length]
-            ]
-            lines.append(f"| {task} | {length} | {' | '.join(scores)} |")
+            both = [each["scores"][task, length] for each in found.values()]
+            cells = [task, str(length), str(len(both[0][0]))]
+            for dense, sparse in both:
+                drop, low, high = paired_difference(dense, sparse)
+                cells += [f"{statistics.mean(scores):.3f}" for scores in (dense, sparse)]
+                cells.append(f"{drop:.3f} [{low:.3f}, {high:.3f}]")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

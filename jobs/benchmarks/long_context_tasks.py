@@ -1,8 +1,10 @@
 """What sparse attention loses on tasks that the model was taught: dense against sparse answers."""
 
 import functools
+import itertools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +44,38 @@ class TaskBenchmark:
     Args:
         work: where the models are kept.
         source: of the base model, as in `base.source`.
-        examples: of each task and length.
+        gates: where the published model with its gates is.
     """
 
     def __init__(
-        self, parts: StoredParts, work: Path, source: str, size: TrainingSize, examples: int
+        self,
+        parts: StoredParts,
+        work: Path,
+        source: str,
+        size: TrainingSize,
+        gates: Callable[[], Path],
     ) -> None:
         self._parts = parts
         self._tuned, self._gated = work / "tuned", work / "gated"
         self._size = size
         self._files = BaseFiles(work, source)
-        self._examples = examples
+        self._gates = gates
 
     def run(self) -> None:
         """Measure what is not stored yet."""
         self._parts.once(
             _TUNING, _timed(tune_on_tasks), self._files.base(), self._tuned, self._size
         )
-        self._parts.once(_GATES, _timed(train_gates), self._tuned, self._gated, self._size)
+        if not self._parts.has(_GATES):
+            trained = _timed(train_gates)(self._tuned, self._gates(), self._gated, self._size)
+            self._parts.store(_GATES, trained)
         for precision in PRECISIONS:
             self._compare(precision)
 
     def results(self) -> dict[str, Any]:
-        """By precision: (dense, sparse) scores of tasks and lengths, and how many answers agree.
+        """By precision: (dense, sparse) scores of all questions by task and length, and agreement.
 
-        Those of which everything is stored.
+        Those of which everything is stored; agreement is the share of equal answers.
         """
         measured = list_measured(self._parts, self._parts_of)
         return {precision: self._compare(precision) for precision in measured}
@@ -86,47 +95,57 @@ class TaskBenchmark:
         return dict(self._parts.read(_GATES))
 
     def _compare(self, precision: Precision) -> dict[str, Any]:
+        load = functools.cache(lambda arm: arm.load(self._gated))
         arms = [Arm(precision, attention) for attention in ATTENTIONS]
-        by_arm = [self._measure(arm) for arm in arms]
-        dense, sparse = by_arm
-        equal = [
-            one == other
-            for cell in dense
-            for one, other in zip(dense[cell]["outputs"], sparse[cell]["outputs"], strict=True)
-        ]
-        scores = {
-            cell: tuple(statistics.mean(answers[cell]["scores"]) for answers in by_arm)
-            for cell in dense
-        }
+        scores: dict[tuple[str, int], list[list[float]]] = {}
+        equal: list[bool] = []
+        for length in LENGTHS:
+            by_arm = [
+                {
+                    task: self._parts.once(
+                        _name(arm, task, length), self._answer, arm, load, task, length
+                    )
+                    for task in TASKS
+                }
+                for arm in arms
+            ]
+            for task in TASKS:
+                both = [answers[task] for answers in by_arm]
+                scores[task, length] = [each["scores"] for each in both]
+                pairs = zip(*(each["outputs"] for each in both), strict=True)
+                equal += [one == other for one, other in pairs]
         return {"scores": scores, "agreement": statistics.mean(equal)}
 
-    def _measure(self, arm: Arm) -> dict[tuple[str, int], dict[str, Any]]:
-        load = functools.cache(lambda: arm.load(self._gated))
-
-        def answer(task: str, length: int) -> dict[str, Any]:
-            return self._answer(arm, load(), task, length)
-
-        return {
-            (task, length): self._parts.once(_name(arm, task, length), answer, task, length)
-            for length in LENGTHS
-            for task in TASKS
-        }
-
-    def _answer(self, arm: Arm, model: Decoder, name: str, length: int) -> dict[str, Any]:
-        tokenizer, tasks = self._tokenizer, self._tasks(name, length)
-        prompts = [render_prompt(tokenizer, task.prompt) for task in tasks]
-        outputs = arm.complete(model, tokenizer, prompts, _answer_tokens(name))
+    def _answer(
+        self, arm: Arm, load: Callable[[Arm], Decoder], name: str, length: int
+    ) -> dict[str, Any]:
+        tokenizer, texts = self._tokenizer, self.write_texts(name, length)
+        complete = functools.partial(
+            arm.complete, load(arm), tokenizer, max_new_tokens=_answer_tokens(name)
+        )
+        prompts = [[render_prompt(tokenizer, task.prompt) for task in text] for text in texts]
+        if torch.cuda.is_available() or max(map(len, texts)) == 1:
+            outputs = complete([prompt for of_text in prompts for prompt in of_text])
+        else:
+            outputs = [out for of_text in prompts for out in complete(of_text, one_by_one=True)]
         scores = [
             score_reply(tokenizer.decode(output), task.answers)
-            for output, task in zip(outputs, tasks, strict=True)
+            for output, task in zip(outputs, itertools.chain(*texts), strict=True)
         ]
-        print(f"  {name} {length}: {statistics.mean(scores):.3f}", flush=True)
-        return {"scores": scores, "outputs": outputs}
+        print(f"  {arm.attention} {name} {length}: {statistics.mean(scores):.3f}", flush=True)
+        return {"texts": len(texts), "scores": scores, "outputs": outputs}
 
-    def _tasks(self, name: str, length: int) -> list[LongTask]:
+    def write_texts(self, name: str, length: int) -> list[list[LongTask]]:
+        """Questions, by the text that they are about."""
         count = functools.partial(count_prompt_tokens, self._tokenizer)
         most = length - _answer_tokens(name)
-        return [build_long_task(name, count, most, seed=seed) for seed in range(self._examples)]
+        texts: list[list[LongTask]] = []
+        left = self._size.questions
+        while left and len(texts) < self._size.texts:
+            task = build_long_task(name, count, most, seed=len(texts))
+            texts.append(task.split()[:left])
+            left -= len(texts[-1])
+        return texts
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:

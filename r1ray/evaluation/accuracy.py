@@ -64,17 +64,20 @@ def proportion(successes: Sequence[bool]) -> Proportion:
     return Proportion(share, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float, float]:
+def paired_difference(
+    first: Sequence[float], second: Sequence[float]
+) -> tuple[float, float, float]:
     """(mean of first - second, its 95% interval low, high) over the same problems, in shares.
+
+    Both have a score from 0 to 1, or whether it is right, for each problem.
 
     Source: percentile bootstrap over problems, Efron 1979; 10,000 resamples, seeded.
     """
-    differences = np.asarray(first, dtype=int) - np.asarray(second, dtype=int)
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     size = len(differences)
-    # A resample is told by how often it has each of the only three differences that there are.
-    values = np.array([-1, 0, 1])
-    shares = [float((differences == value).mean()) for value in values]
-    counts = np.random.default_rng(0).multinomial(size, shares, 10_000)
+    # A resample is told by how often it has each of the few differences that there are.
+    values, times = np.unique(differences, return_counts=True)
+    counts = np.random.default_rng(0).multinomial(size, times / size, 10_000)
     low, high = np.percentile(counts @ values / size, [2.5, 97.5])
     return float(differences.mean()), float(low), float(high)
 

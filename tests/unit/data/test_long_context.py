@@ -101,6 +101,18 @@ def test_a_conversation_asks_more_about_the_same_text(name: str, questions: int)
     assert len({turn["content"] for turn in turns[::2]}) == questions
 
 
+def test_a_text_with_several_questions_is_a_task_for_each() -> None:
+    task = _build("niah_multikey_2", 6000)
+    tasks = task.split()
+    assert len(tasks) == 16
+    assert (tasks[0].prompt, tasks[0].answers) == (task.prompt, task.answers)
+    for each in tasks:
+        assert each.text == task.text
+        assert not each.further
+        (key,) = re.findall(r"What is the special magic number for (\S+) mentioned", each.question)
+        assert f"numbers for {key} is: {each.answers[0]}." in each.text
+
+
 @pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("tasks", [tuple(TASKS), ("vt",), ()])
 def test_training_samples_fit(number: int, tasks: tuple[str, ...], tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""The benchmark's tasks with a tiny model: it is taught, gets gates, and is asked."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.benchmarks import long_context_models, long_context_tasks
+from jobs.benchmarks.long_context_arms import Arm
+from jobs.benchmarks.long_context_models import TrainingSize, render_prompt
+from jobs.benchmarks.long_context_tasks import TaskBenchmark
+from jobs.benchmarks.parts import StoredParts
+from r1ray.data.long_context import TASKS
+from r1ray.models import load_model, save_model
+from r1ray.models.checkpoint import copy_tokenizer
+from r1ray.models.gates import attach_gates, is_gate
+from r1ray.models.tokenizer import Tokenizer
+from tests.fakes import write_tiny_model
+
+_ASKED = ("niah_multikey_2", "fwe")
+_LENGTH = 2400
+_SIZE = TrainingSize(
+    _ASKED,
+    tune_examples=4,
+    tune_tokens=1500,
+    tune_batch=1500,
+    tune_batches=1,
+    tune_rate=1e-3,
+    gate_examples=2,
+    gate_documents=1,
+    questions=3,
+    texts=2,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tasks")
+
+
+@pytest.fixture(scope="module")
+def benchmark(folder: Path) -> Iterator[TaskBenchmark]:
+    """It has run."""
+    tasks = {name: TASKS[name] for name in _ASKED}
+    base = write_tiny_model(folder / "base", max_positions=4096)
+    torch.manual_seed(0)
+    model = load_model(base, dtype=torch.float32)
+    attach_gates(model)
+    save_model(model, folder / "gates")
+    copy_tokenizer(base, folder / "gates")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R1RAY_COMMIT", "abc")
+        patch.setattr(long_context_models, "TASKS", tasks)
+        patch.setattr(long_context_tasks, "TASKS", tasks)
+        patch.setattr(long_context_models, "CONTEXT", _LENGTH)
+        patch.setattr(long_context_tasks, "LENGTHS", (_LENGTH,))
+        patch.setattr(long_context_tasks, "PRECISIONS", ("int8",))
+        work = folder / "work"
+        benchmark = TaskBenchmark(
+            StoredParts(work), work, str(base), _SIZE, lambda: folder / "gates"
+        )
+        assert benchmark.results() == {}
+        benchmark.run()
+        yield benchmark
+
+
+def test_questions_about_a_text_are_asked_together_and_answered_as_if_alone(
+    benchmark: TaskBenchmark, folder: Path
+) -> None:
+    parts, tokenizer = StoredParts(folder / "work"), Tokenizer(folder / "base")
+    several = parts.read(f"tasks_int8_sparse_niah_multikey_2_{_LENGTH}")
+    single = parts.read(f"tasks_int8_sparse_fwe_{_LENGTH}")
+    assert (several["texts"], len(several["scores"])) == (1, 3)
+    assert (single["texts"], len(single["scores"])) == (2, 2)
+    found = benchmark.results()["int8"]
+    asked = {cell: [len(scores) for scores in both] for cell, both in found["scores"].items()}
+    assert asked == {("niah_multikey_2", _LENGTH): [3, 3], ("fwe", _LENGTH): [2, 2]}
+    arm, model = Arm("int8", "sparse"), folder / "work" / "gated"
+    [text] = benchmark.write_texts("niah_multikey_2", _LENGTH)
+    prompts = [render_prompt(tokenizer, task.prompt) for task in text]
+    loaded = arm.load(model)
+    alone = [arm.complete(loaded, tokenizer, [prompt], 16)[0] for prompt in prompts]
+    assert alone == several["outputs"]
+
+
+def test_gates_go_on_from_those_of_the_published_model(
+    benchmark: TaskBenchmark, folder: Path
+) -> None:
+    before, after, tuned = (
+        load_model(folder / name, dtype=torch.float32).state_dict()
+        for name in ("gates", "work/gated", "work/tuned")
+    )
+    gates = [name for name in before if is_gate(name)]
+    assert gates
+    assert any(not torch.equal(before[name], after[name]) for name in gates)
+    weights = [name for name in before if not is_gate(name)]
+    assert all(torch.equal(after[name], tuned[name]) for name in weights)
+    assert any(not torch.equal(before[name], after[name]) for name in weights)
+    assert len(benchmark.gate_training()["result"]) == 3
