@@ -10,7 +10,7 @@ from jobs.benchmarks import long_context_reading as reading
 from jobs.benchmarks.base_files import BaseFiles
 from jobs.benchmarks.long_context_arms import LENGTHS
 from jobs.benchmarks.long_context_fidelity import DEPTHS, FidelityBenchmark
-from jobs.benchmarks.long_context_models import TrainingSize
+from jobs.benchmarks.long_context_models import CONTEXT, Lesson, TaskSize
 from jobs.benchmarks.long_context_peers import PEERS, measure_peer
 from jobs.benchmarks.long_context_report import (
     fidelity_rows,
@@ -34,26 +34,24 @@ from r1ray.models.tokenizer import Tokenizer
 __all__ = ["LongContextBenchmark"]
 
 _TARGET = Path("docs/benchmarks")
-_ON_GPU = TrainingSize(
-    tuple(TASKS),
-    tune_examples=2400,
-    tune_tokens=8192,
-    tune_batch=16_384,
-    tune_batches=2,
-    tune_rate=5e-4,
+_ON_GPU = TaskSize(
+    (
+        Lesson(
+            tuple(TASKS), 2400, 8192, batch_tokens=16_384, batches_per_step=2, learning_rate=5e-4
+        ),
+    ),
     gate_examples=240,
     gate_documents=60,
     questions=100,
     texts=100,
 )
 _LOOKUPS = ("niah_multikey_2", "niah_multikey_3")
-_ON_CPU = TrainingSize(  # no more tasks than have to count
-    (*_LOOKUPS, "fwe", *_LOOKUPS, "niah_single_1"),
-    tune_examples=216,
-    tune_tokens=2048,
-    tune_batch=2048,
-    tune_batches=1,
-    tune_rate=3e-4,
+_FOUR = (*_LOOKUPS, "fwe", *_LOOKUPS, "niah_single_1")  # no more than have to count
+_ON_CPU = TaskSize(  # short texts teach more a second
+    (
+        Lesson(_FOUR, 216, 2048, batch_tokens=2048, batches_per_step=1, learning_rate=3e-4),
+        Lesson(_FOUR, 60, 4096, batch_tokens=4096, batches_per_step=1, learning_rate=2e-4),
+    ),
     gate_examples=24,
     gate_documents=12,
     questions=100,
@@ -192,7 +190,8 @@ _NOTES = """
   needle's block at least a tenth of their attention as the answer is written, the share whose
   group keeps that block.
 - Tasks: SmolLM2 is taught tasks densely first: on a GPU all six, 2,400 texts of up to 8,192 tokens;
-  on a CPU the needles and fwe, 216 texts of up to 2,048 tokens. Then the published model's gates
-  are trained further, on all six and source code. Answers are greedy; up to 16 questions are about
-  one text. A task counts where dense attention scores at least 50%.
+  on a CPU the needles and fwe, 216 texts of up to 2,048 tokens and 60 of up to 4,096. Then the
+  published model's gates are trained further, on the same tasks and source code. Answers are
+  greedy; up to 16 questions are about one text. A task counts where dense attention scores at least
+  50%.
 """

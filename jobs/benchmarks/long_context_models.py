@@ -25,7 +25,7 @@ from jobs.benchmarks.local_training import (
     train_steps,
 )
 from r1ray.config.training import GatesConfig, TrainConfig
-from r1ray.data.long_context import TASKS, write_conversation
+from r1ray.data.long_context import write_conversation
 from r1ray.data.schemas import Conversation, RowError
 from r1ray.data.tokenize import Sample, tokenize_rows
 from r1ray.models import load_model
@@ -35,11 +35,12 @@ from r1ray.training.gates import GateTraining
 
 __all__ = [
     "CONTEXT",
-    "TrainingSize",
+    "Lesson",
+    "TaskSize",
     "count_prompt_tokens",
+    "learn_tasks",
     "render_prompt",
     "train_gates",
-    "tune_on_tasks",
 ]
 
 CONTEXT = 8192
@@ -47,46 +48,61 @@ _FIRST_NUMBER = 1_000_000  # of training samples; the tasks that are asked begin
 
 
 @dataclass(frozen=True)
-class TrainingSize:
-    """How much is trained.
+class Lesson:
+    """Examples of tasks that the model learns, densely.
 
     Attributes:
-        tune_tasks: what is taught, of each in turn.
-        tune_examples: of these.
-        tune_tokens: of the longest of them.
-        tune_batch: tokens of a micro-batch, padding included.
-        tune_batches: micro-batches of a step.
-        tune_rate: peak learning rate.
-        gate_examples: of all tasks.
+        tasks: of each in turn.
+        examples: texts, each with its questions.
+        tokens: of the longest of them.
+        batch_tokens: of a micro-batch, padding included.
+        batches_per_step: micro-batches.
+        learning_rate: the peak.
+    """
+
+    tasks: tuple[str, ...]
+    examples: int
+    tokens: int
+    batch_tokens: int
+    batches_per_step: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class TaskSize:
+    """How much is trained and asked.
+
+    Attributes:
+        lessons: one after the other.
+        gate_examples: of the tasks of the last lesson.
         gate_documents: windows of source code.
         questions: of each task and length that are asked, or
         texts: that are read, whichever is reached first.
     """
 
-    tune_tasks: tuple[str, ...]
-    tune_examples: int
-    tune_tokens: int
-    tune_batch: int
-    tune_batches: int
-    tune_rate: float
+    lessons: tuple[Lesson, ...]
     gate_examples: int
     gate_documents: int
     questions: int
     texts: int
 
 
-def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[Step]:
-    """Teach the model in `base` the tasks; written to `target`."""
-    numbers = range(_FIRST_NUMBER, _FIRST_NUMBER + size.tune_examples)
-    samples = _write_samples(base, numbers, size.tune_tokens, size.tune_tasks)
-    batches = list(batch_by_length(samples, size.tune_batch))
+def learn_tasks(base: Path, target: Path, lesson: Lesson, first: int) -> list[Step]:
+    """Teach the model in `base` a lesson; written to `target`.
+
+    Args:
+        first: number of its first example.
+    """
+    numbers = range(_FIRST_NUMBER + first, _FIRST_NUMBER + first + lesson.examples)
+    samples = _write_samples(base, numbers, lesson.tokens, lesson.tasks)
+    batches = list(batch_by_length(samples, lesson.batch_tokens))
     model = load_model(base, dtype=torch.float32).to(pick_device())
-    num_steps = max(2, len(batches) // size.tune_batches)
+    num_steps = max(2, len(batches) // lesson.batches_per_step)
     config = TrainConfig(
         num_steps=num_steps,
-        batches_per_step=size.tune_batches,
-        warmup_steps=min(20, num_steps // 2),
-        learning_rate=size.tune_rate,
+        batches_per_step=lesson.batches_per_step,
+        warmup_steps=min(20, num_steps // 5),
+        learning_rate=lesson.learning_rate,
         precision="bf16" if torch.cuda.is_available() else "auto",
     )
     steps = train_steps(model, config, batches)
@@ -94,11 +110,11 @@ def tune_on_tasks(base: Path, target: Path, size: TrainingSize) -> list[Step]:
     return steps
 
 
-def train_gates(tuned: Path, gates: Path, target: Path, size: TrainingSize) -> list[Step]:
+def train_gates(tuned: Path, gates: Path, target: Path, size: TaskSize) -> list[Step]:
     """Train the gates in `gates` further, for the model in `tuned`; both go to `target`."""
-    first = _FIRST_NUMBER + size.tune_examples
+    first = _FIRST_NUMBER + sum(lesson.examples for lesson in size.lessons)
     numbers = range(first, first + size.gate_examples)
-    samples = _write_samples(tuned, numbers, CONTEXT, tuple(TASKS))
+    samples = _write_samples(tuned, numbers, CONTEXT, size.lessons[-1].tasks)
     samples += _write_samples(tuned, range(size.gate_documents), CONTEXT, ())
     random.Random(0).shuffle(samples)
     batches = list(batch_by_length(samples, CONTEXT))

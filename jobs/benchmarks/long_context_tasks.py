@@ -20,11 +20,11 @@ from jobs.benchmarks.long_context_arms import (
     list_measured,
 )
 from jobs.benchmarks.long_context_models import (
-    TrainingSize,
+    TaskSize,
     count_prompt_tokens,
+    learn_tasks,
     render_prompt,
     train_gates,
-    tune_on_tasks,
 )
 from jobs.benchmarks.parts import StoredParts
 from r1ray.data.long_context import TASKS, LongTask, build_long_task, score_reply
@@ -35,7 +35,7 @@ __all__ = ["TaskBenchmark"]
 
 _ANSWER_TOKENS = {"cwe": 64, "vt": 48, "fwe": 40, "niah_multikey_3": 32}
 _SHORT_ANSWER = 16
-_TUNING, _GATES = "tasks_tuning", "tasks_gates"
+_GATES = "tasks_gates"
 
 
 class TaskBenchmark:
@@ -52,22 +52,26 @@ class TaskBenchmark:
         parts: StoredParts,
         work: Path,
         source: str,
-        size: TrainingSize,
+        size: TaskSize,
         gates: Callable[[], Path],
     ) -> None:
         self._parts = parts
-        self._tuned, self._gated = work / "tuned", work / "gated"
+        self._work, self._gated = work, work / "gated"
         self._size = size
         self._files = BaseFiles(work, source)
         self._gates = gates
 
     def run(self) -> None:
         """Measure what is not stored yet."""
-        self._parts.once(
-            _TUNING, _timed(tune_on_tasks), self._files.base(), self._tuned, self._size
-        )
+        learned, examples = self._files.base(), 0
+        for number, lesson in enumerate(self._size.lessons):
+            target = self._work / f"learned_{number}"
+            self._parts.once(
+                _name_lesson(number), _timed(learn_tasks), learned, target, lesson, examples
+            )
+            learned, examples = target, examples + lesson.examples
         if not self._parts.has(_GATES):
-            trained = _timed(train_gates)(self._tuned, self._gates(), self._gated, self._size)
+            trained = _timed(train_gates)(learned, self._gates(), self._gated, self._size)
             self._parts.store(_GATES, trained)
         for precision in PRECISIONS:
             self._compare(precision)
@@ -80,15 +84,15 @@ class TaskBenchmark:
         measured = list_measured(self._parts, self._parts_of)
         return {precision: self._compare(precision) for precision in measured}
 
-    @staticmethod
-    def _parts_of(precision: Precision) -> list[str]:
+    def _parts_of(self, precision: Precision) -> list[str]:
         cells = [
             _name(Arm(precision, attention), task, length)
             for attention in ATTENTIONS
             for task in TASKS
             for length in LENGTHS
         ]
-        return [_TUNING, _GATES, *cells]
+        lessons = [_name_lesson(number) for number in range(len(self._size.lessons))]
+        return [*lessons, _GATES, *cells]
 
     def gate_training(self) -> dict[str, Any]:
         """How gates were trained: `result` of all steps, seconds, device."""
@@ -154,6 +158,10 @@ class TaskBenchmark:
 
 def _name(arm: Arm, task: str, length: int) -> str:
     return f"tasks_{arm.precision}_{arm.attention}_{task}_{length}"
+
+
+def _name_lesson(number: int) -> str:
+    return f"tasks_lesson_{number}"
 
 
 def _timed(train: Any) -> Any:

@@ -1,5 +1,6 @@
 """The benchmark's tasks with a tiny model: it is taught, gets gates, and is asked."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from jobs.benchmarks import long_context_models, long_context_tasks
 from jobs.benchmarks.long_context_arms import Arm
-from jobs.benchmarks.long_context_models import TrainingSize, render_prompt
+from jobs.benchmarks.long_context_models import Lesson, TaskSize, render_prompt
 from jobs.benchmarks.long_context_tasks import TaskBenchmark
 from jobs.benchmarks.parts import StoredParts
 from r1ray.data.long_context import TASKS
@@ -20,13 +21,9 @@ from tests.fakes import write_tiny_model
 
 _ASKED = ("niah_multikey_2", "fwe")
 _LENGTH = 2400
-_SIZE = TrainingSize(
-    _ASKED,
-    tune_examples=4,
-    tune_tokens=1500,
-    tune_batch=1500,
-    tune_batches=1,
-    tune_rate=1e-3,
+_LESSON = Lesson(_ASKED, 4, 1500, batch_tokens=1500, batches_per_step=1, learning_rate=1e-3)
+_SIZE = TaskSize(
+    (_LESSON, dataclasses.replace(_LESSON, examples=2, tokens=2000, batch_tokens=2000)),
     gate_examples=2,
     gate_documents=1,
     questions=3,
@@ -51,7 +48,6 @@ def benchmark(folder: Path) -> Iterator[TaskBenchmark]:
     copy_tokenizer(base, folder / "gates")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("R1RAY_COMMIT", "abc")
-        patch.setattr(long_context_models, "TASKS", tasks)
         patch.setattr(long_context_tasks, "TASKS", tasks)
         patch.setattr(long_context_models, "CONTEXT", _LENGTH)
         patch.setattr(long_context_tasks, "LENGTHS", (_LENGTH,))
@@ -89,7 +85,7 @@ def test_gates_go_on_from_those_of_the_published_model(
 ) -> None:
     before, after, tuned = (
         load_model(folder / name, dtype=torch.float32).state_dict()
-        for name in ("gates", "work/gated", "work/tuned")
+        for name in ("gates", "work/gated", "work/learned_1")
     )
     gates = [name for name in before if is_gate(name)]
     assert gates
