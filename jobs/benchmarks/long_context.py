@@ -10,7 +10,7 @@ from jobs.benchmarks import long_context_reading as reading
 from jobs.benchmarks.base_files import BaseFiles
 from jobs.benchmarks.long_context_arms import LENGTHS
 from jobs.benchmarks.long_context_fidelity import DEPTHS, FidelityBenchmark
-from jobs.benchmarks.long_context_models import CONTEXT, Lesson, TaskSize
+from jobs.benchmarks.long_context_models import Lesson, TaskSize
 from jobs.benchmarks.long_context_peers import PEERS, measure_peer
 from jobs.benchmarks.long_context_report import (
     fidelity_rows,
