@@ -34,7 +34,6 @@ from r1ray.models.tokenizer import Tokenizer
 __all__ = ["LongContextBenchmark"]
 
 _TARGET = Path("docs/benchmarks")
-_ELSEWHERE = _TARGET / "parts" / "long_context"  # of other machines and days; nothing that is timed
 _ON_GPU = TaskSize(
     (
         Lesson(
@@ -66,7 +65,7 @@ class LongContextBenchmark:
 
     def __init__(self, work: Path, source: str) -> None:
         self._work = work
-        self._parts = StoredParts(work, _ELSEWHERE)
+        self._parts = StoredParts(work)
         self._files = BaseFiles(work, source)
         self._fidelity = FidelityBenchmark(self._parts, work, source)
         size = _ON_GPU if torch.cuda.is_available() else _ON_CPU
