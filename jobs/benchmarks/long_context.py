@@ -192,6 +192,6 @@ _NOTES = """
 - Tasks: SmolLM2 is taught tasks densely first: on a GPU all six, 2,400 texts of up to 8,192 tokens;
   on a CPU the needles and fwe, 216 texts of up to 2,048 tokens and 60 of up to 4,096. Then the
   published model's gates are trained further, on the same tasks and source code. Answers are
-  greedy; up to 16 questions are about one text. A task counts where dense attention scores at least
-  50%.
+  greedy; up to 16 questions are about one text, and intervals take them for independent. A task
+  counts where dense attention scores at least 50%.
 """
