@@ -43,7 +43,7 @@ _ON_GPU = TaskSize(
     gate_examples=240,
     gate_documents=60,
     questions=100,
-    texts=100,
+    questions_per_text=4,
 )
 _LOOKUPS = ("niah_multikey_2", "niah_multikey_3")
 _FOUR = (*_LOOKUPS, "fwe", *_LOOKUPS, "niah_single_1")  # no more than have to count
@@ -55,7 +55,7 @@ _ON_CPU = TaskSize(  # short texts teach more a second
     gate_examples=24,
     gate_documents=12,
     questions=100,
-    texts=50,
+    questions_per_text=4,
 )
 _REREAD = 16_000
 
@@ -192,6 +192,6 @@ _NOTES = """
 - Tasks: SmolLM2 is taught tasks densely first: on a GPU all six, 2,400 texts of up to 8,192 tokens;
   on a CPU the needles and fwe, 216 texts of up to 2,048 tokens and 60 of up to 4,096. Then the
   published model's gates are trained further, on the same tasks and source code. Answers are
-  greedy; up to 16 questions are about one text, and intervals take them for independent. A task
+  greedy; up to 4 questions are about one text, and intervals are bootstrapped over texts. A task
   counts where dense attention scores at least 50%.
 """

@@ -76,15 +76,15 @@ class TaskSize:
         lessons: one after the other.
         gate_examples: of the tasks of the last lesson.
         gate_documents: windows of source code.
-        questions: of each task and length that are asked, or
-        texts: that are read, whichever is reached first.
+        questions: of each task and length, at least, that are asked.
+        questions_per_text: at most, of those that a text has.
     """
 
     lessons: tuple[Lesson, ...]
     gate_examples: int
     gate_documents: int
     questions: int
-    texts: int
+    questions_per_text: int
 
 
 def learn_tasks(base: Path, target: Path, lesson: Lesson, first: int) -> list[Step]:

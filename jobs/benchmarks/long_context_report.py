@@ -180,9 +180,9 @@ def task_rows(tasks: Mapping[str, Any]) -> list[Row]:
             rows += _unmeasured(_TASK_BARS, suffix)
             continue
         drops = {
-            cell: paired_difference(dense, sparse)
+            cell: _compare_texts(dense, sparse)
             for cell, (dense, sparse) in found["scores"].items()
-            if statistics.mean(dense) >= _COUNTS
+            if _mean(dense) >= _COUNTS
         }
         num_tasks = len({task for task, _ in drops})
         name, bar = f"long_context.worst_task_drop{suffix}", _TASK_BARS["worst_task_drop"]
@@ -194,13 +194,25 @@ def task_rows(tasks: Mapping[str, Any]) -> list[Row]:
             drop, *interval = drops[worst]
             baseline = (
                 f"dense, {worst[0]} at {worst[1]}",
-                statistics.mean(found["scores"][worst][0]),
+                _mean(found["scores"][worst][0]),
             )
             rows.append(Row(name, drop, "of 1", (interval[0], interval[1]), *baseline, bar))
             rows.append(Row(f"long_context.tasks_that_count{suffix}", num_tasks, "of 6 tasks"))
         name = f"long_context.task_agreement{suffix}"
         rows.append(Row(name, found["agreement"], "share"))
     return rows
+
+
+def _compare_texts(
+    dense: Iterable[Sequence[float]], sparse: Iterable[Sequence[float]]
+) -> tuple[float, float, float]:
+    """The drop and its interval; texts, not questions about one text, are independent."""
+    first, second = ([statistics.mean(text) for text in texts] for texts in (dense, sparse))
+    return paired_difference(first, second)
+
+
+def _mean(texts: Iterable[Sequence[float]]) -> float:
+    return statistics.mean(statistics.mean(text) for text in texts)
 
 
 def _recall_row(name: str, texts: Iterable[Mapping[str, Any]], bar: str | None = None) -> Row:
@@ -237,16 +249,17 @@ def render_tasks(found: Mapping[str, Any], tasks: Iterable[str], lengths: Iterab
     """Mean scores of dense and sparse attention, and the drop, by task and length."""
     columns = [f"{precision} {kind}" for precision in found for kind in ("dense", "sparse", "drop")]
     lines = [
-        f"| task | tokens | questions | {' | '.join(columns)} |",
-        "|---" * (3 + len(columns)) + "|",
+        f"| task | tokens | questions | texts | {' | '.join(columns)} |",
+        "|---" * (4 + len(columns)) + "|",
     ]
     for task in tasks:
         for length in lengths:
             both = [each["scores"][task, length] for each in found.values()]
-            cells = [task, str(length), str(len(both[0][0]))]
+            some = both[0][0]
+            cells = [task, str(length), str(sum(map(len, some))), str(len(some))]
             for dense, sparse in both:
-                drop, low, high = paired_difference(dense, sparse)
-                cells += [f"{statistics.mean(scores):.3f}" for scores in (dense, sparse)]
+                drop, low, high = _compare_texts(dense, sparse)
+                cells += [f"{_mean(scores):.3f}" for scores in (dense, sparse)]
                 cells.append(f"{drop:.3f} [{low:.3f}, {high:.3f}]")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

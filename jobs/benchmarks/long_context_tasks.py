@@ -1,13 +1,17 @@
-"""What sparse attention loses on tasks that the model was taught: dense against sparse answers."""
+"""What sparse attention loses on tasks that the model was taught: dense against sparse answers.
+
+A task's texts of one length are stored in sheets, so that a benchmark that is stopped loses little.
+"""
 
 import functools
-import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from jobs.benchmarks.base_files import BaseFiles
@@ -36,6 +40,7 @@ __all__ = ["TaskBenchmark"]
 _ANSWER_TOKENS = {"cwe": 64, "vt": 48, "fwe": 40, "niah_multikey_3": 32}
 _SHORT_ANSWER = 16
 _GATES = "tasks_gates"
+_SHEETS = 2  # of a task's texts of one length
 
 
 class TaskBenchmark:
@@ -77,19 +82,21 @@ class TaskBenchmark:
             self._compare(precision)
 
     def results(self) -> dict[str, Any]:
-        """By precision: (dense, sparse) scores of all questions by task and length, and agreement.
+        """By precision: (dense, sparse) scores by task and length, and agreement.
 
-        Those of which everything is stored; agreement is the share of equal answers.
+        Scores are those of all questions, by the text that they are about; agreement is the share
+        of equal answers. Precisions of which everything is stored.
         """
         measured = list_measured(self._parts, self._parts_of)
         return {precision: self._compare(precision) for precision in measured}
 
     def _parts_of(self, precision: Precision) -> list[str]:
         cells = [
-            _name(Arm(precision, attention), task, length)
+            _name(Arm(precision, attention), task, length, sheet)
             for attention in ATTENTIONS
             for task in TASKS
             for length in LENGTHS
+            for sheet in range(_SHEETS)
         ]
         lessons = [_name_lesson(number) for number in range(len(self._size.lessons))]
         return [*lessons, _GATES, *cells]
@@ -101,63 +108,76 @@ class TaskBenchmark:
     def _compare(self, precision: Precision) -> dict[str, Any]:
         load = functools.cache(lambda arm: arm.load(self._gated))
         arms = [Arm(precision, attention) for attention in ATTENTIONS]
-        scores: dict[tuple[str, int], list[list[float]]] = {}
+        scores: dict[tuple[str, int], list[list[list[float]]]] = {}
         equal: list[bool] = []
         for length in LENGTHS:
             by_arm = [
-                {
-                    task: self._parts.once(
-                        _name(arm, task, length), self._answer, arm, load, task, length
-                    )
-                    for task in TASKS
-                }
-                for arm in arms
+                {task: self._answer(arm, load, task, length) for task in TASKS} for arm in arms
             ]
             for task in TASKS:
                 both = [answers[task] for answers in by_arm]
-                scores[task, length] = [each["scores"] for each in both]
-                pairs = zip(*(each["outputs"] for each in both), strict=True)
-                equal += [one == other for one, other in pairs]
+                scores[task, length] = [[text["scores"] for text in texts] for texts in both]
+                for of_dense, of_sparse in zip(*both, strict=True):
+                    pairs = zip(of_dense["outputs"], of_sparse["outputs"], strict=True)
+                    equal += [one == other for one, other in pairs]
         return {"scores": scores, "agreement": statistics.mean(equal)}
 
     def _answer(
         self, arm: Arm, load: Callable[[Arm], Decoder], name: str, length: int
-    ) -> dict[str, Any]:
-        tokenizer, texts = self._tokenizer, self.write_texts(name, length)
+    ) -> list[dict[str, Any]]:
+        """Scores and outputs of a task's questions, by text."""
+        texts: list[dict[str, Any]] = []
+        for sheet in range(_SHEETS):
+            stored = _name(arm, name, length, sheet)
+            texts += self._parts.once(stored, self._answer_sheet, arm, load, name, length, sheet)
+        return texts
+
+    def _answer_sheet(
+        self, arm: Arm, load: Callable[[Arm], Decoder], name: str, length: int, sheet: int
+    ) -> list[dict[str, Any]]:
+        tokenizer, texts = self._tokenizer, self.write_texts(name, length, sheet)
         complete = functools.partial(
             arm.complete, load(arm), tokenizer, max_new_tokens=_answer_tokens(name)
         )
         prompts = [[render_prompt(tokenizer, task.prompt) for task in text] for text in texts]
         if torch.cuda.is_available() or max(map(len, texts)) == 1:
-            outputs = complete([prompt for of_text in prompts for prompt in of_text])
+            flat = iter(complete([prompt for of_text in prompts for prompt in of_text]))
+            outputs = [[next(flat) for _ in of_text] for of_text in prompts]
         else:
-            outputs = [out for of_text in prompts for out in complete(of_text, one_by_one=True)]
+            outputs = [complete(of_text, one_by_one=True) for of_text in prompts]
         scores = [
-            score_reply(tokenizer.decode(output), task.answers)
-            for output, task in zip(outputs, itertools.chain(*texts), strict=True)
+            [
+                score_reply(tokenizer.decode(output), task.answers)
+                for output, task in zip(of_text, text, strict=True)
+            ]
+            for of_text, text in zip(outputs, texts, strict=True)
         ]
-        print(f"  {arm.attention} {name} {length}: {statistics.mean(scores):.3f}", flush=True)
-        return {"texts": len(texts), "scores": scores, "outputs": outputs}
+        mean = statistics.mean(map(statistics.mean, scores))
+        print(f"  {arm.attention} {name} {length}, sheet {sheet}: {mean:.3f}", flush=True)
+        return [
+            {"scores": of_text, "outputs": said}
+            for of_text, said in zip(scores, outputs, strict=True)
+        ]
 
-    def write_texts(self, name: str, length: int) -> list[list[LongTask]]:
-        """Questions, by the text that they are about."""
+    def write_texts(self, name: str, length: int, sheet: int) -> list[list[LongTask]]:
+        """The questions of one sheet, by the text that they are about."""
         count = functools.partial(count_prompt_tokens, self._tokenizer)
         most = length - _answer_tokens(name)
-        texts: list[list[LongTask]] = []
-        left = self._size.questions
-        while left and len(texts) < self._size.texts:
-            task = build_long_task(name, count, most, seed=len(texts))
-            texts.append(task.split()[:left])
-            left -= len(texts[-1])
-        return texts
+        first = build_long_task(name, count, most, seed=0).split()
+        per_text = min(len(first), self._size.questions_per_text)
+        seeds = range(math.ceil(self._size.questions / per_text))
+        return [
+            build_long_task(name, count, most, seed=int(seed)).split()[:per_text]
+            for seed in np.array_split(seeds, _SHEETS)[sheet]
+        ]
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(self._gated)
 
 
-def _name(arm: Arm, task: str, length: int) -> str:
-    return f"tasks_{arm.precision}_{arm.attention}_{task}_{length}"
+def _name(arm: Arm, task: str, length: int, sheet: int) -> str:
+    return f"tasks_{arm.precision}_{arm.attention}_{task}_{length}_{sheet}"
 
 
 def _name_lesson(number: int) -> str:

@@ -87,11 +87,11 @@ def test_the_fastest_peer_counts_if_both_were_measured() -> None:
 def test_the_worst_task_that_dense_attention_can_do_counts() -> None:
     found = {
         "scores": {
-            ("niah_single_1", 4096): ([1.0] * 10, [1.0] * 10),
-            ("niah_multikey_2", 4096): ([1.0] * 10, [1.0] * 9 + [0.5]),
-            ("vt", 4096): ([0.9] * 10, [0.88] * 10),
-            ("cwe", 4096): ([0.4] * 10, [0.0] * 10),
-            ("fwe", 4096): ([0.8] * 10, [0.8] * 9 + [0.0]),
+            ("niah_single_1", 4096): ([[1.0]] * 10, [[1.0]] * 10),
+            ("niah_multikey_2", 4096): ([[1.0]] * 10, [[1.0]] * 9 + [[0.5]]),
+            ("vt", 4096): ([[1.0, 0.8]] * 5, [[0.9, 0.86]] * 5),
+            ("cwe", 4096): ([[0.4]] * 10, [[0.0]] * 10),
+            ("fwe", 4096): ([[0.8]] * 10, [[0.8]] * 9 + [[0.0]]),
         },
         "agreement": 0.9,
     }
@@ -107,12 +107,12 @@ def test_the_worst_task_that_dense_attention_can_do_counts() -> None:
     assert drop.interval[0] == 0.0 < 0.1 < drop.interval[1]
     assert rows["long_context.tasks_that_count"].value == 4
     table = render_tasks({"int8": found}, ["vt", "cwe"], [4096])
-    assert "| vt | 4096 | 10 | 0.900 | 0.880 | 0.020 [0.020, 0.020] |" in table
+    assert "| vt | 4096 | 10 | 5 | 0.900 | 0.880 | 0.020 [0.020, 0.020] |" in table
 
 
 @pytest.mark.parametrize("dense", [0.6, 0.1])
 def test_too_few_tasks_say_nothing(dense: float) -> None:
-    scores = {("vt", length): ([dense] * 4, [dense] * 4) for length in (4096, 8192)}
+    scores = {("vt", length): ([[dense]] * 4, [[dense]] * 4) for length in (4096, 8192)}
     rows = _by_id(task_rows({"int8": {"scores": scores, "agreement": 0.9}}))
     drop = rows["long_context.worst_task_drop"]
     assert (drop.value, drop.met) == (None, None)
@@ -155,7 +155,7 @@ def test_bars_of_what_was_not_measured_are_there() -> None:
         *names,
         *(f"{name}.fp32" for name in names),
     }
-    scores = {(task, 4096): ([0.9], [0.9]) for task in "abcd"}
+    scores = {(task, 4096): ([[0.9]], [[0.9]]) for task in "abcd"}
     served = _by_id(task_rows({"int8": {"scores": scores, "agreement": 0.9}}))
     assert served["long_context.worst_task_drop"].value == 0
     assert served["long_context.worst_task_drop.fp32"].value is None

@@ -26,8 +26,8 @@ _SIZE = TaskSize(
     (_LESSON, dataclasses.replace(_LESSON, examples=2, tokens=2000, batch_tokens=2000)),
     gate_examples=2,
     gate_documents=1,
-    questions=3,
-    texts=2,
+    questions=4,
+    questions_per_text=2,
 )
 
 
@@ -65,15 +65,20 @@ def test_questions_about_a_text_are_asked_together_and_answered_as_if_alone(
     benchmark: TaskBenchmark, folder: Path
 ) -> None:
     parts, tokenizer = StoredParts(folder / "work"), Tokenizer(folder / "base")
-    several = parts.read(f"tasks_int8_sparse_niah_multikey_2_{_LENGTH}")
-    single = parts.read(f"tasks_int8_sparse_fwe_{_LENGTH}")
-    assert (several["texts"], len(several["scores"])) == (1, 3)
-    assert (single["texts"], len(single["scores"])) == (2, 2)
     found = benchmark.results()["int8"]
-    asked = {cell: [len(scores) for scores in both] for cell, both in found["scores"].items()}
-    assert asked == {("niah_multikey_2", _LENGTH): [3, 3], ("fwe", _LENGTH): [2, 2]}
+    asked = {
+        cell: [[len(text) for text in texts] for texts in both]
+        for cell, both in found["scores"].items()
+    }
+    assert asked == {
+        ("niah_multikey_2", _LENGTH): [[2, 2], [2, 2]],
+        ("fwe", _LENGTH): [[1] * 4, [1] * 4],
+    }
+    sheets = [parts.read(f"tasks_int8_sparse_fwe_{_LENGTH}_{sheet}") for sheet in (0, 1)]
+    assert list(map(len, sheets)) == [2, 2]
+    [several] = parts.read(f"tasks_int8_sparse_niah_multikey_2_{_LENGTH}_1")
     arm, model = Arm("int8", "sparse"), folder / "work" / "gated"
-    [text] = benchmark.write_texts("niah_multikey_2", _LENGTH)
+    [text] = benchmark.write_texts("niah_multikey_2", _LENGTH, sheet=1)
     prompts = [render_prompt(tokenizer, task.prompt) for task in text]
     loaded = arm.load(model)
     alone = [arm.complete(loaded, tokenizer, [prompt], 16)[0] for prompt in prompts]
