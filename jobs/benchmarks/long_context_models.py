@@ -76,7 +76,7 @@ class TaskSize:
         lessons: one after the other.
         gate_examples: of the tasks of the last lesson.
         gate_documents: windows of source code.
-        questions: of each task and length, at least, that are asked.
+        questions: of each task that is taught and each length, at least, that are asked.
         questions_per_text: at most, of those that a text has.
     """
 

@@ -4,14 +4,12 @@ A task's texts of one length are stored in sheets, so that a benchmark that is s
 """
 
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from jobs.benchmarks.base_files import BaseFiles
@@ -32,6 +30,7 @@ from jobs.benchmarks.long_context_models import (
 )
 from jobs.benchmarks.parts import StoredParts
 from r1ray.data.long_context import TASKS, LongTask, build_long_task, score_reply
+from r1ray.errors import ArtifactError
 from r1ray.models import Decoder
 from r1ray.models.tokenizer import Tokenizer
 
@@ -41,6 +40,7 @@ _ANSWER_TOKENS = {"cwe": 64, "vt": 48, "fwe": 40, "niah_multikey_3": 32}
 _SHORT_ANSWER = 16
 _GATES = "tasks_gates"
 _SHEETS = 2  # of a task's texts of one length
+_UNTAUGHT_QUESTIONS = 24  # what such tasks lose says nothing: they are listed
 
 
 class TaskBenchmark:
@@ -68,6 +68,13 @@ class TaskBenchmark:
 
     def run(self) -> None:
         """Measure what is not stored yet."""
+        self._refuse_leftovers()
+        if not self._parts.has(_GATES):
+            self._train()
+        for precision in PRECISIONS:
+            self._compare(precision)
+
+    def _train(self) -> None:
         learned, examples = self._files.base(), 0
         for number, lesson in enumerate(self._size.lessons):
             target = self._work / f"learned_{number}"
@@ -75,11 +82,24 @@ class TaskBenchmark:
                 _name_lesson(number), _timed(learn_tasks), learned, target, lesson, examples
             )
             learned, examples = target, examples + lesson.examples
-        if not self._parts.has(_GATES):
-            trained = _timed(train_gates)(learned, self._gates(), self._gated, self._size)
-            self._parts.store(_GATES, trained)
+        trained = _timed(train_gates)(learned, self._gates(), self._gated, self._size)
+        self._parts.store(_GATES, trained)
+
+    def _refuse_leftovers(self) -> None:
+        """Refuse what was measured with models that have to be trained again."""
+        trainings = [*map(_name_lesson, range(len(self._size.lessons))), _GATES]
+        if self._parts.has(_GATES):
+            return
+        missing = next(name for name in trainings if not self._parts.has(name))
+        later = trainings[trainings.index(missing) :]
         for precision in PRECISIONS:
-            self._compare(precision)
+            later += self._cells(precision)
+        stale = [name for name in later if self._parts.has(name)]
+        if stale:
+            raise ArtifactError(
+                f"{', '.join(stale)}: measured with what {missing} was, which is not in "
+                f"{self._work}; put it back, or remove these"
+            )
 
     def results(self) -> dict[str, Any]:
         """By precision: (dense, sparse) scores by task and length, and agreement.
@@ -87,19 +107,23 @@ class TaskBenchmark:
         Scores are those of all questions, by the text that they are about; agreement is the share
         of equal answers. Precisions of which everything is stored.
         """
+        for lesson in map(_name_lesson, range(len(self._size.lessons))):
+            if self._parts.has(lesson):
+                self._parts.read(lesson)  # so that the record names its commit
         measured = list_measured(self._parts, self._parts_of)
         return {precision: self._compare(precision) for precision in measured}
 
     def _parts_of(self, precision: Precision) -> list[str]:
-        cells = [
+        return [_GATES, *self._cells(precision)]
+
+    def _cells(self, precision: Precision) -> list[str]:
+        return [
             _name(Arm(precision, attention), task, length, sheet)
             for attention in ATTENTIONS
             for task in TASKS
             for length in LENGTHS
             for sheet in range(_SHEETS)
         ]
-        lessons = [_name_lesson(number) for number in range(len(self._size.lessons))]
-        return [*lessons, _GATES, *cells]
 
     def gate_training(self) -> dict[str, Any]:
         """How gates were trained: `result` of all steps, seconds, device."""
@@ -140,7 +164,7 @@ class TaskBenchmark:
             arm.complete, load(arm), tokenizer, max_new_tokens=_answer_tokens(name)
         )
         prompts = [[render_prompt(tokenizer, task.prompt) for task in text] for text in texts]
-        if torch.cuda.is_available() or max(map(len, texts)) == 1:
+        if torch.cuda.is_available() or all(len(text) == 1 for text in texts):
             flat = iter(complete([prompt for of_text in prompts for prompt in of_text]))
             outputs = [[next(flat) for _ in of_text] for of_text in prompts]
         else:
@@ -160,16 +184,20 @@ class TaskBenchmark:
         ]
 
     def write_texts(self, name: str, length: int, sheet: int) -> list[list[LongTask]]:
-        """The questions of one sheet, by the text that they are about."""
+        """The questions of one sheet, by the text that they are about.
+
+        Seeds begin at the length: no two lengths have the same needles or words, and those from 0
+        on, by which lessons were chosen, are not asked.
+        """
         count = functools.partial(count_prompt_tokens, self._tokenizer)
         most = length - _answer_tokens(name)
-        first = build_long_task(name, count, most, seed=0).split()
-        per_text = min(len(first), self._size.questions_per_text)
-        seeds = range(math.ceil(self._size.questions / per_text))
-        return [
-            build_long_task(name, count, most, seed=int(seed)).split()[:per_text]
-            for seed in np.array_split(seeds, _SHEETS)[sheet]
-        ]
+        taught = name in self._size.lessons[-1].tasks
+        questions = self._size.questions if taught else _UNTAUGHT_QUESTIONS
+        texts: list[list[LongTask]] = []
+        while sum(map(len, texts)) < questions:
+            task = build_long_task(name, count, most, seed=length + len(texts))
+            texts.append(task.split()[: self._size.questions_per_text])
+        return texts[sheet::_SHEETS]
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
