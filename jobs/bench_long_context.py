@@ -3,9 +3,10 @@
 Every part is stored in --work as it finishes, and found there by the next start. All but the last
 two take half an hour on 2 cores, and nothing else should run meanwhile. `fidelity` trains gates
 for an hour, and asks what they change, in INT8 for half an hour and in float32 for an hour and a
-half. `tasks` teaches the model first and trains these gates further: 20 minutes on a GPU, and
-without one, where it has to be asked for, two hours in INT8 and more in float32. A precision is
-filed once all of it is there, and bars of what is not are filed as not measured. The figures go to
+half. `tasks` teaches the model and trains these gates further (which it trains first where
+there are none): some 20 minutes on a GPU; without one, where it has to be asked for, an hour, and
+an hour and a half for answers in INT8, several hours in float32. A precision is filed once all
+of it is there, and bars of what is not are filed as not measured. The figures go to
 docs/benchmarks/.
 """
 

@@ -68,19 +68,20 @@ class Arm:
         texts: Sequence[str],
         max_new_tokens: int,
         *,
-        one_by_one: bool = False,
+        max_concurrency: int | None = None,
     ) -> list[list[int]]:
         """How `texts` go on, greedily, in tokens.
 
         Args:
-            one_by_one: on a CPU, so that what they begin with in common is read once.
+            max_concurrency: texts at once; all of them on a GPU, four without. One after the
+                other they read what they begin with in common once.
         """
         return generate_batch(
             model,
             [tokenizer.encode(text) for text in texts],
             max_new_tokens=max_new_tokens,
             stop_token_ids=frozenset({tokenizer.eos_token_id}),
-            max_concurrency=len(texts) if torch.cuda.is_available() else 1 if one_by_one else 4,
+            max_concurrency=max_concurrency or (len(texts) if torch.cuda.is_available() else 4),
             prefill_chunk=self.chunk,
             kv_dtype=self.kv_dtype,
         )

@@ -44,7 +44,8 @@ __all__ = [
 ]
 
 CONTEXT = 8192
-_FIRST_NUMBER = 1_000_000  # of training samples; the tasks that are asked begin at 0
+_CHUNK = 8  # samples that a process writes at once
+_FIRST_NUMBER = 1_000_000  # of training samples; the tasks that are asked have smaller ones
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,16 @@ class Lesson:
 
     Attributes:
         tasks: of each in turn.
-        examples: texts, each with its questions.
-        tokens: of the longest of them.
+        num_texts: each with its questions.
+        max_tokens: of a text with its questions and answers.
         batch_tokens: of a micro-batch, padding included.
         batches_per_step: micro-batches.
         learning_rate: the peak.
     """
 
     tasks: tuple[str, ...]
-    examples: int
-    tokens: int
+    num_texts: int
+    max_tokens: int
     batch_tokens: int
     batches_per_step: int
     learning_rate: float
@@ -74,27 +75,27 @@ class TaskSize:
 
     Attributes:
         lessons: one after the other.
-        gate_examples: of the tasks of the last lesson.
-        gate_documents: windows of source code.
-        questions: of each task that is taught and each length, at least, that are asked.
-        questions_per_text: at most, of those that a text has.
+        num_gate_texts: of the tasks of the last lesson.
+        num_gate_documents: windows of source code.
+        num_questions: that are asked, at least, of each task that is taught and each length.
+        max_questions_per_text: that are asked, of those that a text has.
     """
 
     lessons: tuple[Lesson, ...]
-    gate_examples: int
-    gate_documents: int
-    questions: int
-    questions_per_text: int
+    num_gate_texts: int
+    num_gate_documents: int
+    num_questions: int
+    max_questions_per_text: int
 
 
 def learn_tasks(base: Path, target: Path, lesson: Lesson, first: int) -> list[Step]:
     """Teach the model in `base` a lesson; written to `target`.
 
     Args:
-        first: number of its first example.
+        first: number of its first text.
     """
-    numbers = range(_FIRST_NUMBER + first, _FIRST_NUMBER + first + lesson.examples)
-    samples = _write_samples(base, numbers, lesson.tokens, lesson.tasks)
+    numbers = range(_FIRST_NUMBER + first, _FIRST_NUMBER + first + lesson.num_texts)
+    samples = _write_samples(base, numbers, lesson.max_tokens, lesson.tasks)
     batches = list(batch_by_length(samples, lesson.batch_tokens))
     model = load_model(base, dtype=torch.float32).to(pick_device())
     num_steps = max(2, len(batches) // lesson.batches_per_step)
@@ -112,10 +113,10 @@ def learn_tasks(base: Path, target: Path, lesson: Lesson, first: int) -> list[St
 
 def train_gates(tuned: Path, gates: Path, target: Path, size: TaskSize) -> list[Step]:
     """Train the gates in `gates` further, for the model in `tuned`; both go to `target`."""
-    first = _FIRST_NUMBER + sum(lesson.examples for lesson in size.lessons)
-    numbers = range(first, first + size.gate_examples)
+    first = _FIRST_NUMBER + sum(lesson.num_texts for lesson in size.lessons)
+    numbers = range(first, first + size.num_gate_texts)
     samples = _write_samples(tuned, numbers, CONTEXT, size.lessons[-1].tasks)
-    samples += _write_samples(tuned, range(size.gate_documents), CONTEXT, ())
+    samples += _write_samples(tuned, range(size.num_gate_documents), CONTEXT, ())
     random.Random(0).shuffle(samples)
     batches = list(batch_by_length(samples, CONTEXT))
     model = load_model(tuned, dtype=torch.float32)
@@ -151,8 +152,11 @@ def _write_samples(
 ) -> list[Sample]:
     """Of `tasks` in turn; windows of source code where there are none."""
     write = functools.partial(_write_sample, str(model_dir), most, tasks)
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        return pool.map(write, numbers, chunksize=8)
+    if len(numbers) <= _CHUNK:
+        return list(map(write, numbers))
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return pool.map(write, numbers, chunksize=_CHUNK)
 
 
 def _write_sample(model_dir: str, most: int, tasks: tuple[str, ...], number: int) -> Sample:
@@ -167,5 +171,4 @@ def _write_sample(model_dir: str, most: int, tasks: tuple[str, ...], number: int
 
 @functools.cache
 def _tokenizer(model_dir: str) -> Tokenizer:
-    torch.set_num_threads(1)  # one process of many
     return Tokenizer(model_dir)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from jobs.benchmarks.base_files import BaseFiles
+from jobs.benchmarks.local_training import Step
 from jobs.benchmarks.long_context_arms import (
     ATTENTIONS,
     LENGTHS,
@@ -75,15 +76,16 @@ class TaskBenchmark:
             self._compare(precision)
 
     def _train(self) -> None:
-        learned, examples = self._files.base(), 0
+        learned, texts = self._files.base(), 0
         for number, lesson in enumerate(self._size.lessons):
             target = self._work / f"learned_{number}"
             self._parts.once(
-                _name_lesson(number), _timed(learn_tasks), learned, target, lesson, examples
+                _name_lesson(number), _timed(learn_tasks), learned, target, lesson, texts
             )
-            learned, examples = target, examples + lesson.examples
-        trained = _timed(train_gates)(learned, self._gates(), self._gated, self._size)
-        self._parts.store(_GATES, trained)
+            learned, texts = target, texts + lesson.num_texts
+        self._parts.once(
+            _GATES, _timed(train_gates), learned, self._gates(), self._gated, self._size
+        )
 
     def _refuse_leftovers(self) -> None:
         """Refuse what was measured with models that have to be trained again."""
@@ -168,7 +170,7 @@ class TaskBenchmark:
             flat = iter(complete([prompt for of_text in prompts for prompt in of_text]))
             outputs = [[next(flat) for _ in of_text] for of_text in prompts]
         else:
-            outputs = [complete(of_text, one_by_one=True) for of_text in prompts]
+            outputs = [complete(of_text, max_concurrency=1) for of_text in prompts]
         scores = [
             [
                 score_reply(tokenizer.decode(output), task.answers)
@@ -192,11 +194,11 @@ class TaskBenchmark:
         count = functools.partial(count_prompt_tokens, self._tokenizer)
         most = length - _answer_tokens(name)
         taught = name in self._size.lessons[-1].tasks
-        questions = self._size.questions if taught else _UNTAUGHT_QUESTIONS
+        questions = self._size.num_questions if taught else _UNTAUGHT_QUESTIONS
         texts: list[list[LongTask]] = []
         while sum(map(len, texts)) < questions:
             task = build_long_task(name, count, most, seed=length + len(texts))
-            texts.append(task.split()[: self._size.questions_per_text])
+            texts.append(task.split()[: self._size.max_questions_per_text])
         return texts[sheet::_SHEETS]
 
     @functools.cached_property
@@ -212,7 +214,7 @@ def _name_lesson(number: int) -> str:
     return f"tasks_lesson_{number}"
 
 
-def _timed(train: Any) -> Any:
+def _timed(train: Callable[..., list[Step]]) -> Callable[..., dict[str, Any]]:
     """`train`, whose result is kept with the seconds that it took and the device."""
 
     def run(*arguments: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jobs.benchmarks.long_context_models import Lesson, TaskSize, render_prompt
 from jobs.benchmarks.long_context_tasks import TaskBenchmark
 from jobs.benchmarks.parts import StoredParts
 from r1ray.data.long_context import TASKS
+from r1ray.errors import ArtifactError
 from r1ray.models import load_model, save_model
 from r1ray.models.checkpoint import copy_tokenizer
 from r1ray.models.gates import attach_gates, is_gate
@@ -23,11 +24,11 @@ _ASKED = ("niah_multikey_2", "fwe")
 _LENGTH = 2400
 _LESSON = Lesson(_ASKED, 4, 1500, batch_tokens=1500, batches_per_step=1, learning_rate=1e-3)
 _SIZE = TaskSize(
-    (_LESSON, dataclasses.replace(_LESSON, examples=2, tokens=2000, batch_tokens=2000)),
-    gate_examples=2,
-    gate_documents=1,
-    questions=4,
-    questions_per_text=2,
+    (_LESSON, dataclasses.replace(_LESSON, num_texts=2, max_tokens=2000, batch_tokens=2000)),
+    num_gate_texts=2,
+    num_gate_documents=1,
+    num_questions=4,
+    max_questions_per_text=2,
 )
 
 
@@ -83,6 +84,30 @@ def test_questions_about_a_text_are_asked_together_and_answered_as_if_alone(
     loaded = arm.load(model)
     alone = [arm.complete(loaded, tokenizer, [prompt], 16)[0] for prompt in prompts]
     assert alone == several["outputs"]
+
+
+def test_a_missing_sheet_alone_is_asked_again(benchmark: TaskBenchmark, folder: Path) -> None:
+    work = folder / "work"
+    before = {path: path.stat().st_mtime_ns for path in work.glob("*.json")}
+    lost = work / f"tasks_int8_dense_fwe_{_LENGTH}_1.json"
+    said = lost.read_bytes()
+    lost.unlink()
+    benchmark.run()
+    after = {path: path.stat().st_mtime_ns for path in work.glob("*.json")}
+    assert {path for path in after if after[path] != before[path]} == {lost}
+    assert lost.read_bytes() == said
+
+
+def test_answers_of_models_that_are_gone_are_refused(
+    benchmark: TaskBenchmark, folder: Path
+) -> None:
+    gates = folder / "work" / "tasks_gates.json"
+    gates.rename(folder / "away")
+    try:
+        with pytest.raises(ArtifactError, match=r"tasks_int8_dense_fwe.*what tasks_gates was"):
+            benchmark.run()
+    finally:
+        (folder / "away").rename(gates)
 
 
 def test_gates_go_on_from_those_of_the_published_model(

@@ -56,3 +56,6 @@ def test_paired_difference_is_certain_where_every_pair_agrees_and_not_elsewhere(
     assert mean == pytest.approx(0.6)
     # Normal approximation: 0.6 +- 1.96 * sqrt(0.6 * 0.4 / 100) = 0.6 +- 0.096.
     assert (low, high) == pytest.approx((0.504, 0.696), abs=0.02)
+    # Of thirds: 50 times 1/3 and 50 times 0; 1/6 +- 1.96 * (1/6) / sqrt(100) = 0.167 +- 0.033.
+    mean, low, high = paired_difference([1 / 3, 2 / 3] * 50, [0, 2 / 3] * 50)
+    assert (mean, low, high) == pytest.approx((1 / 6, 0.134, 0.199), abs=0.01)
