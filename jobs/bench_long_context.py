@@ -11,7 +11,6 @@ docs/benchmarks/.
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"bench_long_context: {part}", flush=True)
             getattr(benchmark, part)()
         if set(parts) >= set(_TIMED):
-            command = shlex.join(["python", "-m", "jobs.bench_long_context", *sys.argv[1:]])
-            print(benchmark.file_record(command))
+            print(benchmark.file_record())
 
     return run_guarded(measure)
 

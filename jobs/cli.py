@@ -107,7 +107,7 @@ def connected_to_ray() -> Iterator[None]:
     setup_logging()
     if address := os.environ.get("RAY_ADDRESS"):
         _check_reachable(address)
-        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train tab
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # in the dashboard's API
         ray.init(log_to_driver=False)
     else:
         ray.init(

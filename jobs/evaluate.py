@@ -1,5 +1,6 @@
 """Evaluate base, tuned and quantized model, and write report.md, report.json and plots."""
 
+import shlex
 import sys
 
 from jobs.cli import connected_to_ray, run_job
@@ -12,7 +13,8 @@ def evaluate(config: PipelineConfig) -> None:
         from r1ray.pipeline import Pipeline
 
         pipeline = Pipeline(config, only="evaluate")
-        print(f"report: {pipeline.write_report(command='python -m jobs.evaluate')}")
+        command = shlex.join(["python", "-m", "jobs.evaluate", *sys.argv[1:]])
+        print(f"report: {pipeline.write_report(command=command)}")
 
 
 if __name__ == "__main__":

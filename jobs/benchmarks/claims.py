@@ -205,11 +205,14 @@ def plot(findings: Sequence[Finding], path: Path) -> None:
 def _describe(row: Mapping[str, Any]) -> str:
     if row["value"] is None:
         return "not measured"
-    text = f"{row['value']:.3g} {row['unit']}".strip()
+    text = _number(row["value"])
     if row["interval"] is not None:
-        low, high = row["interval"]
-        text += f" [{low:.3g}, {high:.3g}]"
-    return text
+        text += f" [{', '.join(map(_number, row['interval']))}]"
+    return f"{text} {row['unit']}".strip()
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 4):.3g}"
 
 
 def _margin(finding: Finding) -> float | None:

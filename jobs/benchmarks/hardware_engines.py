@@ -18,8 +18,8 @@ import torch
 
 from r1ray.models import load_model
 from r1ray.models.backend import Backend, DecoderBackend
-from r1ray.models.kv_cache import count_pages
 from r1ray.models.openvino import OpenVinoBackend
+from r1ray.models.pages import count_pages
 from r1ray.ops.native import library
 
 __all__ = ["PROMPT", "STREAMS"]

@@ -123,7 +123,7 @@ class LongContextBenchmark:
         """Scores of tasks that the model is taught."""
         self._tasks.run()
 
-    def file_record(self, command: str) -> str:
+    def file_record(self) -> str:
         """Write the record, its tables and the plot; returns the table."""
         found, reads = self.operator(), self.reading()
         fidelity, tasks = self._fidelity.results(), self._tasks.results()
@@ -134,6 +134,9 @@ class LongContextBenchmark:
             *fidelity_rows(fidelity),
             *task_rows(tasks),
         ]
+        kept = {"fidelity": fidelity, "tasks": tasks}
+        parts = ["operator", "memory", "reading", "peers", *(part for part in kept if kept[part])]
+        command = f"python -m jobs.bench_long_context --only {' '.join(parts)}"
         _TARGET.mkdir(parents=True, exist_ok=True)
         record = build_record("long_context", command, rows, self._parts.circumstances())
         write_json(_TARGET / "long_context.json", {**record, "peers": self.peers()})

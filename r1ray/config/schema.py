@@ -300,17 +300,11 @@ class PipelineConfig:
         return self
 
 
-_LATER = {"CompressConfig": "rotate", "TrainConfig": "fake_quant_rotate"}
-
-
 def identity(*sections: Any) -> dict[str, Any]:
     """The parts of `sections` that decide what a stage makes, as JSON values by class name."""
     merged: dict[str, Any] = {}
     for section in sections:
         values = dataclasses.asdict(section)
         values.pop("resources", None)
-        later = _LATER.get(type(section).__name__)
-        if later is not None and not values[later]:
-            del values[later]  # off, it leaves what was made before there was such a field found
         merged[type(section).__name__] = values
     return merged

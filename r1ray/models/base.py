@@ -76,8 +76,8 @@ def import_base(
     if source.is_dir():
         if read_scheme(source) is not None:
             raise ArtifactError(
-                f"{source}: is quantized by r1ray; training starts from a float model, such as the one "
-                "that `train` left (runs/NAME/train/ID)"
+                f"{source}: is quantized by r1ray; training starts from a float model, such "
+                "as what `train` left (runs/NAME/train/ID)"
             )
         model = load_model(source)
         copy_tokenizer(source, target)

@@ -26,7 +26,7 @@ from r1ray.models.backend import Backend, DecoderBackend
 from r1ray.models.decoder import Decoder
 from r1ray.models.fusion import ImageContext, PlacedImages, gather_images
 from r1ray.models.pace import StepPace
-from r1ray.models.pages import PagePool
+from r1ray.models.pages import PagePool, count_pages
 from r1ray.models.requests import GenerationRequest, GeneratorStats, TokenEvent
 from r1ray.models.sampling import RowSampler, SampledToken, sample_tokens
 from r1ray.models.scheduler import Piece, Scheduler, Step
@@ -105,7 +105,7 @@ class BatchGenerator:
         self._pace = StepPace(max_step_s or 0.0) if is_paced else None
         # Padding would pass for length there.
         self._may_pad = not self._is_whole and backend.may_pad
-        count = num_pages or max_concurrency * -(-max_context_tokens // BLOCK)
+        count = num_pages or max_concurrency * count_pages(max_context_tokens)
         self._pool = backend.build_pool(count)
         self._pages = PagePool(count)
         self._scheduler = Scheduler(

@@ -5,7 +5,7 @@
 2. A `CacheSlice` is what one forward reads and extends: for every row its stored tokens, and the
    pages that they are in.
 3. `KVCache` hands a pool's pages out by rows of equal size, for whoever decodes without a
-   scheduler. Rows [0, num_active) are in use; the last takes the place of one that is removed.
+   scheduler. Rows [0, num_active) are in use.
 
 Native kernels find a row's blocks through its pages. Torch's operators get a copy of them.
 
@@ -24,10 +24,11 @@ from torch import Tensor
 
 from r1ray.errors import ShapeError
 from r1ray.models.config import ModelConfig
+from r1ray.models.pages import count_pages
 from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.cached_states import CachedStates, quantize_states
 
-__all__ = ["CacheBuffers", "CacheSlice", "KVCache", "KVPool", "count_pages", "page_bytes"]
+__all__ = ["CacheBuffers", "CacheSlice", "KVCache", "KVPool", "page_bytes"]
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -35,11 +36,6 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     states = 2 * config.num_layers * config.num_kv_heads * BLOCK
     scale_bytes = torch.float32.itemsize if dtype == torch.int8 else 0
     return states * (config.head_dim * dtype.itemsize + scale_bytes)
-
-
-def count_pages(tokens: int) -> int:
-    """That `tokens` tokens take."""
-    return -(-tokens // BLOCK)
 
 
 class CacheBuffers(NamedTuple):
@@ -145,24 +141,15 @@ class KVCache:
         return self.rows(first, count)
 
     def rows(self, first: int, count: int) -> "CacheSlice":
-        """A slice over `count` active rows; valid until a row is added or removed."""
+        """A slice over `count` active rows; valid until a row is added."""
         rows = slice(first, first + count)
         return CacheSlice(
             self._pool, self._tables[rows], self.lengths[rows], cache=self, first_row=first
         )
 
     def active(self) -> "CacheSlice":
-        """A slice over all active rows; valid until a row is added or removed."""
+        """A slice over all active rows; valid until a row is added."""
         return self.rows(0, self.num_active)
-
-    def remove_row(self, row: int) -> int:
-        """Free `row`; the last active row moves there. Returns that row's former index."""
-        last = self.num_active - 1
-        tables = self._tables
-        tables[row], tables[last] = tables[last], tables[row]
-        self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
-        return last
 
 
 class CacheSlice:

@@ -28,7 +28,7 @@ from r1ray.errors import ConfigError, ShapeError
 from r1ray.models.config import ModelConfig
 from r1ray.models.decoder import Decoder
 from r1ray.models.fusion import ImageContext
-from r1ray.models.kv_cache import count_pages
+from r1ray.models.pages import count_pages
 from r1ray.models.rope import RotaryCache
 from r1ray.ops.block_selection import BLOCK
 

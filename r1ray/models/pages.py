@@ -23,7 +23,12 @@ import numpy as np
 from r1ray.errors import ShapeError
 from r1ray.ops.block_selection import BLOCK
 
-__all__ = ["PagePool", "chain_digests"]
+__all__ = ["PagePool", "chain_digests", "count_pages"]
+
+
+def count_pages(tokens: int) -> int:
+    """That `tokens` tokens take."""
+    return -(-tokens // BLOCK)
 
 
 def chain_digests(token_ids: Sequence[int]) -> list[bytes]:

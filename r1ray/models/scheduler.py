@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from r1ray.errors import ShapeError
 from r1ray.models.answer_lengths import AnswerLengths
-from r1ray.models.pages import PagePool, chain_digests
+from r1ray.models.pages import PagePool, chain_digests, count_pages
 from r1ray.ops.block_selection import BLOCK
 
 __all__ = ["Piece", "Scheduled", "Scheduler", "Step"]
@@ -63,7 +63,7 @@ class Scheduled:
     def num_expected_pages(self) -> int:
         """That it will take in all, as far as is known."""
         expected = len(self.prompt_ids) + self.predicted_new
-        return _count_pages(max(self.num_tokens, expected))
+        return count_pages(max(self.num_tokens, expected))
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Those at positions `start` to `stop` - 1."""
@@ -162,7 +162,7 @@ class Scheduler:
         """
         if not prompt_ids or max_new_tokens < 1:
             raise ShapeError("a request needs at least one prompt token and one new token")
-        needed = _count_pages(len(prompt_ids) + max_new_tokens)
+        needed = count_pages(len(prompt_ids) + max_new_tokens)
         if needed > self._pool.num_pages:
             raise ShapeError(
                 f"{len(prompt_ids)} prompt tokens + {max_new_tokens} new tokens take {needed} "
@@ -262,7 +262,7 @@ class Scheduler:
                 self._pool.release(pages)
                 return
             self._waiting.pop(0)
-            missing = _count_pages(len(sequence.prompt_ids)) - len(pages)
+            missing = count_pages(len(sequence.prompt_ids)) - len(pages)
             sequence.pages = pages + self._pool.allocate(missing)
             sequence.num_stored = len(pages) * BLOCK
             if sequence.num_cached is None:
@@ -276,7 +276,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Scheduled, count: int, preempted: list[Scheduled]) -> bool:
         """Give `sequence` the pages of its next tokens; False where it had to give up its own."""
-        missing = _count_pages(sequence.num_stored + count) - len(sequence.pages)
+        missing = count_pages(sequence.num_stored + count) - len(sequence.pages)
         while missing > self._pool.num_available:
             victim = self._running[-1]
             self._preempt(victim)
@@ -301,10 +301,6 @@ class Scheduler:
         while at and sequences[at - 1].arrival > sequence.arrival:
             at -= 1
         sequences.insert(at, sequence)
-
-
-def _count_pages(tokens: int) -> int:
-    return -(-tokens // BLOCK)
 
 
 def _fit(sequence: Scheduled, budget: int) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from r1ray.models.config import ModelConfig
 from r1ray.models.kv_cache import CacheSlice
+from r1ray.models.pages import count_pages
 from r1ray.models.rope import rotary_tables
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
 from r1ray.ops.cached_states import CachedStates
@@ -73,7 +74,7 @@ class SparseForward:
         """[B, N, T, H]; queries before and after rotary positions, whose tables are `rotary`."""
         gate = attention.gate
         assert gate is not None
-        summaries = self._cache.read_blocks(attention.layer, -(-k.shape[2] // BLOCK))
+        summaries = self._cache.read_blocks(attention.layer, count_pages(k.shape[2]))
         if self._tokens == 1:
             queries = (q_BTNH, q_BNTH)
             return gated_attention(gate, queries, rotary, summaries, k, v, self._starts, 1)

@@ -95,8 +95,9 @@ class FakeQuantLinear(nn.Linear):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded = self._held or _round_weight(self.weight, self.weight_limit)
-        return _multiply(x, *rounded, self.bias)
+        if self._held is None:
+            return fake_quant_linear(x, self.weight, self.bias, weight_limit=self.weight_limit)
+        return _multiply(x, *self._held, self.bias)
 
 
 @contextlib.contextmanager

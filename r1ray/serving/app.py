@@ -40,6 +40,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 APP_NAME = "r1ray"
+_GUARD_S = 60  # what its process may take to start, on a busy machine
 # Refusals and health checks pass while the engines are full, so that a client sees our own 429.
 HEADROOM = 64
 EXPLAIN_EVERY_S = 10.0
@@ -178,8 +179,8 @@ def start_server(model_dir: str, config: ServeConfig, *, timeout_s: float = 600.
 def _check_guard(guarding: "ray.ObjectRef[bool] | None") -> None:
     try:
         if guarding is not None:
-            ray.get(guarding)
-    except ray.exceptions.RayActorError as error:
+            ray.get(guarding, timeout=_GUARD_S)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
         logger.warning(
             "the server will stay if this process is killed; end it then with `serve shutdown`: %s",
             error,

@@ -16,8 +16,9 @@ from r1ray.models import ModelConfig, load_model
 from r1ray.models.backend import Backend, DecoderBackend
 from r1ray.models.decoder import Decoder
 from r1ray.models.gates import set_attention
-from r1ray.models.kv_cache import count_pages, page_bytes
+from r1ray.models.kv_cache import page_bytes
 from r1ray.models.openvino import OpenVinoBackend
+from r1ray.models.pages import count_pages
 from r1ray.models.quantization import tie_head
 from r1ray.models.tiered import load_to_serve, move_to_device
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 import ray.train
+from pyarrow.fs import FileSystem
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -98,8 +99,6 @@ def train_model(
     if config.gates is not None:
         lengths = BatchSet(prepared.local_dir).summary["lengths"]
         check_gate_lengths(max(map(int, lengths), default=0))
-    resources = config.resources
-    keeps_memory = not resources.use_gpu and resources.tiers is None
     board = _start_board()
     checkpoints = f"{store.directory('train', run_id)}/{CHECKPOINTS_DIR}"
     name = f"{store.name}-train-{run_id}"  # what the dashboard shows
@@ -116,30 +115,7 @@ def train_model(
         salvaged=None if salvaged is None else str(salvaged),
         continual=continual,
     )
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.num_workers,
-            use_gpu=resources.use_gpu,
-            resources_per_worker={"CPU": resources.num_cpus_per_worker}
-            | ({"GPU": 1} if resources.use_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=checkpoints,
-            storage_filesystem=store.filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            # mypy sees the RunConfig of Ray Train's first version.
-            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY} if keeps_memory else {},  # type: ignore[call-arg]
-        ),
-        torch_config=TorchConfig(
-            # What workers agree on lies on their hosts, which NCCL cannot read.
-            backend="cpu:gloo,cuda:nccl" if resources.use_gpu else "gloo",
-            timeout_s=int(resources.timeout_s),
-        ),
-    )
+    trainer = _build_trainer(job, name, checkpoints, store.filesystem)
     result, recoveries = _fit(trainer, board, on_step)
     checkpoint = result.checkpoint
     if checkpoint is None and salvaged is not None:  # of the last step: there was nothing to do
@@ -156,6 +132,38 @@ def train_model(
         (out_dir / HISTORY_NAME).write_bytes((Path(directory) / HISTORY_NAME).read_bytes())
     copy_tokenizer(start.local_dir, out_dir)
     return _summarize(history) | {"recoveries": [asdict(item) for item in recoveries]}
+
+
+def _build_trainer(
+    job: WorkerJob, name: str, checkpoints: str, filesystem: FileSystem
+) -> TorchTrainer:
+    """Workers for `job`, whose checkpoints go below `checkpoints` in `filesystem`."""
+    resources = job.config.resources
+    keeps_memory = not resources.use_gpu and resources.tiers is None
+    return TorchTrainer(
+        run_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker={"CPU": resources.num_cpus_per_worker}
+            | ({"GPU": 1} if resources.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=checkpoints,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            # mypy sees the RunConfig of Ray Train's first version.
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY} if keeps_memory else {},  # type: ignore[call-arg]
+        ),
+        torch_config=TorchConfig(
+            # What workers agree on lies on their hosts, which NCCL cannot read.
+            backend="cpu:gloo,cuda:nccl" if resources.use_gpu else "gloo",
+            timeout_s=int(resources.timeout_s),
+        ),
+    )
 
 
 def _fit(
@@ -183,7 +191,7 @@ def _fit(
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             continue  # progress is a convenience; training goes on without it
     with contextlib.suppress(ray.exceptions.RayError):  # the board is gone; so is what it knew
-        if error := ray.get(board.read.remote()).fatal:
+        if error := ray.get(board.read.remote(), timeout=10).fatal:
             raise error
     return _unwrap(outcome), watch.recoveries
 
@@ -209,16 +217,15 @@ def _salvage_checkpoint(root: Path) -> Path | None:
     Ray Train rewrites that file in place. After a kill or a full disk in that moment it would
     refuse to start the run again, so the damaged file is removed.
     """
-    indices = list(root.glob("checkpoint_manager_snapshot*"))
-    for index in indices:
+    is_indexed = False
+    for index in root.glob("checkpoint_manager_snapshot*"):
         try:
             read_json(index)
+            is_indexed = True
         except ArtifactError as error:
             logger.warning("%s is damaged (%s) and removed", index, error)
             index.unlink()
-            indices.remove(index)
-            break
-    if indices:
+    if is_indexed:
         return None
     found = sorted(path for path in root.glob("checkpoint_*") if path.is_dir())
     whole = next((path for path in reversed(found) if is_whole(path)), None)

@@ -54,6 +54,8 @@ __all__ = ["Teaching", "WorkerJob", "run_worker"]
 
 logger = logging.getLogger(__name__)
 
+_BOARD_S = 60  # what the driver's process may take to answer, on a busy machine
+
 
 @dataclass(frozen=True)
 class Teaching:
@@ -98,12 +100,12 @@ def run_worker(loop_config: dict[str, Any]) -> None:
     """Train to `num_steps` from the base model or from the run's last checkpoint."""
     setup_logging()
     job: WorkerJob = loop_config["job"]
-    if ray.get(job.board.read.remote()).fatal:
+    if ray.get(job.board.read.remote(), timeout=_BOARD_S).fatal:
         return  # this start is one too many
     try:
         _run(job)
     except (BudgetError, ConfigError, DivergenceError) as error:
-        ray.get(job.board.stop.remote(error))
+        ray.get(job.board.stop.remote(error), timeout=_BOARD_S)
         raise
 
 

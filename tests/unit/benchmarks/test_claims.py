@@ -33,7 +33,7 @@ def test_verdicts_are_those_of_the_records(tmp_path: Path) -> None:
     assert findings[absent.id].verdict == "not measured"
     assert findings["fusion.mid_vs_best_other"].verdict == "not measured"
     table = claims.render(list(findings.values()), links_to="there/")
-    assert "[1.6 x [1.5, 1.7]](there/precision.md) | fp32 | >= 1.4 | met |" in table
+    assert "[1.6 [1.5, 1.7] x](there/precision.md) | fp32 | >= 1.4 | met |" in table
     assert all(line.split("|")[-2].strip() in claims.VERDICTS for line in table.splitlines()[2:])
     page = claims.render_page(list(findings.values()))
     assert "`python -m jobs.bench_exchange` | 2 cores of a CPU (avx2), 24 GiB | abc |" in page

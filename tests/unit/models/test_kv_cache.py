@@ -25,34 +25,12 @@ def _fill(cache: KVCache, row_of: list[int], length: int) -> list[Tensor]:
     return [keys]
 
 
-def test_rows_are_counted_and_freed() -> None:
+def test_rows_are_counted() -> None:
     cache = _cache()
-    _fill(cache, [1, 2, 3], length=5)
-    assert cache.lengths == [5, 5, 5]
-    cache.remove_row(1)
-    assert cache.num_active == 2
+    _fill(cache, [1, 2], length=5)
+    assert cache.lengths == [5, 5]
     cache.add_rows(2)
-    assert cache.lengths == [5, 5, 0, 0]
-
-
-def test_removing_a_row_moves_the_last_one_with_its_contents() -> None:
-    cache = _cache()
-    _fill(cache, [1, 2], length=3)
-    _fill(cache, [7], length=6)
-    assert cache.remove_row(0) == 2
-    assert cache.lengths == [6, 3]
-    positions = torch.tensor([[6], [3]])
-    new = torch.full((2, CONFIG.num_kv_heads, 1, CONFIG.head_dim), 9.0)
-    keys, values = cache.active().write(0, new, new, positions)
-    assert keys[0, 0, :, 0].tolist() == [7.0] * 6 + [9.0]
-    assert values[1, 0, :4, 0].tolist() == [2.0] * 3 + [9.0]
-
-
-def test_removing_the_last_row_moves_nothing() -> None:
-    cache = _cache()
-    _fill(cache, [1, 2], length=3)
-    assert cache.remove_row(1) == 1
-    assert cache.lengths == [3]
+    assert (cache.num_active, cache.lengths) == (4, [5, 5, 0, 0])
 
 
 def test_more_rows_than_free_is_a_shape_error() -> None:

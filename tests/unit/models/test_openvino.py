@@ -15,8 +15,8 @@ from r1ray.models.backend import Backend, DecoderBackend
 from r1ray.models.base import import_base, resolve_source
 from r1ray.models.config import Family, RopeConfig
 from r1ray.models.generation import BatchGenerator
-from r1ray.models.kv_cache import count_pages
 from r1ray.models.openvino import OpenVinoBackend
+from r1ray.models.pages import count_pages
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.requests import GenerationRequest
 from tests.fakes import tiny_config, tiny_model
