@@ -17,7 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -111,61 +111,90 @@ class GateTraining:
         is_answer_BT = is_target_BT
         if self._is_answer_BT is not None:
             is_answer_BT = is_target_BT & self._is_answer_BT
-        weight_BT = is_answer_BT / is_answer_BT.sum(1, keepdim=True).clamp_min(1)
-        num_answering = int(is_answer_BT.any(1).sum())
-        units = {at // BLOCK for at in is_target_BT.any(0).nonzero().flatten().tolist()}
-        units = {unit for unit in units if unit >= _FIRST_UNIT}
-        tokens = (max(units, default=-1) + 1) * BLOCK  # what is behind, nothing looks at
         positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-        cos, sin = rotary_tables(model.config, positions_1T)
-        losses: list[Tensor] = []
-        recalls: list[Tensor] = []
         gates = _list_gates(model)
-        missed = [torch.zeros_like(gate.missed) for gate in gates]
-        read: dict[int, tuple[Tensor, Tensor]] = {}  # of a layer: keys pooled, and rotated
-
-        @torch.enable_grad()
-        def observe(
-            attention: Attention, q_BTNH: Tensor, k_BTKH: Tensor, q_BNTH: Tensor, k_BKTH: Tensor
-        ) -> None:
-            gate, first, pooled, rotated = attention.gate, 0, pool_keys(k_BTKH), k_BKTH
-            assert isinstance(gate, BlockGate)
-            if attention.layer in read:
-                pooled_before, rotated_before = read[attention.layer]
-                first = rotated_before.shape[2]
-                pooled = torch.cat([pooled_before, pooled], dim=2)
-                rotated = torch.cat([rotated_before, rotated], dim=2)
-            read[attention.layer] = pooled, rotated
-            found = sorted(unit for unit in units if first <= unit * BLOCK < rotated.shape[2])
-            if not found:
-                return
-            last = pooled.shape[2] * BLOCK
-            keys = gate.keys(pooled, cos[:, :, :last:BLOCK], sin[:, :, :last:BLOCK])
-            for unit in found:
-                start = unit * BLOCK
-                part, here = (slice(at, at + BLOCK) for at in (start, start - first))
-                queries = gate.queries(q_BTNH[:, here], cos[:, :, part], sin[:, :, part])
-                scores = gate.scores(queries, keys[:, :, :unit])
-                largest = gate_targets(q_BNTH[:, :, here], rotated, start)
-                losses.append(gate_loss(scores, largest, is_target_BT[:, part]))
-                missed_BNL = count_missed(kept_blocks(scores, start), largest)
-                missed[attention.layer] += (missed_BNL * weight_BT[:, None, part]).sum((0, 2))
-                if unit >= DENSE_BLOCKS:
-                    recalls.append(unit_recall(scores, largest, is_target_BT[:, part]))
-
+        units = _UnitObserver(
+            gates, rotary_tables(model.config, positions_1T), is_target_BT, is_answer_BT
+        )
         if self._reader is None:
             self._reader = _copy_as_served(model)
-        if units:
-            with _observing(self._reader, observe), torch.no_grad():
-                _read(self._reader, ids_BT[:, :tokens])
-        self.recall = float(torch.cat(recalls).mean()) if recalls else None
+        if units.num_tokens:  # what is behind, nothing looks at
+            with _observing(self._reader, units.observe), torch.no_grad():
+                _read(self._reader, ids_BT[:, : units.num_tokens])
+        self.recall = float(torch.cat(units.recalls).mean()) if units.recalls else None
+        num_answering = int(is_answer_BT.any(1).sum())
         if num_answering:
-            for gate, missed_N in zip(gates, missed, strict=True):
+            for gate, missed_N in zip(gates, units.missed, strict=True):
                 gate.missed.lerp_(missed_N / num_answering, _NEWEST)
         mark_heads(gates, self._exact_share)
-        if not losses:  # too short for anything to choose: nothing to learn
+        if not units.losses:  # too short for anything to choose: nothing to learn
             return sum(item.sum() for item in model.parameters() if item.requires_grad) * 0.0  # type: ignore[return-value]
-        return torch.stack(losses).sum() / model.config.num_layers
+        return torch.stack(units.losses).sum() / model.config.num_layers
+
+
+class _UnitObserver:
+    """Compares what gates would choose, in every layer, with the attention that the model pays.
+
+    Args:
+        rotary: cos and sin of all positions.
+        is_target_BT: tokens of the units that are looked at.
+        is_answer_BT: of these, the ones at which misses count.
+
+    Attributes:
+        num_tokens: to be read, up to the end of the last unit.
+        losses: of each layer and unit, summed over its target tokens.
+        recalls: of units that do not attend densely.
+        missed: attention that gates miss, by layer and head; summed over sequences with answers.
+    """
+
+    def __init__(
+        self,
+        gates: Sequence[BlockGate],
+        rotary: tuple[Tensor, Tensor],
+        is_target_BT: Tensor,
+        is_answer_BT: Tensor,
+    ) -> None:
+        self._cos, self._sin = rotary
+        self._is_target_BT = is_target_BT
+        self._weight_BT = is_answer_BT / is_answer_BT.sum(1, keepdim=True).clamp_min(1)
+        found = {at // BLOCK for at in is_target_BT.any(0).nonzero().flatten().tolist()}
+        self._units = sorted(unit for unit in found if unit >= _FIRST_UNIT)
+        self.num_tokens = (max(self._units, default=-1) + 1) * BLOCK
+        self._read: dict[int, tuple[Tensor, Tensor]] = {}  # of a layer: keys pooled, and rotated
+        self.losses: list[Tensor] = []
+        self.recalls: list[Tensor] = []
+        self.missed = [torch.zeros_like(gate.missed) for gate in gates]
+
+    @torch.enable_grad()
+    def observe(
+        self, attention: Attention, q_BTNH: Tensor, k_BTKH: Tensor, q_BNTH: Tensor, k_BKTH: Tensor
+    ) -> None:
+        """A chunk in one layer: queries and keys before and after rotary positions."""
+        gate, first, pooled, rotated = attention.gate, 0, pool_keys(k_BTKH), k_BKTH
+        assert isinstance(gate, BlockGate)
+        if attention.layer in self._read:
+            pooled_before, rotated_before = self._read[attention.layer]
+            first = rotated_before.shape[2]
+            pooled = torch.cat([pooled_before, pooled], dim=2)
+            rotated = torch.cat([rotated_before, rotated], dim=2)
+        self._read[attention.layer] = pooled, rotated
+        units = [unit for unit in self._units if first <= unit * BLOCK < rotated.shape[2]]
+        if not units:
+            return
+        last = pooled.shape[2] * BLOCK
+        keys = gate.keys(pooled, self._cos[:, :, :last:BLOCK], self._sin[:, :, :last:BLOCK])
+        for unit in units:
+            start = unit * BLOCK
+            part, here = (slice(at, at + BLOCK) for at in (start, start - first))
+            is_target_BL, weight_BL = self._is_target_BT[:, part], self._weight_BT[:, part]
+            queries = gate.queries(q_BTNH[:, here], self._cos[:, :, part], self._sin[:, :, part])
+            scores = gate.scores(queries, keys[:, :, :unit])
+            largest = gate_targets(q_BNTH[:, :, here], rotated, start)
+            self.losses.append(gate_loss(scores, largest, is_target_BL))
+            missed_BNL = count_missed(kept_blocks(scores, start), largest)
+            self.missed[attention.layer] += (missed_BNL * weight_BL[:, None]).sum((0, 2))
+            if unit >= DENSE_BLOCKS:
+                self.recalls.append(unit_recall(scores, largest, is_target_BL))
 
 
 def _list_gates(model: Decoder) -> list[BlockGate]:
