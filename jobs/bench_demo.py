@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from jobs.benchmarks.parts import check_is_committed
 from jobs.cli import run_job
 from jobs.pipeline import run_pipeline
 from r1ray.config import PipelineConfig
@@ -14,6 +15,7 @@ PLOTS = ("accuracy.png", "training.png", "size_latency.png")
 
 def file_figures(config: PipelineConfig) -> None:
     """Run what has not been measured yet, then copy the report beside the other benchmarks."""
+    check_is_committed()
     run_pipeline(config, job="bench_demo")
     source = Path(config.run.root) / config.run.name
     topic = config.run.name

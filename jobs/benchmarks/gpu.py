@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from jobs.benchmarks.layers_child import build_shape
+from jobs.benchmarks.parts import check_is_committed
 from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.data.packing import pack_best_fit
@@ -54,10 +55,11 @@ def measure_and_file(command: str) -> str:
     """Measure, write docs/benchmarks/gpu.{json,md}; returns the table of rows.
 
     Raises:
-        ConfigError: there is no GPU.
+        ConfigError: there is no GPU, or there are uncommitted changes.
     """
     if not torch.cuda.is_available():
         raise ConfigError("jobs.bench_gpu needs a CUDA device, and torch sees none")
+    check_is_committed()
     circumstances = describe_circumstances()
     rows: list[Row] = []
     for measure in (_products, _codecs, _decoding, _precisions, _packing, _streaming):

@@ -5,11 +5,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from r1ray.errors import ArtifactError
+from r1ray.errors import ArtifactError, ConfigError
 from r1ray.evaluation.record import describe_circumstances, write_json
 from r1ray.manifest import read_commit
 
-__all__ = ["StoredParts"]
+__all__ = ["StoredParts", "check_is_committed"]
+
+
+def check_is_committed() -> None:
+    """Whether a figure's commit would tell the code that measures it.
+
+    Raises:
+        ConfigError: there are uncommitted changes.
+    """
+    commit = str(read_commit())
+    if commit.endswith("+"):
+        raise ConfigError(
+            f"there are changes that {commit[:-1]} does not have, and a figure is filed with the "
+            "commit that measured it; commit them first"
+        )
 
 
 class StoredParts:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.benchmarks.parts import StoredParts
-from r1ray.errors import ArtifactError
+from jobs.benchmarks.parts import StoredParts, check_is_committed
+from r1ray.errors import ArtifactError, ConfigError
 
 
 def _never() -> int:
@@ -53,3 +53,13 @@ def test_a_record_of_uncommitted_code_is_refused(
 
     with pytest.raises(ArtifactError, match="speed: measured with uncommitted changes"):
         parts.circumstances()
+
+
+def test_figures_are_not_filed_with_a_commit_that_lacks_what_measured_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("R1RAY_COMMIT", "abc")
+    check_is_committed()
+    monkeypatch.setenv("R1RAY_COMMIT", "abc+")
+    with pytest.raises(ConfigError, match="changes that abc does not have"):
+        check_is_committed()
