@@ -14,6 +14,9 @@ R1RayError
 Messages name the value, the rule and the fix. `assert` is kept for r1ray's own invariants.
 """
 
+import functools
+from typing import Any
+
 __all__ = [
     "ArtifactError",
     "BudgetError",
@@ -81,3 +84,8 @@ class ServingError(R1RayError):
         self.status = status
         self.code = code
         self.param = param
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross from replicas to the ingress."""
+        build = functools.partial(type(self), status=self.status, code=self.code, param=self.param)
+        return build, self.args

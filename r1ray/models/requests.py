@@ -36,6 +36,8 @@ class GenerationRequest:
         stop_token_ids: any of these ends the sequence; it is not part of the output.
         form: what the output has to be like (`r1ray.models.grammar`); None for anything.
         images: of the prompt, in their order.
+        inputs_digest: of the files by which text and images became this request
+            (`r1ray.serving.following.digest_inputs`); None where they need not be compared.
     """
 
     request_id: str
@@ -45,6 +47,7 @@ class GenerationRequest:
     sampling: SamplingParams = SamplingParams()
     form: str | None = None
     images: Sequence[RequestImage] = ()
+    inputs_digest: bytes | None = None
 
 
 @dataclass(frozen=True)

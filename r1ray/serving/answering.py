@@ -73,6 +73,7 @@ class ServedModel:
         forms: what says whether a form is one.
         created: seconds since the epoch, shown in /v1/models.
         vision: how it sees images; None where it reads text.
+        inputs_digest: of the files by which requests are made; None where replicas cannot differ.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ServedModel:
     created: int
     forms: FormCompiler
     vision: Vision | None = None
+    inputs_digest: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,13 @@ class AnsweringModel:
         else:
             messages, opens = request.messages, request.add_generation_prompt
             chat = await self._in_thread(lambda: self._encode_chat(messages, opens=opens))
+            if chat.images:
+                raise ServingError(
+                    "images have no token ids to show; send the text alone",
+                    status=400,
+                    code="invalid_value",
+                    param="messages",
+                )
             tokens = chat.ids
         context = self._model.max_context_tokens
         return Tokenized(count=len(tokens), max_model_len=context, tokens=tokens).model_dump()
@@ -200,7 +209,7 @@ class AnsweringModel:
         pixels = read_images(chat, vision, self._model.name)
         text = self._render(chat, opens=opens, has_images=bool(pixels))
         if vision is None or not pixels:
-            return _Prompt(text, tokenizer.encode(text))
+            return _Prompt(text, self._encode_text(text, param="messages"))
         if text.count(IMAGE_MARK) != len(pixels):
             raise ServingError(
                 "the model's chat template leaves out or repeats a message that has an image; "
@@ -234,9 +243,15 @@ class AnsweringModel:
 
     def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self._model.tokenizer.encode(prompt)
+            return self._encode_text(prompt, param="prompt")
         self._check_tokens(prompt, param="prompt")
         return prompt
+
+    def _encode_text(self, text: str, *, param: str) -> list[int]:
+        """A tokenizer may know tokens, added to it alone, that the model does not."""
+        token_ids = self._model.tokenizer.encode(text)
+        self._check_tokens(token_ids, param=param)
+        return token_ids
 
     def _check_tokens(self, token_ids: Iterable[int], *, param: str) -> None:
         for token_id in token_ids:
@@ -308,6 +323,7 @@ class AnsweringModel:
             sampling=exchange.request.sampling(index),
             form=exchange.request.form,
             images=exchange.images,
+            inputs_digest=self._model.inputs_digest,
         )
         async with aclosing(self._generate(generation)) as batches:
             async for events in batches:

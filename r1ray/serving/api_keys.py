@@ -20,7 +20,10 @@ ENVIRONMENT_NAME = "R1RAY_API_KEYS"
 
 def require_key(request: Request) -> None:
     """A FastAPI dependency: `check_key` of the request's header and this process's keys."""
-    check_key(request.headers.get("authorization"), _own_keys())
+    shown = request.headers.get("authorization")  # read as latin-1
+    if shown is not None:
+        shown = shown.encode("latin-1").decode("utf-8", "surrogateescape")
+    check_key(shown, _own_keys())
 
 
 def check_key(authorization: str | None, keys: frozenset[bytes]) -> None:

@@ -207,10 +207,8 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._take_commands():
-                try:
-                    events = self._step()
-                except Exception:
-                    logger.exception("a step failed with %d requests", len(self._submissions))
+                events = self._try_step()
+                if events is None:
                     self._recover()
                 else:
                     self._stats = self._generator.stats()  # seen by who has the last token
@@ -246,10 +244,15 @@ class Engine:
             refusal = ServingError(str(error), status=400)
             self._deliver([(submission.request.request_id, refusal)])
 
-    def _step(self) -> list[TokenEvent]:
-        if self._submissions:
-            return self._generator.step()
-        self._generator.probe()
+    def _try_step(self) -> list[TokenEvent] | None:
+        """None where it failed; the error is gone then, whose frames hold the generator."""
+        try:
+            if self._submissions:
+                return self._generator.step()
+            self._generator.probe()
+        except Exception:
+            logger.exception("a step failed with %d requests", len(self._submissions))
+            return None
         return []
 
     def _recover(self) -> None:

@@ -6,12 +6,14 @@
 3. New requests go to the new engine; the old one is closed when its last answer has ended. Nothing
    is restarted, and nobody waits.
 4. A model that cannot be loaded, or whose tokens or images are not those of the served one, is
-   reported once; the old one stays.
+   reported once; the old one stays. A replica that starts later can only take the new one: it
+   refuses requests that were made for the old one, as the old ones do with the new.
 
 Price: both models' weights, and both caches, from loading until the last old answer has ended; a
 further version waits until then.
 """
 
+import hashlib
 import logging
 import os
 import threading
@@ -19,12 +21,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from r1ray.errors import ConfigError
+from r1ray.errors import ConfigError, ServingError
 from r1ray.models.fusion_file import read_fusion
 from r1ray.models.tokenizer import TOKENIZER_FILES
 from r1ray.serving.engine import Engine
 
-__all__ = ["FOLLOW_S", "EngineFollower"]
+__all__ = ["FOLLOW_S", "EngineFollower", "digest_inputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class EngineFollower:
         self._path, self._build, self._has_room = path, build, has_room
         self._lock = threading.Lock()  # guards the next three
         self._target = self._refused = os.path.realpath(path)
+        self._inputs_digest = digest_inputs(self._target)  # of all versions that are followed
         self._engine = build(self._target)
         self._leases: dict[Engine, int] = {self._engine: 0}
         self._closed = threading.Event()
@@ -77,6 +80,21 @@ class EngineFollower:
     def version(self) -> str:
         """Name of the directory that is served: for an artifact, its run id."""
         return Path(self._target).name
+
+    def check_inputs(self, digest: bytes | None) -> None:
+        """Whether a request was made for this model, as every version followed so far reads it.
+
+        Raises:
+            ServingError: 503; it was made by the files of another version, which this replica
+                found when it started, or which the ingress did.
+        """
+        if digest not in (None, self._inputs_digest):
+            raise ServingError(
+                "the model was published with another tokenizer or other images since this server "
+                "started; restart the server",
+                status=503,
+                code="service_unavailable",
+            )
 
     @contextmanager
     def lease(self) -> Iterator[Engine]:
@@ -139,6 +157,16 @@ class EngineFollower:
                 self.look()
             except Exception:  # such as an engine that does not stop
                 logger.exception("looking at %s failed", self._path)
+
+
+def digest_inputs(model_dir: str) -> bytes:
+    """Of all files that make token ids and pixels of a request."""
+    digest = hashlib.sha256(repr(read_fusion(model_dir)).encode())
+    for name in TOKENIZER_FILES:
+        path = Path(model_dir) / name
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(hashlib.sha256(content).digest())
+    return digest.digest()
 
 
 def _check_same_requests(old: str, new: str) -> None:

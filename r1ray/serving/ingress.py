@@ -23,6 +23,7 @@ from r1ray.observability.logging import setup_logging
 from r1ray.serving.answering import AnsweringModel, ServedModel
 from r1ray.serving.api_keys import ENVIRONMENT_NAME, read_keys, require_key
 from r1ray.serving.engine_metrics import render_metrics
+from r1ray.serving.following import digest_inputs
 from r1ray.serving.openai_answers import Health
 from r1ray.serving.openapi import describe_api
 from r1ray.serving.playground import read_page
@@ -63,6 +64,7 @@ def load_served_model(args: ModelArgs) -> ServedModel:
         created=int(time.time()),
         forms=compile_forms(args.model_dir),
         vision=_load_vision(args),
+        inputs_digest=digest_inputs(args.model_dir),
     )
 
 

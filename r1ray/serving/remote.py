@@ -7,6 +7,8 @@
 """
 
 import asyncio
+import contextvars
+import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, cast
@@ -25,9 +27,10 @@ from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.speed import Speed
 from r1ray.serving.group_choice import GroupBoard
 from r1ray.serving.readiness import explain_waiting
-from r1ray.serving.replica import Failure
 
 __all__ = ["RemoteModel"]
+
+logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 5.0
 ASK_EVERY_S = 1.0
@@ -114,15 +117,22 @@ class RemoteModel:
         """Begin to ask the groups, and wait until each was asked once, where there is a choice."""
         if len(self._groups) > 1:
             if not self._watchers:
+                # In a context of their own: what they ask would be the first request's, and be
+                # cancelled with it.
                 self._watchers = [
-                    asyncio.create_task(self._keep_asking(name)) for name in self._groups
+                    asyncio.create_task(self._keep_asking(name), context=contextvars.Context())
+                    for name in self._groups
                 ]
             await asyncio.gather(*[group.was_asked.wait() for group in self._groups.values()])
 
     async def _keep_asking(self, name: str | None) -> None:
         group = self._groups[name]
         while True:
-            speeds = await group.ask("read_speed")
+            try:
+                speeds = await group.ask("read_speed")
+            except Exception:
+                logger.exception("group %s cannot be asked", name)
+                speeds = []
             self._board.report(name, [speed for speed in speeds if isinstance(speed, Speed)])
             group.is_lost.clear() if speeds else group.is_lost.set()
             group.was_asked.set()
@@ -147,8 +157,8 @@ class _Group:
         try:
             item = await self._first(response)
             while item is not None:
-                if isinstance(item, Failure):
-                    raise item.to_error()
+                if isinstance(item, ServingError):
+                    raise item
                 finished = item[-1].finish_reason is not None  # whoever asks may stop here
                 yield item
                 item = await anext(response, None)
@@ -160,25 +170,27 @@ class _Group:
                 response.cancel()
 
     async def ask(self, method: str) -> list[Any]:
-        """What all replicas say; nothing where one does not in time, or where there is none."""
+        """What replicas say, but those that are lost; nothing where one takes too long."""
         try:
             response = self._handle.broadcast(method)
-            return list(await asyncio.wait_for(response.results_async(), PROBE_TIMEOUT_S))
+            answers = response.results_async(return_exceptions=True)
+            found = await asyncio.wait_for(answers, PROBE_TIMEOUT_S)
         except _LOST:
             return []
+        return [answer for answer in found if not isinstance(answer, BaseException)]
 
     async def probe(self) -> str | None:
         """The version that a replica's model computes with; None where none does in time."""
         try:
             found = await asyncio.wait_for(_result(self._handle.probe.remote()), PROBE_TIMEOUT_S)
-        except _LOST:
+        except (*_LOST, ServingError):
             return None
         return str(found)
 
     async def _first(self, response: DeploymentResponseGenerator[Any]) -> Any:
         """The first item; Serve would let it wait for a replica that may never come again."""
         item = asyncio.ensure_future(anext(response, None))
-        lost = asyncio.ensure_future(self.is_lost.wait())
+        lost = asyncio.ensure_future(self._wait_until_lost())
         try:
             await asyncio.wait({item, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not item.done():
@@ -187,6 +199,12 @@ class _Group:
         finally:
             item.cancel()
             lost.cancel()
+
+    async def _wait_until_lost(self) -> None:
+        """Who comes to a group that seems gone already gives it some time."""
+        if self.is_lost.is_set():
+            await asyncio.sleep(PROBE_TIMEOUT_S)
+        await self.is_lost.wait()
 
 
 def _unavailable(message: str) -> ServingError:

@@ -1,6 +1,6 @@
 """The Serve deployment that runs the model: an `Engine` in an actor.
 
-Errors cross to the ingress as values (`Failure`), since exceptions would arrive wrapped by Ray.
+Errors cross to the ingress as values, since exceptions would arrive wrapped by Ray.
 """
 
 import asyncio
@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
 import torch
 from prometheus_client.metrics_core import Metric
@@ -32,7 +31,7 @@ from r1ray.serving.engine_metrics import describe_speed
 from r1ray.serving.following import EngineFollower
 from r1ray.serving.scaling import TOKENS_DUE
 
-__all__ = ["Failure", "ModelReplica", "build_engine", "check_context", "compile_forms"]
+__all__ = ["ModelReplica", "build_engine", "check_context", "compile_forms"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,25 +39,6 @@ logger = logging.getLogger(__name__)
 COALESCE_S = 0.04
 # The engine thread waits as long for one that answers requests, each time a kernel returns.
 SWITCH_S = 0.0002
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A ServingError on its way between processes."""
-
-    message: str
-    status: int
-    code: str | None
-    param: str | None
-
-    @classmethod
-    def of(cls, error: ServingError) -> "Failure":
-        """The failure that `to_error` turns back into `error`."""
-        return cls(str(error), error.status, error.code, error.param)
-
-    def to_error(self) -> ServingError:
-        """The error to raise in the receiving process."""
-        return ServingError(self.message, status=self.status, code=self.code, param=self.param)
 
 
 def check_context(max_context_tokens: int, config: ModelConfig) -> None:
@@ -150,12 +130,13 @@ class ModelReplica:
 
     async def generate(
         self, request: GenerationRequest
-    ) -> AsyncIterator[Sequence[TokenEvent] | Failure]:
-        """The tokens of `request` as they come; a Failure is the last item.
+    ) -> AsyncIterator[Sequence[TokenEvent] | ServingError]:
+        """The tokens of `request` as they come; an error is the last item.
 
         Cancelling the call, which Serve does when the client is gone, frees the request's memory.
         """
         try:
+            self._follower.check_inputs(request.inputs_digest)
             with self._follower.lease() as engine:
                 async with aclosing(engine.submit(request)) as batches:
                     async for events in batches:
@@ -164,7 +145,7 @@ class ModelReplica:
                             return
                         await asyncio.sleep(COALESCE_S - time.monotonic() % COALESCE_S)
         except ServingError as error:
-            yield Failure.of(error)
+            yield error
 
     async def probe(self) -> str:
         """The version that is served, once its model has computed something."""

@@ -1,3 +1,5 @@
+import pickle
+
 from r1ray import errors
 from r1ray.errors import R1RayError, ServingError
 
@@ -24,3 +26,5 @@ def test_a_serving_error_carries_the_status_and_code() -> None:
     error = ServingError("too long", status=400, code="context_length_exceeded", param="messages")
     assert str(error) == "too long"
     assert (error.status, error.code, error.param) == (400, "context_length_exceeded", "messages")
+    there = pickle.loads(pickle.dumps(error))  # in the ingress
+    assert (type(there), str(there), vars(there)) == (ServingError, "too long", vars(error))

@@ -54,6 +54,8 @@ def test_keys_guard_a_route(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         client: httpx.Client = TestClient(app)
         assert client.get("/guarded", headers={"authorization": "Bearer key"}).json() == "yes"
+        there = {"authorization": "Bearer ключ".encode()}  # as curl sends it
+        assert client.get("/guarded", headers=there).json() == "yes"
         refused = client.get("/guarded")
         assert refused.status_code == 401
         assert refused.headers["www-authenticate"] == "Bearer"

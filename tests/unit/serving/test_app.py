@@ -99,7 +99,7 @@ def test_context_beyond_the_model_is_named_before_anything_starts(tmp_path: Path
 def test_a_server_that_nothing_guards_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(_: object, *, timeout: float) -> None:
         raise ray.exceptions.RayActorError(error_msg="no pidfd_open")
 
     monkeypatch.setattr(ray, "get", fail)

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from r1ray.models.grammar import FormCompiler, regex_form
 from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.sampling import SamplingParams
 from r1ray.models.tokenizer import Tokenizer
+from r1ray.serving import engine as engine_module
 from r1ray.serving.engine import Engine
 from tests.fakes import EOS_ID, VOCAB_SIZE, tiny_model, write_tiny_model
 
@@ -369,6 +371,33 @@ def test_close_fails_open_requests_and_refuses_new_ones() -> None:
                 await read(engine, request("late"))
 
     run(main())
+
+
+def test_a_failed_model_is_gone_before_its_successor_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_module.logger, "exception", print)  # pytest keeps what is logged
+    built: list[weakref.ref[ControlledGenerator]] = []
+    left: list[ControlledGenerator | None] = []
+
+    def build() -> ControlledGenerator:
+        left.extend(ref() for ref in built)  # whose cache would be beside the next one's
+        generator = ControlledGenerator()
+        generator.fails_with = 0 if not built else None
+        built.append(weakref.ref(generator))
+        return generator
+
+    async def main() -> None:
+        engine = Engine(build, max_concurrency=2, max_queued_requests=1)
+        try:
+            with pytest.raises(ServingError):
+                await read(engine, request("a"))
+            assert len(await read(engine, request("b"))) == 12
+        finally:
+            engine.close()
+
+    run(main())
+    assert left == [None]
 
 
 def test_dead_thread_is_seen_and_answers_503() -> None:

@@ -9,11 +9,12 @@ import pytest
 
 from r1ray.config.fusion import FusionConfig
 from r1ray.config.serving import EngineConfig
+from r1ray.errors import ServingError
 from r1ray.models.checkpoint import load_model, save_model
 from r1ray.models.fusion_file import attach_fusion
 from r1ray.models.requests import GenerationRequest
 from r1ray.serving.engine import Engine
-from r1ray.serving.following import EngineFollower
+from r1ray.serving.following import EngineFollower, digest_inputs
 from r1ray.serving.replica import build_engine
 from tests.fakes import write_tiny_model
 
@@ -137,6 +138,18 @@ def test_another_fusion_is_another_kind_of_request(
 
     assert "sees images in another way than the served model" in caplog.text
     assert follower.version == "one"
+
+
+def test_requests_of_another_tokenizer_are_refused(follower: EngineFollower, link: Path) -> None:
+    two = link.parent / "two"
+    follower.check_inputs(None)
+    follower.check_inputs(digest_inputs(str(two)))  # weights make no difference
+    (two / "tokenizer_config.json").write_text("{}")
+
+    with pytest.raises(ServingError, match="published with another tokenizer") as caught:
+        follower.check_inputs(digest_inputs(str(two)))
+
+    assert caught.value.status == 503
 
 
 def test_without_room_for_two_the_old_version_stays(

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,14 +17,14 @@ from r1ray.models.requests import GenerationRequest, TokenEvent
 from r1ray.models.speed import Speed
 from r1ray.serving import remote
 from r1ray.serving.remote import RemoteModel
-from r1ray.serving.replica import Failure
 
 FAST = Speed(((1, 0.01),), ((64, 0.0001),))
 SLOW = Speed(((1, 0.1),), ((64, 0.002),))
 REQUEST = GenerationRequest("r", [1, 2, 3], 3, frozenset())
-BUSY = Failure("busy", 429, "rate_limit_exceeded", None)
-WRONG = Failure("wrong", 400, None, None)
-Step = Any  # an item, an exception to raise, or None to wait for ever
+BUSY = ServingError("busy", status=429, code="rate_limit_exceeded")
+WRONG = ServingError("wrong", status=400)
+LOST = ServingError("lost", status=503, code="service_unavailable")
+Step = Any  # an item, a RayError to raise, or None to wait for ever
 
 
 class _Response:
@@ -41,7 +42,8 @@ class _Response:
         step = self._steps.pop(0)
         if step is None:
             await asyncio.Event().wait()
-        if isinstance(step, BaseException):
+        await asyncio.sleep(0.001)  # it comes from elsewhere
+        if isinstance(step, RayError):
             raise step
         return step
 
@@ -59,6 +61,7 @@ class _Handle:
         answer = [[TokenEvent("r", ord(name[0]), None)], [TokenEvent("r", 0, "length")]]
         self._steps: Sequence[Step] = answer if steps is None else steps
         self.responses: list[_Response] = []
+        self.contexts: list[str] = []  # of who asked
         self.probe = SimpleNamespace(remote=self._probe)
 
     def options(self, **_: Any) -> Any:
@@ -69,7 +72,9 @@ class _Handle:
         return self.responses[-1]
 
     def broadcast(self, method: str) -> Any:
-        async def results() -> list[Speed]:
+        async def results(*, return_exceptions: bool) -> list[Speed]:
+            assert return_exceptions
+            self.contexts.append(CALLER.get())
             if not self.speeds:
                 raise RayError("there is no replica")
             return self.speeds
@@ -79,6 +84,9 @@ class _Handle:
     async def _probe(self) -> None:
         if not self.speeds:
             raise RayError("there is no replica")
+
+
+CALLER = ContextVar("CALLER", default="nobody")
 
 
 @pytest.fixture(autouse=True)
@@ -140,27 +148,57 @@ def test_an_answer_that_has_begun_is_not_begun_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("failure", "num_asked"), [(WRONG, 1), (BUSY, 2)])
-def test_errors_that_stay_are_passed_on(tmp_path: Path, failure: Failure, num_asked: int) -> None:
+def test_errors_that_stay_are_passed_on(
+    tmp_path: Path, failure: ServingError, num_asked: int
+) -> None:
     slow = _Handle("slow", SLOW, steps=[failure])
     fast = _Handle("fast", FAST, steps=[failure])
-    with pytest.raises(ServingError, match=failure.message):
+    with pytest.raises(ServingError, match=str(failure)):
         run(tmp_path, read, slow=slow, fast=fast)
     assert len(slow.responses) + len(fast.responses) == num_asked
 
 
 def test_a_refusal_is_not_hidden_by_a_group_that_is_gone(tmp_path: Path) -> None:
     fast = _Handle("fast", FAST, steps=[BUSY])
-    gone = _Handle("gone", steps=[Failure("lost", 503, "service_unavailable", None)])
+    gone = _Handle("gone", steps=[LOST])
     with pytest.raises(ServingError, match="busy"):
         run(tmp_path, read, gone=gone, fast=fast)
     assert gone.responses  # it was tried
 
 
 def test_a_group_that_only_seems_gone_answers_when_others_are_lost(tmp_path: Path) -> None:
-    fast = _Handle("fast", FAST, steps=[Failure("lost", 503, "service_unavailable", None)])
+    fast = _Handle("fast", FAST, steps=[LOST])
     silent = _Handle("silent")
-    run(tmp_path, read, silent=silent, fast=fast)
-    assert silent.responses
+    assert run(tmp_path, read, silent=silent, fast=fast) == [ord("s"), 0]
+
+
+def test_a_group_without_replicas_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PROBE_TIMEOUT_S", 0.05)
+    fast, silent = _Handle("fast", FAST, steps=[LOST]), _Handle("silent", steps=[None])
+    with pytest.raises(ServingError, match="lost"):
+        run(tmp_path, read, silent=silent, fast=fast)
+    assert silent.responses[0].was_cancelled
+
+
+def test_a_group_that_has_lost_one_of_its_replicas_goes_on(tmp_path: Path) -> None:
+    slow, fast = _Handle("slow", SLOW), _Handle("fast", FAST, cast(Any, RayError("it died")))
+    assert run(tmp_path, read, slow=slow, fast=fast) == [ord("f"), 0]
+    fast.speeds = cast(Any, [RayError("it died"), ("replica-1", ["metric"])])
+    [(labels, _)] = run(tmp_path, lambda model: model.read_metrics(), fast=fast)
+    assert labels["replica"] == "replica-1"
+
+
+def test_what_asks_the_groups_is_no_part_of_a_request(tmp_path: Path) -> None:
+    slow, fast = _Handle("slow", SLOW), _Handle("fast", FAST)
+
+    async def body(model: RemoteModel) -> None:
+        CALLER.set("the first request")
+        await read(model)
+
+    run(tmp_path, body, slow=slow, fast=fast)
+    assert set(slow.contexts + fast.contexts) == {"nobody"}
 
 
 def test_who_stops_reading_cancels_the_call(tmp_path: Path) -> None:

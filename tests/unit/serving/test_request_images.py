@@ -75,6 +75,13 @@ def test_images_come_before_the_text_at_places_of_their_own(tokenizer: Tokenizer
     assert answer["usage"]["prompt_tokens"] == len(request.prompt_ids)
 
 
+def test_images_have_no_tokens_to_show(tokenizer: Tokenizer) -> None:
+    service = service_over(tokenizer, ScriptedModel(tokenizer, ""), vision=VISION)
+    messages = [{"role": "user", "content": [image_part(url(RED))]}]
+    with pytest.raises(ServingError, match="images have no token ids to show"):
+        asyncio.run(service.tokenize(body(messages=messages)))
+
+
 def test_the_same_image_has_the_same_ids_and_another_has_others(tokenizer: Tokenizer) -> None:
     prompts = [
         ask(tokenizer, image_part(url(data)), text_part("?"))[0].requests[0].prompt_ids

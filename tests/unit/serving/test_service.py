@@ -189,6 +189,20 @@ def test_unknown_model_is_404(tokenizer: Tokenizer) -> None:
         asyncio.run(service.chat(chat_body(model="other")))
 
 
+def test_text_with_a_token_that_the_model_lacks_is_refused(tokenizer: Tokenizer) -> None:
+    largest = max(tokenizer.encode("<|im_start|>"))  # a chat's own
+    forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
+    model = ScriptedModel(tokenizer, "a")
+    served = ServedModel("tiny", tokenizer, frozenset({EOS_ID}), CONTEXT, largest, 8, 1, forms)
+    service = CompletionService([AnsweringModel(served, model.generate)])
+    with pytest.raises(ServingError, match=rf"token id {largest} is not between 0") as caught:
+        asyncio.run(service.chat(chat_body("a")))
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+    with pytest.raises(ServingError, match=f"token id {largest} is not between"):
+        asyncio.run(service.complete(body(prompt="<|im_start|>")))
+    assert not model.requests
+
+
 def test_a_server_of_several_models_asks_for_a_name(tokenizer: Tokenizer) -> None:
     forms = FormCompiler(tokenizer, vocab_size=VOCAB_SIZE, stop_token_ids=[EOS_ID])
     one = ServedModel("one", tokenizer, frozenset({EOS_ID}), CONTEXT, VOCAB_SIZE, 8, 1, forms)
