@@ -14,6 +14,7 @@ Price: one sha256 pass over the outputs when written and when read (about 1 GB/s
 Paths go through `pyarrow.fs`: `runs`, `/data/runs`, `s3://bucket/runs` look the same.
 """
 
+import contextlib
 import datetime
 import fcntl
 import logging
@@ -175,7 +176,9 @@ class ArtifactStore:
         """
         run_id = compute_run_id(stage, config, inputs)
         existing = self.find(stage, run_id)
-        if existing is None:
+        if existing is not None:
+            self._forget_leftovers(stage, run_id, keep)
+        else:
             with self.lock(stage, run_id):
                 existing = self.find(stage, run_id)  # another process may have been quicker
                 if existing is None:
@@ -317,15 +320,24 @@ class ArtifactStore:
             with self._fs.open_output_stream(unnamed) as stream:
                 stream.write(manifest.to_json().encode())
             self._fs.move(unnamed, f"{directory}/{MANIFEST_NAME}")
-        for name in keep:
-            self._forget(f"{directory}/{name}")
+        self._forget_kept(manifest.stage, manifest.run_id, keep)
 
-    def _forget(self, path: str) -> None:
-        kind = self._fs.get_file_info(path).type
-        if kind == fs.FileType.Directory:
-            self._fs.delete_dir(path)
-        elif kind == fs.FileType.File:
-            self._fs.delete_file(path)
+    def _forget_leftovers(self, stage: str, run_id: str, keep: Sequence[str]) -> None:
+        """Remove what whoever finished the artifact was killed before removing."""
+        directory = self.directory(stage, run_id)
+        kinds = [self._fs.get_file_info(f"{directory}/{name}").type for name in keep]
+        if any(kind != fs.FileType.NotFound for kind in kinds):
+            with contextlib.suppress(ArtifactError), self.lock(stage, run_id):
+                self._forget_kept(stage, run_id, keep)
+
+    def _forget_kept(self, stage: str, run_id: str, keep: Sequence[str]) -> None:
+        for name in keep:
+            path = f"{self.directory(stage, run_id)}/{name}"
+            kind = self._fs.get_file_info(path).type
+            if kind == fs.FileType.Directory:
+                self._fs.delete_dir(path)
+            elif kind == fs.FileType.File:
+                self._fs.delete_file(path)
 
     def _download(self, directory: str, manifest: Manifest, verify: bool) -> Path:
         local_dir = own_temp_dir("r1ray-artifacts") / manifest.digest[:24]

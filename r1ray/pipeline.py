@@ -86,6 +86,7 @@ class Pipeline:
         base = self._import("base", "base.source", config)
         shape = ModelConfig.load(base.local_dir)
         check_lengths(self.config, shape.max_context)
+        self._check_padding(shape)
         if (images := self.config.evaluate.images) is not None:
             list_files(images.paths, key=_IMAGE_PATHS)
             if read_fusion(base.local_dir) is None:
@@ -105,6 +106,17 @@ class Pipeline:
         if self.config.distill is not None:
             self._check_teacher(self.config.distill, base)
         return base
+
+    def _check_padding(self, shape: ModelConfig) -> None:
+        prepare = self.config.prepare
+        pads = prepare.batching.type == "buckets" and shape.rope.depends_on_length
+        if pads and prepare.max_tokens > shape.even_context:
+            raise ConfigError(
+                f"prepare.batching {{type: buckets}} pads rows, and beyond {shape.even_context} "
+                f"tokens rotary positions of type {shape.rope.type!r} depend on a row's length; "
+                "set {type: packing}, or lower prepare.max_tokens "
+                f"({prepare.max_tokens})"
+            )
 
     def teacher(self, config: DistillConfig) -> Artifact:
         """A clean Hugging Face checkpoint of the teacher."""
@@ -288,7 +300,8 @@ class Pipeline:
         config = self.config
         scheme = config.compress.scheme
         quantized = "int8" if scheme == "w8a8" else scheme
-        models = {"base": self.base(), "tuned": self.train(), quantized: self.compress()}
+        compressed = self.compress(publish=self._only is None)  # a report alone publishes nothing
+        models = {"base": self.base(), "tuned": self.train(), quantized: compressed}
 
         def body(out_dir: Path) -> dict[str, Any]:
             problems = self.heldout_problems()

@@ -13,7 +13,7 @@ from r1ray.errors import ArtifactError
 from r1ray.files import read_json
 from r1ray.models.config import RECORD_NAME
 
-__all__ = ["JUDGE", "LINK", "Published", "find_published", "has_replaced"]
+__all__ = ["JUDGE", "LINK", "Published", "find_published", "has_replaced", "list_versions"]
 
 LINK = "model"
 JUDGE = "judge"
@@ -56,15 +56,19 @@ def has_replaced(store: ArtifactStore, before: Artifact) -> bool:
     if target is None or target.name == before.manifest.run_id:
         return False
     published = store.find("compress", target.name, verify=False)
+    return published is not None and before.digest in list_versions(store, published)
+
+
+def list_versions(store: ArtifactStore, served: Artifact) -> list[str]:
+    """Digests of a model and of those that it took the place of by updates, the newest first."""
     sources = {
         judged.manifest.inputs["new"]: judged.manifest.inputs["old"]
         for judged in store.find_all(JUDGE)
         if not judged.manifest.metrics["forgotten"]
     }
-    digest, seen = None if published is None else published.digest, set[str]()
-    while digest is not None and digest not in seen:
-        if digest == before.digest:
-            return True
-        seen.add(digest)
+    digest: str | None = served.digest
+    found: list[str] = []
+    while digest is not None and digest not in found:
+        found.append(digest)
         digest = sources.get(digest)
-    return False
+    return found

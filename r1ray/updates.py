@@ -28,10 +28,10 @@ from r1ray.evaluation.forgetting import find_forgotten, measure_changes, render_
 from r1ray.evaluation.record import write_json
 from r1ray.manifest import compute_run_id
 from r1ray.models.fusion_file import read_fusion
-from r1ray.models.memory import RESERVOIR_NAME, memory_path
+from r1ray.models.memory import FISHER_NAME, RESERVOIR_NAME, memory_path
 from r1ray.observability.progress import StageProgress
 from r1ray.pipeline import Pipeline
-from r1ray.publication import JUDGE, LINK, Published, find_published
+from r1ray.publication import JUDGE, LINK, Published, find_published, list_versions
 
 __all__ = ["UpdateOutcome", "run_update"]
 
@@ -81,6 +81,7 @@ def _update(config: PipelineConfig, store: ArtifactStore) -> UpdateOutcome:
     _check_families(taught, config)
     base = BaseConfig(source=str(published.trained.local_dir))
     memory = _find_memory(store, published, config)
+    _warn_of_ewc(published, config)
     pipeline = Pipeline(dataclasses.replace(config, base=base), memory=memory)
     new = pipeline.compress(publish=False)
     judged = _judge(pipeline, published, new, taught, learns)
@@ -142,22 +143,29 @@ def _find_taught(store: ArtifactStore, published: Published) -> set[str]:
         if judged.manifest.inputs["new"] == published.served.digest:
             return set(judged.manifest.metrics["taught"])
     taught = set[str]()
-    for item in _list_prepared(store, published.trained):
+    for item in _list_prepared(store, published):
         config = item.manifest.config
         taught |= _list_families(config["PrepareConfig"], config["TasksConfig"])
     return taught
 
 
-def _list_prepared(store: ArtifactStore, trained: Artifact) -> list[Artifact]:
-    """The BatchSets that a model was trained on, phase by phase, without those that are gone."""
-    phases = {item.digest: item for item in store.find_all("train")}
-    prepared = {item.digest: item for item in store.find_all("prepare")}
+def _list_prepared(store: ArtifactStore, published: Published) -> list[Artifact]:
+    """The BatchSets that a model was trained on, those that are gone left out.
+
+    Phase by phase, and update by update.
+    """
+    phases, prepared, served = (
+        {item.digest: item for item in store.find_all(stage)}
+        for stage in ("train", "prepare", "compress")
+    )
     found: list[Artifact] = []
-    phase: Artifact | None = trained
-    while phase is not None:
-        inputs = phase.manifest.inputs
-        found += [prepared[inputs["prepare"]]] if inputs["prepare"] in prepared else []
-        phase = phases.get(inputs.get("train", ""))
+    for version in list_versions(store, published.served):
+        trained = served[version].manifest.inputs["train"] if version in served else ""
+        phase = phases.get(trained)
+        while phase is not None:
+            inputs = phase.manifest.inputs
+            found += [prepared[inputs["prepare"]]] if inputs["prepare"] in prepared else []
+            phase = phases.get(inputs.get("train", ""))
     return found[::-1]
 
 
@@ -168,7 +176,7 @@ def _find_memory(
     replay = None if config.continual is None else config.continual.replay
     if replay is None or memory_path(published.trained.local_dir, RESERVOIR_NAME).is_file():
         return None
-    prepared, seed = _list_prepared(store, published.trained), config.run.seed
+    prepared, seed = _list_prepared(store, published), config.run.seed
     if not prepared:
         logger.warning("the published model's BatchSet is gone; nothing of it can be replayed")
         return None
@@ -184,6 +192,16 @@ def _find_memory(
     values = {"reservoir_rows": replay.reservoir_rows, "seed": seed}
     inputs = {f"prepare {number}": item.digest for number, item in enumerate(prepared, 1)}
     return store.run("memory", values, inputs, body)
+
+
+def _warn_of_ewc(published: Published, config: PipelineConfig) -> None:
+    assert config.continual is not None
+    path = memory_path(published.trained.local_dir, FISHER_NAME)
+    if config.continual.ewc is not None and not path.is_file():
+        logger.warning(
+            "continual.ewc holds nothing in this update: the published model was trained without "
+            "it, and nothing says which weights matter; the next update will know"
+        )
 
 
 def _list_families(prepare: Mapping[str, Any], tasks: Mapping[str, Any]) -> set[str]:

@@ -11,7 +11,6 @@ Adding a family means adding one writer to `_WRITERS`.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +159,7 @@ def _draw(family: FamilyConfig, first_seed: int) -> Iterator[Problem]:
 
 
 def _write_chain_sum(metadata: Mapping[str, Any]) -> tuple[str, str]:
-    first, *rest = re.findall(r"[+-]|\d+", metadata["expression"])
+    first, *rest = metadata["expression"].split()
     total = int(first)
     steps = []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):

@@ -61,7 +61,9 @@ def proportion(successes: Sequence[bool]) -> Proportion:
     share = sum(successes) / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Proportion(share, max(0.0, centre - half), min(1.0, centre + half), n)
+    # Rounded, the ends of shares of 0 and 1 would be a little inside.
+    low, high = max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+    return Proportion(share, low, high, n)
 
 
 def paired_difference(

@@ -118,6 +118,14 @@ class ModelConfig:
             return int(self.max_positions * self.rope.parameters["factor"])
         return self.max_positions
 
+    @property
+    def even_context(self) -> int:
+        """Tokens up to which rotations depend on positions alone, whatever the scaling."""
+        if self.rope.type == "longrope":
+            trained = self.rope.parameters.get("original_max_position_embeddings")
+            return int(trained or self.max_positions)
+        return self.max_positions
+
     def with_context(self, kind: Literal["yarn", "dynamic"], factor: float) -> "ModelConfig":
         """The configuration for `factor` times as many positions.
 

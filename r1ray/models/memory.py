@@ -5,6 +5,7 @@ data begins with them (`r1ray.training.continual`, `r1ray.data.reservoir`).
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["FISHER_NAME", "RESERVOIR_NAME", "copy_memory", "memory_path"]
@@ -19,9 +20,11 @@ def memory_path(model_dir: Path, name: str) -> Path:
     return model_dir / _DIR / name
 
 
-def copy_memory(source: Path, target: Path) -> None:
+def copy_memory(
+    source: Path, target: Path, names: Sequence[str] = (FISHER_NAME, RESERVOIR_NAME)
+) -> None:
     """Copy what the model in `source` remembers into the model directory `target`."""
-    for name in (FISHER_NAME, RESERVOIR_NAME):
+    for name in names:
         found = memory_path(source, name)
         if found.is_file():
             memory_path(target, name).parent.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ def measure_fisher(
 
 def add_fisher(old: Fisher | None, new: Fisher) -> dict[str, Tensor]:
     """The sum of both; `new` alone where there was none before."""
-    return {name: item if old is None else item + old[name] for name, item in new.items()}
+    return {name: item if old is None else item + old[name].to(item) for name, item in new.items()}
 
 
 def save_fisher(fisher: Fisher, path: Path) -> None:

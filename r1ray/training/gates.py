@@ -7,7 +7,8 @@
    itself pays to every earlier block (`r1ray.ops.block_gate`). All their tokens up to the
    sequence's last target count: prompts are read by the gates as well.
 3. What the gates would have missed at the target tokens marks the heads that choose by the keys
-   themselves; every sequence with such tokens counts the same.
+   themselves; every sequence with such tokens counts the same. Workers average it before each
+   checkpoint.
 
 Price: one forward in INT8 without gradients, N·64·T scores a layer and unit, a byte a weight, and
 the keys of the batch in float32.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from r1ray.config.training import GatesConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.errors import ConfigError, ShapeError
+from r1ray.exchange import Transport
 from r1ray.models.decoder import Attention, Decoder, Observer
 from r1ray.models.gates import list_attentions
 from r1ray.models.kv_cache import KVCache
@@ -42,7 +44,7 @@ from r1ray.ops.block_gate import (
 )
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
 
-__all__ = ["GateTraining", "check_gate_lengths"]
+__all__ = ["GateTraining", "average_missed", "check_gate_lengths"]
 
 
 _NEWEST = 0.05  # weight of a batch in what a gate missed lately
@@ -130,6 +132,16 @@ class GateTraining:
         if not units.losses:  # too short for anything to choose: nothing to learn
             return sum(item.sum() for item in model.parameters() if item.requires_grad) * 0.0  # type: ignore[return-value]
         return torch.stack(units.losses).sum() / model.config.num_layers
+
+
+def average_missed(model: Decoder, transport: Transport, config: GatesConfig) -> None:
+    """Mark heads by what was missed on every worker's batches; all workers call it together."""
+    gates = _list_gates(model)
+    missed_GN = torch.stack([gate.missed for gate in gates])
+    transport.all_reduce_sum(missed_GN).wait()
+    for gate, missed_N in zip(gates, missed_GN / transport.world_size, strict=True):
+        gate.missed.copy_(missed_N)
+    mark_heads(gates, config.exact_heads)
 
 
 class _UnitObserver:

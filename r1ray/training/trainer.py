@@ -28,7 +28,7 @@ from r1ray.data.batch_set import BatchSet
 from r1ray.errors import ArtifactError, ExchangeError, R1RayError
 from r1ray.files import read_json
 from r1ray.models.checkpoint import copy_tokenizer, load_model, save_model
-from r1ray.models.memory import copy_memory
+from r1ray.models.memory import FISHER_NAME, copy_memory
 from r1ray.training import continual as sequence
 from r1ray.training.checkpoint import HISTORY_NAME, is_whole, load_history
 from r1ray.training.gates import check_gate_lengths
@@ -126,6 +126,9 @@ def train_model(
         model = load_model(directory)
         if continual is not None:
             sequence.finish(model, continual, load_model(start.local_dir).state_dict())
+            # A reservoir without this data would pass for one of all data; weights that mattered
+            # still do.
+            copy_memory(start.local_dir, out_dir, [FISHER_NAME])
             copy_memory(Path(directory), out_dir)
             copy_memory(prepared.local_dir, out_dir)
         save_model(model, out_dir)

@@ -28,6 +28,7 @@ from r1ray.exchange import (
     Exchange,
     LocalTransport,
     OffloadedExchange,
+    Transport,
     build_exchange,
 )
 from r1ray.models.checkpoint import load_model
@@ -39,7 +40,7 @@ from r1ray.models.tokenizer import Tokenizer
 from r1ray.observability.logging import setup_logging
 from r1ray.training import continual
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
-from r1ray.training.gates import GateTraining
+from r1ray.training.gates import GateTraining, average_missed
 from r1ray.training.metrics import StepMetrics
 from r1ray.training.objective import (
     CrossEntropy,
@@ -114,7 +115,8 @@ def _run(job: WorkerJob) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if not job.config.resources.use_gpu:
         torch.set_num_threads(max(1, int(job.config.resources.num_cpus_per_worker)))
-    state, batches, history = _build(job, world_size)
+    transport = _build_transport(job, world_size)
+    state, batches, history = _build(job, transport)
     if rank == 0:
         job.board.start.remote(state.step)
     per_step = job.config.batches_per_step
@@ -141,6 +143,8 @@ def _run(job: WorkerJob) -> None:
         if rank == 0:
             job.board.post.remote(record, state.exchange.plan)
         if is_saved:
+            if job.config.gates is not None:
+                average_missed(state.model, transport, job.config.gates)
             _report(job, state, batches, history, rank, world_size)
     state.exchange.close()
 
@@ -153,7 +157,13 @@ def _is_saved_after(step: int, config: TrainConfig) -> bool:
     return step == config.num_steps or step % config.resources.checkpoint_every_steps == 0
 
 
-def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[StepRecord]]:
+def _build_transport(job: WorkerJob, world_size: int) -> Transport:
+    if world_size == 1:
+        return LocalTransport()
+    return CollectiveTransport(timeout_s=job.config.resources.timeout_s)
+
+
+def _build(job: WorkerJob, transport: Transport) -> tuple[TrainState, BatchSet, list[StepRecord]]:
     device = ray.train.torch.get_device()
     torch.manual_seed(job.seed)
     model, exchange = _build_model(job, device)
@@ -165,9 +175,7 @@ def _build(job: WorkerJob, world_size: int) -> tuple[TrainState, BatchSet, list[
         model,
         job.config,
         exchange,
-        CollectiveTransport(timeout_s=job.config.resources.timeout_s)
-        if world_size > 1
-        else LocalTransport(),
+        transport,
         objective,
     )
     history: list[StepRecord] = []

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from r1ray import updates
+from r1ray import pipeline, updates
 from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.compression.export import export_model
 from r1ray.config import PipelineConfig, load_config
@@ -224,6 +224,19 @@ def test_phases_without_replay_are_all_remembered_as_taught(root: Path) -> None:
     )
     assert memory is not None
     assert memory.manifest.metrics["num_seen"] == 20 + 30
+
+
+def test_a_report_publishes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _configure(root, "run.name=reported", "train.num_steps=3")
+    Pipeline(config).compress()
+    store = ArtifactStore(str(root), "reported")
+    other = store.run("compress", {"other": 1}, {}, _copy(find_published(store)))
+    store.link(LINK, other)
+    monkeypatch.setattr(pipeline, "evaluate_models", lambda *_, **__: {})
+
+    Pipeline(config, only="evaluate").evaluate()
+
+    assert find_published(store).served.digest == other.digest
 
 
 def test_one_update_at_a_time(root: Path) -> None:

@@ -125,6 +125,12 @@ def test_kept_entries_survive_a_kill_and_are_gone_at_the_end(tmp_path: Path) -> 
     assert names == ["deep", MANIFEST_NAME, "text.txt"]
     assert all(output.path.split("/")[0] not in keep for output in artifact.manifest.outputs)
     assert store.run("train", CONFIG, INPUTS, never, keep=keep).digest == artifact.digest
+    (artifact.local_dir / "checkpoints").mkdir()  # as whoever was killed right before the end
+    with store.lock("train", artifact.manifest.run_id):  # or who is about to remove it
+        store.run("train", CONFIG, INPUTS, never, keep=keep)
+    assert (artifact.local_dir / "checkpoints").exists()
+    store.run("train", CONFIG, INPUTS, never, keep=keep)
+    assert not (artifact.local_dir / "checkpoints").exists()
 
 
 def test_a_manifest_deeper_inside_is_an_output_like_any_other(store: ArtifactStore) -> None:

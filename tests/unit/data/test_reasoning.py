@@ -51,6 +51,13 @@ def test_a_wrong_trace_is_an_error_and_never_training_data() -> None:
         wrong.trace()
 
 
+def test_sums_of_negative_terms_are_traced() -> None:
+    options = {"min_terms": 2, "max_terms": 3, "allow_negation": True}
+    problems = draw_heldout(_tasks(("chain_sum", options)), 40)
+    assert any("- -" in problem.question for problem in problems)
+    assert all(problem.trace().endswith(problem.answer) for problem in problems)
+
+
 @pytest.mark.parametrize("tasks", [ALL, NARROW], ids=["all", "narrow"])
 def test_training_and_heldout_questions_are_distinct_and_disjoint(tasks: TasksConfig) -> None:
     heldout = draw_heldout(tasks, 40)

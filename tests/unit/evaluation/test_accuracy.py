@@ -49,6 +49,13 @@ def test_wilson_interval_agrees_with_published_values() -> None:
     assert (none.low, none.high) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
+def test_an_interval_holds_its_share() -> None:
+    for count in range(1, 400):
+        none, all_ = proportion([False] * count), proportion([True] * count)
+        assert none.low == 0.0
+        assert all_.high == 1.0
+
+
 def test_paired_difference_is_certain_where_every_pair_agrees_and_not_elsewhere() -> None:
     first = [True, False] * 50
     assert paired_difference(first, first) == (0.0, 0.0, 0.0)

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from r1ray.config.training import GatesConfig, TrainConfig
 from r1ray.data.batch_set import IGNORED, MicroBatch
 from r1ray.errors import ArtifactError, ConfigError, ShapeError
 from r1ray.exchange import LocalTransport, build_exchange
+from r1ray.exchange.transport import Pending
 from r1ray.models import Decoder, load_model, save_model
 from r1ray.models.gates import (
     GATES_NAME,
@@ -23,7 +25,7 @@ from r1ray.models.quantization import quantize_modules
 from r1ray.ops.block_gate import BlockGate, gate_targets
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS
 from r1ray.training.checkpoint import load_checkpoint, save_checkpoint
-from r1ray.training.gates import GateTraining, check_gate_lengths
+from r1ray.training.gates import GateTraining, _list_gates, average_missed, check_gate_lengths
 from r1ray.training.step import TrainState
 from tests.fakes import tiny_model
 from tests.unit.training.batches import random_batch
@@ -138,6 +140,26 @@ def test_what_gates_miss_marks_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     marks = torch.stack([gate.is_marked for gate in found])  # type: ignore[union-attr]
     assert int(marks.sum()) == marks.numel() // 2
     assert missed[marks].min() >= missed[~marks].max()
+
+
+def test_heads_are_marked_by_what_all_workers_missed() -> None:
+    mine, other = _gated(), _gated()
+    missed = torch.tensor([[0.8, 0.0, 0.2, 0.0], [0.0, 0.0, 0.9, 0.3]])
+    for model, missed_N in zip((mine, other), missed, strict=True):
+        _list_gates(model)[0].missed.copy_(missed_N)
+
+    class Two(LocalTransport):
+        world_size = 2
+
+        def all_reduce_sum(self, x: Tensor) -> Pending:
+            x += torch.stack([gate.missed for gate in _list_gates(other)])
+            return super().all_reduce_sum(x)
+
+    average_missed(mine, Two(), GatesConfig(exact_heads=0.13))
+
+    first = _list_gates(mine)[0]
+    assert first.missed.tolist() == pytest.approx([0.4, 0.0, 0.55, 0.15])
+    assert first.is_marked.tolist() == [False, False, True, False]
 
 
 def test_what_answers_look_for_is_what_marks(monkeypatch: pytest.MonkeyPatch) -> None:
