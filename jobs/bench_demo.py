@@ -8,6 +8,8 @@ from jobs.benchmarks.parts import check_is_committed
 from jobs.cli import run_job
 from jobs.pipeline import run_pipeline
 from r1ray.config import PipelineConfig
+from r1ray.errors import ArtifactError
+from r1ray.files import read_json
 
 TARGET = Path("docs/benchmarks")
 PLOTS = ("accuracy.png", "training.png", "size_latency.png")
@@ -19,6 +21,13 @@ def file_figures(config: PipelineConfig) -> None:
     run_pipeline(config, job="bench_demo")
     source = Path(config.run.root) / config.run.name
     topic = config.run.name
+    record = read_json(source / "report.json")
+    made_by = {"the report": record["commit"], **record["stage_commits"]}
+    changed = [stage for stage, commit in made_by.items() if str(commit).endswith("+")]
+    if changed:
+        raise ArtifactError(
+            f"{', '.join(changed)}: made with uncommitted changes; remove {source} and run it again"
+        )
     TARGET.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / "report.json", TARGET / f"{topic}.json")
     text = (source / "report.md").read_text(encoding="utf-8")

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"bench_long_context: {part}", flush=True)
             getattr(benchmark, part)()
         if set(parts) >= set(_TIMED):
-            print(benchmark.file_record())
+            is_default = arguments.base == parser.get_default("base")
+            print(benchmark.file_record([] if is_default else ["--base", arguments.base]))
 
     return run_guarded(measure)
 

@@ -108,15 +108,19 @@ class Pipeline:
         return base
 
     def _check_padding(self, shape: ModelConfig) -> None:
-        prepare = self.config.prepare
-        pads = prepare.batching.type == "buckets" and shape.rope.depends_on_length
-        if pads and prepare.max_tokens > shape.even_context:
-            raise ConfigError(
-                f"prepare.batching {{type: buckets}} pads rows, and beyond {shape.even_context} "
-                f"tokens rotary positions of type {shape.rope.type!r} depend on a row's length; "
-                "set {type: packing}, or lower prepare.max_tokens "
-                f"({prepare.max_tokens})"
-            )
+        prepare, distill = self.config.prepare, self.config.distill
+        padded = {"prepare.batching {type: buckets}": prepare.max_tokens}
+        if prepare.batching.type == "packing":
+            padded.clear()
+        if distill is not None and distill.on_policy is not None:
+            padded["distill.on_policy"] = prepare.max_tokens + distill.on_policy.max_new_tokens
+        for key, tokens in padded.items():
+            if shape.rope.depends_on_length and tokens > shape.even_context:
+                raise ConfigError(
+                    f"{key} pads rows of up to {tokens} tokens, and beyond {shape.even_context} "
+                    f"rotary positions of type {shape.rope.type!r} depend on a row's length; "
+                    "leave it out (buckets: set {type: packing}), or lower prepare.max_tokens"
+                )
 
     def teacher(self, config: DistillConfig) -> Artifact:
         """A clean Hugging Face checkpoint of the teacher."""
@@ -127,6 +131,7 @@ class Pipeline:
         check_same_vocabulary(base.local_dir, teacher.local_dir)
         shape = ModelConfig.load(teacher.local_dir)
         check_lengths(self.config, shape.max_context, of="the teacher", stages=("prepare",))
+        self._check_padding(shape)
         if config.logits.type == "stored" and config.logits.top_k > shape.vocab_size:
             raise ConfigError(
                 f"distill.logits.top_k ({config.logits.top_k}) is above the vocabulary of "

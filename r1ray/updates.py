@@ -174,7 +174,7 @@ def _find_memory(
 ) -> Artifact | None:
     """A reservoir of what the published model was trained on, where it has none itself."""
     replay = None if config.continual is None else config.continual.replay
-    if replay is None or memory_path(published.trained.local_dir, RESERVOIR_NAME).is_file():
+    if replay is None or _has_reservoir(published.trained):
         return None
     prepared, seed = _list_prepared(store, published), config.run.seed
     if not prepared:
@@ -182,8 +182,10 @@ def _find_memory(
         return None
 
     def body(out_dir: Path) -> dict[str, Any]:
-        reservoir = Reservoir(replay.reservoir_rows, seed=seed)
-        for item in prepared:
+        # What was replayed is in a BatchSet as well, but no new sample: its reservoir has all.
+        first = max((at for at, item in enumerate(prepared) if _has_reservoir(item)), default=0)
+        reservoir = Reservoir.recall(prepared[first].local_dir, replay.reservoir_rows, seed=seed)
+        for item in prepared[first + 1 if reservoir.num_seen else first :]:
             for samples in read_samples(item.local_dir):
                 reservoir.add(samples)
         reservoir.save(out_dir)
@@ -192,6 +194,10 @@ def _find_memory(
     values = {"reservoir_rows": replay.reservoir_rows, "seed": seed}
     inputs = {f"prepare {number}": item.digest for number, item in enumerate(prepared, 1)}
     return store.run("memory", values, inputs, body)
+
+
+def _has_reservoir(artifact: Artifact) -> bool:
+    return memory_path(artifact.local_dir, RESERVOIR_NAME).is_file()
 
 
 def _warn_of_ewc(published: Published, config: PipelineConfig) -> None:

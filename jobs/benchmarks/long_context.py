@@ -1,5 +1,7 @@
 """The long-context benchmark: its parts, each stored when it has been measured, and the record."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +125,12 @@ class LongContextBenchmark:
         """Scores of tasks that the model is taught."""
         self._tasks.run()
 
-    def file_record(self) -> str:
-        """Write the record, its tables and the plot; returns the table."""
+    def file_record(self, options: Sequence[str]) -> str:
+        """Write the record, its tables and the plot; returns the table.
+
+        Args:
+            options: of the command, besides the parts.
+        """
         found, reads = self.operator(), self.reading()
         fidelity, tasks = self._fidelity.results(), self._tasks.results()
         rows = [
@@ -136,9 +142,11 @@ class LongContextBenchmark:
         ]
         kept = {"fidelity": fidelity, "tasks": tasks}
         parts = ["operator", "memory", "reading", "peers", *(part for part in kept if kept[part])]
-        command = f"python -m jobs.bench_long_context --only {' '.join(parts)}"
+        command = ["python", "-m", "jobs.bench_long_context", "--only", *parts, *options]
         _TARGET.mkdir(parents=True, exist_ok=True)
-        record = build_record("long_context", command, rows, self._parts.circumstances())
+        record = build_record(
+            "long_context", shlex.join(command), rows, self._parts.circumstances()
+        )
         write_json(_TARGET / "long_context.json", {**record, "peers": self.peers()})
         plot_operator(found, _TARGET / "long_context.png")
         table = render_table(rows)

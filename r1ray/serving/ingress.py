@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from r1ray.config.images import ImageLimits
 from r1ray.config.serving import ModelArgs, list_groups
 from r1ray.errors import ServingError
 from r1ray.models import ModelConfig
@@ -49,8 +50,9 @@ add_error_handlers(app)
 
 def load_served_model(args: ModelArgs) -> ServedModel:
     """What the ingress needs of the model directory: tokenizer, end tokens, sizes; no weights."""
-    config = ModelConfig.load(args.model_dir)
-    tokenizer = Tokenizer(args.model_dir)
+    model_dir = os.path.realpath(args.model_dir)  # of one version, whatever is published meanwhile
+    config = ModelConfig.load(model_dir)
+    tokenizer = Tokenizer(model_dir)
     return ServedModel(
         name=args.model_name,
         tokenizer=tokenizer,
@@ -62,17 +64,17 @@ def load_served_model(args: ModelArgs) -> ServedModel:
             for group in list_groups(args).values()
         ),
         created=int(time.time()),
-        forms=compile_forms(args.model_dir),
-        vision=_load_vision(args),
-        inputs_digest=digest_inputs(args.model_dir),
+        forms=compile_forms(model_dir),
+        vision=_load_vision(model_dir, args.images),
+        inputs_digest=digest_inputs(model_dir),
     )
 
 
-def _load_vision(args: ModelArgs) -> Vision | None:
-    fusion = read_fusion(args.model_dir)
+def _load_vision(model_dir: str, limits: ImageLimits) -> Vision | None:
+    fusion = read_fusion(model_dir)
     if fusion is None:
         return None
-    return Vision(fusion.image_size, fusion.num_image_tokens, args.images)
+    return Vision(fusion.image_size, fusion.num_image_tokens, limits)
 
 
 @serve.ingress(app)

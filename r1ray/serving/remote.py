@@ -60,6 +60,9 @@ class RemoteModel:
         await self._watch()
         refusal: ServingError | None = None
         for name in self._board.rank(request):
+            is_full = refusal is not None and refusal.status == _FULL
+            if is_full and self._groups[name].is_lost.is_set():
+                continue  # who is to come again later need not wait now
             has_begun = False
             try:
                 with self._board.give(name, request) as progress:

@@ -33,12 +33,17 @@ def test_rows_whose_rotations_depend_on_their_length_are_not_padded(
 ) -> None:
     shape = dataclasses.replace(tiny_config(max_positions=256), rope=rope)
 
-    def check(tokens: int, kind: str) -> None:
+    def check(tokens: int, kind: str, *more: str) -> None:
         overrides = [f"prepare.max_tokens={tokens}", f"prepare.batching={{type: {kind}}}"]
-        overrides.append("prepare.batch_tokens=4096")
+        overrides += ["prepare.batch_tokens=4096", *more]
         Pipeline(load_config("jobs/configs/tiny.yaml", overrides))._check_padding(shape)
 
     check(most, "buckets")
     check(most + 1, "packing")
-    with pytest.raises(ConfigError, match=f"beyond {most} tokens rotary positions"):
+    with pytest.raises(ConfigError, match=f"beyond {most} rotary positions"):
         check(most + 1, "buckets")
+    answers = "{last_steps: 1, max_new_tokens: 9}"
+    on_policy = f"distill={{teacher: there, logits: {{type: online}}, on_policy: {answers}}}"
+    check(most - 9, "packing", on_policy)
+    with pytest.raises(ConfigError, match="on_policy pads rows"):
+        check(most - 8, "packing", on_policy)

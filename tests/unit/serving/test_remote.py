@@ -158,12 +158,19 @@ def test_errors_that_stay_are_passed_on(
     assert len(slow.responses) + len(fast.responses) == num_asked
 
 
-def test_a_refusal_is_not_hidden_by_a_group_that_is_gone(tmp_path: Path) -> None:
+def test_a_refusal_is_passed_on_without_waiting_for_a_group_that_is_gone(tmp_path: Path) -> None:
     fast = _Handle("fast", FAST, steps=[BUSY])
-    gone = _Handle("gone", steps=[LOST])
+    gone = _Handle("gone", steps=[None])
     with pytest.raises(ServingError, match="busy"):
         run(tmp_path, read, gone=gone, fast=fast)
-    assert gone.responses  # it was tried
+    assert not gone.responses
+
+
+def test_a_refusal_is_not_hidden_by_one_that_fails(tmp_path: Path) -> None:
+    fast, other = _Handle("fast", FAST, steps=[BUSY]), _Handle("other", SLOW, steps=[LOST])
+    with pytest.raises(ServingError, match="busy"):
+        run(tmp_path, read, other=other, fast=fast)
+    assert other.responses
 
 
 def test_a_group_that_only_seems_gone_answers_when_others_are_lost(tmp_path: Path) -> None:
