@@ -1,6 +1,5 @@
 """Another basis: the same logits, also for others, and a smaller loss by rounding."""
 
-import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +10,6 @@ import transformers
 from torch import Tensor
 
 from r1ray.config import load_config
-from r1ray.config.schema import CompressConfig, identity
 from r1ray.config.training import TrainConfig
 from r1ray.data.batch_set import MicroBatch
 from r1ray.errors import ConfigError
@@ -184,9 +182,3 @@ def test_training_through_rotated_rounding_ends_in_what_is_served(
 def test_what_does_not_go_with_rotation_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config("jobs/configs/tiny.yaml", overrides)
-
-
-def test_what_was_made_before_there_was_rotation_is_found() -> None:
-    compress = CompressConfig()
-    assert "rotate" not in identity(compress)["CompressConfig"]
-    assert identity(dataclasses.replace(compress, rotate=True))["CompressConfig"]["rotate"]
