@@ -25,7 +25,7 @@ from r1ray.artifacts import Artifact, ArtifactStore
 from r1ray.compression.export import export_model
 from r1ray.compression.gguf import check_gguf
 from r1ray.compression.logits import PARTS_DIR, store_logits
-from r1ray.config.checks import check_lengths
+from r1ray.config.checks import check_lengths, check_padding
 from r1ray.config.distill import DistillConfig, StoredLogitsConfig
 from r1ray.config.prepare import PrepareConfig
 from r1ray.config.schema import BaseConfig, PipelineConfig, identity
@@ -86,7 +86,7 @@ class Pipeline:
         base = self._import("base", "base.source", config)
         shape = ModelConfig.load(base.local_dir)
         check_lengths(self.config, shape.max_context)
-        self._check_padding(shape)
+        check_padding(self.config, shape.even_context)
         if (images := self.config.evaluate.images) is not None:
             list_files(images.paths, key=_IMAGE_PATHS)
             if read_fusion(base.local_dir) is None:
@@ -107,21 +107,6 @@ class Pipeline:
             self._check_teacher(self.config.distill, base)
         return base
 
-    def _check_padding(self, shape: ModelConfig) -> None:
-        prepare, distill = self.config.prepare, self.config.distill
-        padded = {"prepare.batching {type: buckets}": prepare.max_tokens}
-        if prepare.batching.type == "packing":
-            padded.clear()
-        if distill is not None and distill.on_policy is not None:
-            padded["distill.on_policy"] = prepare.max_tokens + distill.on_policy.max_new_tokens
-        for key, tokens in padded.items():
-            if shape.rope.depends_on_length and tokens > shape.even_context:
-                raise ConfigError(
-                    f"{key} pads rows of up to {tokens} tokens, and beyond {shape.even_context} "
-                    f"rotary positions of type {shape.rope.type!r} depend on a row's length; "
-                    "leave it out (buckets: set {type: packing}), or lower prepare.max_tokens"
-                )
-
     def teacher(self, config: DistillConfig) -> Artifact:
         """A clean Hugging Face checkpoint of the teacher."""
         return self._import("teacher", "distill.teacher", BaseConfig(source=config.teacher))
@@ -131,7 +116,7 @@ class Pipeline:
         check_same_vocabulary(base.local_dir, teacher.local_dir)
         shape = ModelConfig.load(teacher.local_dir)
         check_lengths(self.config, shape.max_context, of="the teacher", stages=("prepare",))
-        self._check_padding(shape)
+        check_padding(self.config, shape.even_context)
         if config.logits.type == "stored" and config.logits.top_k > shape.vocab_size:
             raise ConfigError(
                 f"distill.logits.top_k ({config.logits.top_k}) is above the vocabulary of "

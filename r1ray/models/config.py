@@ -119,8 +119,10 @@ class ModelConfig:
         return self.max_positions
 
     @property
-    def even_context(self) -> int:
-        """Tokens up to which rotations depend on positions alone, whatever the scaling."""
+    def even_context(self) -> int | None:
+        """Tokens up to which rotations do not depend on a row's length; None: they never do."""
+        if not self.rope.depends_on_length:
+            return None
         if self.rope.type == "longrope":
             trained = self.rope.parameters.get("original_max_position_embeddings")
             return int(trained or self.max_positions)

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from r1ray.config import load_config
+from r1ray.config.checks import check_padding
 from r1ray.errors import ConfigError
 from r1ray.models.config import RopeConfig
-from r1ray.pipeline import Pipeline
 from tests.fakes import tiny_config
 
 LONGROPE = RopeConfig(
@@ -36,11 +36,12 @@ def test_rows_whose_rotations_depend_on_their_length_are_not_padded(
     def check(tokens: int, kind: str, *more: str) -> None:
         overrides = [f"prepare.max_tokens={tokens}", f"prepare.batching={{type: {kind}}}"]
         overrides += ["prepare.batch_tokens=4096", *more]
-        Pipeline(load_config("jobs/configs/tiny.yaml", overrides))._check_padding(shape)
+        check_padding(load_config("jobs/configs/tiny.yaml", overrides), shape.even_context)
 
+    assert tiny_config().even_context is None
     check(most, "buckets")
     check(most + 1, "packing")
-    with pytest.raises(ConfigError, match=f"beyond {most} rotary positions"):
+    with pytest.raises(ConfigError, match=f"beyond {most} the model"):
         check(most + 1, "buckets")
     answers = "{last_steps: 1, max_new_tokens: 9}"
     on_policy = f"distill={{teacher: there, logits: {{type: online}}, on_policy: {answers}}}"
