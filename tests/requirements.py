@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-__all__ = ["skip_loudly"]
+__all__ = ["needs", "skip_loudly"]
 
 
 def skip_loudly(reason: str) -> NoReturn:
@@ -16,3 +16,9 @@ def skip_loudly(reason: str) -> NoReturn:
     if os.environ.get("R1RAY_REQUIRE_ALL"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def needs(is_there: bool, reason: str) -> pytest.MarkDecorator:
+    """A mark: the test is skipped where something is not there, or runs, and fails, regardless."""
+    is_required = bool(os.environ.get("R1RAY_REQUIRE_ALL"))
+    return pytest.mark.skipif(not is_there and not is_required, reason=reason)

@@ -17,6 +17,7 @@ from r1ray.config.serving import ServeConfig
 from r1ray.serving.app import start_server, stop_server
 from tests.e2e.processes import free_port, until
 from tests.fakes import write_tiny_model
+from tests.requirements import needs
 
 VERSION = "one"  # name of the model directory
 MODEL = "tiny"
@@ -153,7 +154,7 @@ def test_stream_is_server_sent_events_ending_in_done(http: httpx.Client) -> None
     assert events[-2:] == ["data: [DONE]", ""]
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="NO CURL: it is NOT TESTED")
+@needs(shutil.which("curl") is not None, "NO CURL: it is NOT TESTED")
 def test_curl_gets_an_answer_and_a_stream(base_url: str) -> None:
     body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
     url = f"{base_url}/v1/chat/completions"

@@ -1,6 +1,5 @@
 """When the layers of a decoder run natively, and when torch runs them."""
 
-import pytest
 import torch
 from torch import nn
 
@@ -10,12 +9,12 @@ from r1ray.models.kv_cache import KVCache
 from r1ray.models.native_layers import NativeLayers, find_native_layers
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.sparse import SparseForward
-from r1ray.ops import native
 from r1ray.ops.int8 import Int8Linear
 from tests.fakes import tiny_model
+from tests.native_kernels import needs_native
 from tests.unit.oracle import random_ids
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.describe())
+pytestmark = needs_native
 
 
 def _quantized(family: str = "llama", *, has_gates: bool = True) -> Decoder:

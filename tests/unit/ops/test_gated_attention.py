@@ -11,6 +11,7 @@ from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.block_sparse import block_sparse_attention
 from r1ray.ops.cached_states import CachedStates, quantize_states
 from r1ray.ops.gated_attention import gated_attention
+from tests.native_kernels import needs_native
 
 _BLOCKS = 36
 
@@ -74,7 +75,7 @@ def test_gates_without_weights_choose_and_attend_as_well() -> None:
     assert torch.equal(gated_attention(gate, queries, rotary, summaries, k, v, [2211], 1), expected)
 
 
-@pytest.mark.skipif(not native.is_available(), reason=native.describe())
+@needs_native
 def test_what_does_not_fit_is_an_error() -> None:
     gate = BlockGate(4, 2, 16)
     queries, rotary, summaries, (k, v) = _draw([2211], 1, 16, is_int8=False)

@@ -15,9 +15,7 @@ from r1ray.errors import ShapeError
 from r1ray.ops import native
 from r1ray.ops.int8 import int8_linear, quantize_int8, torch_int8_linear
 from r1ray.ops.native import library
-
-needs_native = pytest.mark.skipif(not native.is_available(), reason=native.describe())
-ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
+from tests.native_kernels import ISAS, needs_native
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

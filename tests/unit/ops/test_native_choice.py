@@ -11,9 +11,7 @@ from r1ray.ops import native
 from r1ray.ops.block_gate import BlockGate
 from r1ray.ops.block_selection import BLOCK, DENSE_BLOCKS, count_chosen
 from r1ray.ops.block_selection import choose_blocks as torch_choose_blocks
-
-needs_native = pytest.mark.skipif(not native.is_available(), reason=native.describe())
-ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
+from tests.native_kernels import ISAS, needs_native
 
 
 def _random(*shape: int, seed: int) -> Tensor:

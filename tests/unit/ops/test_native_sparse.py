@@ -11,9 +11,8 @@ from r1ray.ops import native
 from r1ray.ops.block_selection import BLOCK
 from r1ray.ops.block_sparse import reference_attention
 from r1ray.ops.cached_states import CachedStates, quantize_states
+from tests.native_kernels import ISAS, needs_native
 
-needs_native = pytest.mark.skipif(not native.is_available(), reason=native.describe())
-ISAS = [pytest.param(isa, id=native.ISA_NAMES[isa]) for isa in range(native.best_isa() + 1)]
 BF16 = native.ISA_NAMES.index("avx512_bf16")
 
 # float32 in another order of sums than torch's; values are within 3. 1.9e-6 in 1500 random shapes.

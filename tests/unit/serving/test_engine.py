@@ -1,92 +1,25 @@
-"""The engine with a tiny decoder: concurrency, cancelling, limits and failures, without Ray."""
+"""The engine with a tiny decoder: concurrency, cancelling and limits, without Ray."""
 
 import asyncio
 import dataclasses
-import threading
-import time
-import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import aclosing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from r1ray.errors import ServingError
 from r1ray.models.batch_generation import generate_batch
-from r1ray.models.generation import BatchGenerator
 from r1ray.models.grammar import FormCompiler, regex_form
-from r1ray.models.requests import GenerationRequest, TokenEvent
-from r1ray.models.sampling import SamplingParams
 from r1ray.models.tokenizer import Tokenizer
-from r1ray.serving import engine as engine_module
-from r1ray.serving.engine import Engine
-from tests.fakes import EOS_ID, VOCAB_SIZE, tiny_model, write_tiny_model
-
-MODEL = tiny_model()
-
-
-class ControlledGenerator(BatchGenerator):
-    """A generator whose steps wait for a gate, and fail when told to."""
-
-    def __init__(self) -> None:
-        super().__init__(MODEL, max_concurrency=2, max_context_tokens=128)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.fails_with: int | None = None  # so many running requests, or more
-
-    def step(self) -> list[TokenEvent]:
-        assert self.gate.wait(timeout=20)
-        if self.fails_with is not None and self.num_running >= self.fails_with:
-            raise RuntimeError("made to fail")
-        return super().step()
-
-
-@contextmanager
-def engine_with(
-    built: list[ControlledGenerator] | None = None,
-    *,
-    max_queued_requests: int = 8,
-    forms: FormCompiler | None = None,
-) -> Iterator[Engine]:
-    built = [] if built is None else built
-
-    def build() -> ControlledGenerator:
-        built.append(ControlledGenerator())
-        return built[-1]
-
-    engine = Engine(build, max_concurrency=2, max_queued_requests=max_queued_requests, forms=forms)
-    try:
-        yield engine
-    finally:
-        built[-1].gate.set()
-        engine.close()
-
-
-def request(name: str, *, max_new_tokens: int = 12, **sampling: Any) -> GenerationRequest:
-    prompt_ids = [5 + byte % 250 for byte in name.encode()]
-    return GenerationRequest(
-        name, prompt_ids, max_new_tokens, frozenset(), SamplingParams(**sampling)
-    )
-
-
-async def read(engine: Engine, item: GenerationRequest) -> list[int]:
-    async with aclosing(engine.submit(item)) as batches:
-        events = [event async for batch in batches for event in batch]
-    assert events[-1].finish_reason == "length"
-    return [event.token_id for event in events if event.token_id is not None]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in 10 s"
-        await asyncio.sleep(0.005)
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, timeout=30))
+from tests.fakes import EOS_ID, VOCAB_SIZE, write_tiny_model
+from tests.unit.serving.controlled import (
+    MODEL,
+    ControlledGenerator,
+    engine_with,
+    read,
+    request,
+    run,
+    until,
+)
 
 
 def test_concurrent_requests_get_the_tokens_they_get_alone() -> None:
@@ -189,62 +122,6 @@ def test_full_queue_is_refused_with_429_and_accepts_again() -> None:
     run(main())
 
 
-def test_failed_step_fails_the_running_requests_and_no_others() -> None:
-    built: list[ControlledGenerator] = []
-
-    async def main() -> None:
-        with engine_with(built) as engine:
-            built[0].gate.clear()
-            running = [asyncio.create_task(read(engine, request(name))) for name in "ab"]
-            await until(lambda: engine.num_open == 2)
-            waiting = asyncio.create_task(read(engine, request("w")))
-            await until(lambda: engine.num_open == 3)
-            built[0].fails_with = 2
-            built[0].gate.set()
-            errors = await asyncio.gather(*running, return_exceptions=True)
-            assert [getattr(error, "status", None) for error in errors] == [500, 500]
-            expected = await read(engine, request("w2", max_new_tokens=3))
-            assert len(expected) == 3
-            assert len(await waiting) == 12
-            assert len(built) == 2
-            assert engine.is_alive
-
-    run(main())
-
-
-def test_a_probe_is_answered_by_the_model_itself() -> None:
-    built: list[ControlledGenerator] = []
-
-    async def main() -> None:
-        with engine_with(built) as engine:
-            await engine.probe()
-            built[0].gate.clear()
-            running = asyncio.create_task(read(engine, request("a")))
-            await until(lambda: engine.num_open == 1)
-            await asyncio.sleep(0.05)  # the engine is inside its step
-            probe = asyncio.create_task(engine.probe())
-            with pytest.raises(TimeoutError):  # a step that hangs is seen
-                await asyncio.wait_for(asyncio.shield(probe), 0.1)
-            built[0].gate.set()
-            await probe
-            assert len(await running) == 12
-            with torch.no_grad():
-                kept = MODEL.model.norm.weight.clone()
-                MODEL.model.norm.weight.fill_(float("nan"))
-            try:
-                with pytest.raises(ServingError, match="the model failed"):
-                    await engine.probe()
-            finally:
-                with torch.no_grad():
-                    MODEL.model.norm.weight.copy_(kept)
-            await engine.probe()
-            engine.close()
-            with pytest.raises(ServingError, match="shut down"):
-                await engine.probe()
-
-    run(main())
-
-
 def test_metrics_count_what_was_asked_and_answered() -> None:
     async def main() -> None:
         with engine_with() as engine:
@@ -266,31 +143,6 @@ def test_metrics_count_what_was_asked_and_answered() -> None:
         assert found["r1ray:inter_token_latency_seconds_count",] == 3 * 11
         assert found["r1ray:e2e_request_latency_seconds_count",] == 3
         assert found["r1ray:kv_cache_usage_perc",] == 0
-
-    run(main())
-
-
-def test_a_request_that_takes_too_long_is_ended_and_others_are_not() -> None:
-    built: list[ControlledGenerator] = []
-
-    async def main() -> None:
-        def build() -> ControlledGenerator:
-            built.append(ControlledGenerator())
-            return built[-1]
-
-        engine = Engine(build, max_concurrency=2, max_queued_requests=8, timeout_s=0.2)
-        built[0].gate.clear()
-        late = [asyncio.create_task(read(engine, request(name))) for name in "abc"]
-        await until(lambda: engine.num_open == 3)
-        await asyncio.sleep(0.3)
-        soon = asyncio.create_task(read(engine, request("d")))
-        await until(lambda: engine.num_open == 4)
-        built[0].gate.set()
-        errors = await asyncio.gather(*late, return_exceptions=True)
-        assert [getattr(error, "status", None) for error in errors] == [504] * 3
-        assert len(await soon) == 12
-        await until(lambda: engine.stats.num_running == 0)
-        engine.close()
 
     run(main())
 
@@ -349,74 +201,5 @@ def test_a_full_engine_refuses_before_it_compiles(
             built[0].gate.set()
             await asyncio.gather(*reading)
         assert not compiled
-
-    run(main())
-
-
-def test_close_fails_open_requests_and_refuses_new_ones() -> None:
-    async def main() -> None:
-        with engine_with() as engine:
-            batches: AsyncIterator[list[TokenEvent]] = engine.submit(
-                request("open", max_new_tokens=120)
-            )
-            await anext(batches)
-            engine.close()
-            engine.close()
-            assert not engine.is_alive
-            with pytest.raises(ServingError, match="shut down") as caught:
-                async for _ in batches:
-                    pass
-            assert caught.value.status == 503
-            with pytest.raises(ServingError, match="shut down"):
-                await read(engine, request("late"))
-
-    run(main())
-
-
-def test_a_failed_model_is_gone_before_its_successor_is_built(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(engine_module.logger, "exception", print)  # pytest keeps what is logged
-    built: list[weakref.ref[ControlledGenerator]] = []
-    left: list[ControlledGenerator | None] = []
-
-    def build() -> ControlledGenerator:
-        left.extend(ref() for ref in built)  # whose cache would be beside the next one's
-        generator = ControlledGenerator()
-        generator.fails_with = 0 if not built else None
-        built.append(weakref.ref(generator))
-        return generator
-
-    async def main() -> None:
-        engine = Engine(build, max_concurrency=2, max_queued_requests=1)
-        try:
-            with pytest.raises(ServingError):
-                await read(engine, request("a"))
-            assert len(await read(engine, request("b"))) == 12
-        finally:
-            engine.close()
-
-    run(main())
-    assert left == [None]
-
-
-def test_dead_thread_is_seen_and_answers_503() -> None:
-    built: list[ControlledGenerator] = []
-
-    async def main() -> None:
-        def build() -> ControlledGenerator:
-            if built:
-                raise MemoryError("no room for another cache")
-            built.append(ControlledGenerator())
-            built[0].fails_with = 0
-            return built[0]
-
-        engine = Engine(build, max_concurrency=2, max_queued_requests=1)
-        with pytest.raises(ServingError):
-            await read(engine, request("a"))
-        await until(lambda: not engine.is_alive)
-        with pytest.raises(ServingError, match="shut down") as caught:
-            await read(engine, request("b"))
-        assert caught.value.status == 503
 
     run(main())
