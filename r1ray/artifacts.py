@@ -327,6 +327,7 @@ class ArtifactStore:
         directory = self.directory(stage, run_id)
         kinds = [self._fs.get_file_info(f"{directory}/{name}").type for name in keep]
         if any(kind != fs.FileType.NotFound for kind in kinds):
+            # Without the lock, another process is doing it.
             with contextlib.suppress(ArtifactError), self.lock(stage, run_id):
                 self._forget_kept(stage, run_id, keep)
 

@@ -31,6 +31,7 @@ __all__ = ["FOLLOW_S", "EngineFollower", "digest_inputs"]
 logger = logging.getLogger(__name__)
 
 FOLLOW_S = 2.0
+_IMAGES = "images"
 
 
 class EngineFollower:
@@ -160,23 +161,28 @@ class EngineFollower:
 
 
 def digest_inputs(model_dir: str) -> bytes:
-    """Of all files that make token ids and pixels of a request."""
-    digest = hashlib.sha256(repr(read_fusion(model_dir)).encode())
-    for name in TOKENIZER_FILES:
-        path = Path(model_dir) / name
-        content = path.read_bytes() if path.is_file() else b""
-        digest.update(hashlib.sha256(content).digest())
+    """Of all that turns a text and images into a request."""
+    digest = hashlib.sha256()
+    for content in _read_inputs(model_dir).values():
+        digest.update(hashlib.sha256(content or b"").digest())
     return digest.digest()
+
+
+def _read_inputs(model_dir: str) -> dict[str, bytes | None]:
+    """What each file says of it, and how images are seen; None for a file that is not there."""
+    files = {name: Path(model_dir) / name for name in TOKENIZER_FILES}
+    inputs = {name: file.read_bytes() if file.is_file() else None for name, file in files.items()}
+    return {**inputs, _IMAGES: repr(read_fusion(model_dir)).encode()}
 
 
 def _check_same_requests(old: str, new: str) -> None:
     """Requests are tokenized, and their images fitted, by whoever read the old directory."""
-    for name in TOKENIZER_FILES:
-        before, after = (
-            file.read_bytes() if (file := Path(path) / name).is_file() else None
-            for path in (old, new)
-        )
-        if before != after:
-            raise ConfigError(f"its {name} is not that of the served model; restart the server")
-    if read_fusion(old) != read_fusion(new):
-        raise ConfigError("it sees images in another way than the served model; restart the server")
+    before, after = _read_inputs(old), _read_inputs(new)
+    for name, content in after.items():
+        if content == before[name]:
+            continue
+        if name == _IMAGES:
+            raise ConfigError(
+                "it sees images in another way than the served model; restart the server"
+            )
+        raise ConfigError(f"its {name} is not that of the served model; restart the server")
